@@ -2,18 +2,22 @@
 //
 // Every method (DSMoE, XMoE, MoDSE, ReMoE, LLaMA-MoE) is the same pipeline of three ops:
 //
-//   route       router logits -> scores, gates            gates[t,e] == 0 means: token t skips expert e
-//   permute     gates -> the lists of active pairs        expert-major (for GEMMs), token-major (for sums)
-//   expert_mlp  y_t = sum_e gates[t,e] * (silu(x_t Wg_e) * (x_t Wu_e)) Wd_e   and its gradients
+//   route       router logits -> scores, gates            gates[t,e] == 0 means: token t skips
+//   expert e permute     gates -> the lists of active pairs        expert-major (for GEMMs),
+//   token-major (for sums) expert_mlp  y_t = sum_e gates[t,e] * (silu(x_t Wg_e) * (x_t Wu_e)) Wd_e
+//   and its gradients
 //
-// Each op has a Params struct, one entry point in dsmoe::cpu and one in dsmoe::cuda. Callers own all memory; a kernel
-// never allocates what it returns, never throws, and never ends the process. Shapes stand in the right-hand column:
+// Each op has a Params struct, one entry point in dsmoe::cpu and one in dsmoe::cuda. Callers own
+// all memory; a kernel never allocates what it returns, never throws, and never ends the process.
+// Shapes stand in the right-hand column:
 //
-//   T num_tokens   H hidden_size   I intermediate_size   E num_experts   R num_routed = E - num_shared   A active pairs
+//   T num_tokens   H hidden_size   I intermediate_size   E num_experts   R num_routed = E -
+//   num_shared   A active pairs
 //
-// All tensors are row-major and contiguous, except that rows of x and dy may lie further apart (x_stride, dy_stride).
-// Expert e owns rows expert_offsets[e] .. expert_offsets[e+1] of gate_proj, up_proj and down_proj_t, all [I,H]: one
-// contiguous slab of each. Sizes may differ, may be zero, and need no alignment. Shared experts come first.
+// All tensors are row-major and contiguous, except that rows of x and dy may lie further apart
+// (x_stride, dy_stride). Expert e owns rows expert_offsets[e] .. expert_offsets[e+1] of gate_proj,
+// up_proj and down_proj_t, all [I,H]: one contiguous slab of each. Sizes may differ, may be zero,
+// and need no alignment. Shared experts come first.
 #pragma once
 
 #include <cstddef>
@@ -31,24 +35,28 @@ enum class Status : int32_t { kOk, kUnsupported, kWorkspaceTooSmall, kCudaError 
 
 const char* status_string(Status status);
 
-// ---------------------------------------------------------------------------------------------------------- route
+// ----------------------------------------------------------------------------------------------------------
+// route
 
 enum class RouteMethod : int32_t {
   kThreshold,  // DSMoE:  s = sigmoid(z), active iff s > threshold
-  kTopP,       // XMoE:   s = softmax(z), active while the probability mass before it is < threshold; rank 1 always
-  kTopK,       // MoDSE, LLaMA-MoE: the top_k largest logits, gates are their softmax; s = softmax over all
-  kRelu,       // ReMoE:  s = relu(z), active iff s > 0
+  kTopP,  // XMoE:   s = softmax(z), active while the probability mass before it is < threshold;
+          // rank 1 always
+  kTopK,  // MoDSE, LLaMA-MoE: the top_k largest logits, gates are their softmax; s = softmax over
+          // all
+  kRelu,  // ReMoE:  s = relu(z), active iff s > 0
 };
 
 struct RouteParams {
-  Dtype dtype;                    // kFloat32 or kFloat64: of logits, gates, scores
+  Dtype dtype;  // kFloat32 or kFloat64: of logits, gates, scores
   RouteMethod method;
-  int64_t num_tokens;             // T
-  int32_t num_experts;            // E
-  int32_t num_shared;             // the first num_shared experts are always active with gate 1
-  int32_t top_k;                  // kTopK only
-  bool binary;                    // gates are 1 instead of the score
-  bool rescale;                   // times I_routed / (sum of active routed sizes); E/k for equal sizes; 1 if none is active
+  int64_t num_tokens;   // T
+  int32_t num_experts;  // E
+  int32_t num_shared;   // the first num_shared experts are always active with gate 1
+  int32_t top_k;        // kTopK only
+  bool binary;          // gates are 1 instead of the score
+  bool rescale;  // times I_routed / (sum of active routed sizes); E/k for equal sizes; 1 if none is
+                 // active
   double gate_scale;              // constant factor on every routed gate
   const void* logits;             // [T,R]
   const float* threshold;         // [1]
@@ -57,38 +65,43 @@ struct RouteParams {
   void* scores;                   // [T,R]   output
 };
 
-// The gate's derivative is taken straight through the threshold (DSMoE): d gates / d scores = factor for every pair,
-// active or not. Whoever wants inactive pairs to give nothing sends dgates = 0 there.
+// The gate's derivative is taken straight through the threshold (DSMoE): d gates / d scores =
+// factor for every pair, active or not. Whoever wants inactive pairs to give nothing sends dgates =
+// 0 there.
 struct RouteBackwardParams {
-  RouteParams forward;            // gates and scores hold the forward's results
-  const void* dgates;             // [T,E]
-  const void* dscores;            // [T,R]   or null
-  void* dlogits;                  // [T,R]   output
+  RouteParams forward;  // gates and scores hold the forward's results
+  const void* dgates;   // [T,E]
+  const void* dscores;  // [T,R]   or null
+  void* dlogits;        // [T,R]   output
 };
 
-// -------------------------------------------------------------------------------------------------------- permute
+// --------------------------------------------------------------------------------------------------------
+// permute
 
-// Two views of the same A pairs, without sorting. Within an expert tokens ascend; within a token experts ascend.
-//   expert-major  pair p of expert e: pair_offsets[e] <= p < pair_offsets[e+1], its token is token_idx[p]
-//   token-major   slot j of token t: token_offsets[t] <= j < token_offsets[t+1], its pair is slot_idx[j]
+// Two views of the same A pairs, without sorting. Within an expert tokens ascend; within a token
+// experts ascend.
+//   expert-major  pair p of expert e: pair_offsets[e] <= p < pair_offsets[e+1], its token is
+//   token_idx[p] token-major   slot j of token t: token_offsets[t] <= j < token_offsets[t+1], its
+//   pair is slot_idx[j]
 struct PermuteParams {
-  Dtype gates_dtype;              // kFloat32 or kFloat64
-  int64_t num_tokens;             // T
-  int32_t num_experts;            // E
-  const void* gates;              // [T,E]
-  int64_t capacity;               // length of token_idx and slot_idx; T*E always suffices
-  int32_t* pair_offsets;          // [E+1]   output
-  int32_t* token_idx;             // [A]     output
-  int32_t* token_offsets;         // [T+1]   output
-  int32_t* slot_idx;              // [A]     output
+  Dtype gates_dtype;       // kFloat32 or kFloat64
+  int64_t num_tokens;      // T
+  int32_t num_experts;     // E
+  const void* gates;       // [T,E]
+  int64_t capacity;        // length of token_idx and slot_idx; T*E always suffices
+  int32_t* pair_offsets;   // [E+1]   output
+  int32_t* token_idx;      // [A]     output
+  int32_t* token_offsets;  // [T+1]   output
+  int32_t* slot_idx;       // [A]     output
 };
 
-// ----------------------------------------------------------------------------------------------------- expert_mlp
+// -----------------------------------------------------------------------------------------------------
+// expert_mlp
 
 struct ExpertMlpParams {
-  Dtype dtype;                    // of x, the weights, y, activations; gates are fp64 for kFloat64, else fp32
-  int64_t num_tokens;             // T
-  int64_t hidden_size;            // H
+  Dtype dtype;          // of x, the weights, y, activations; gates are fp64 for kFloat64, else fp32
+  int64_t num_tokens;   // T
+  int64_t hidden_size;  // H
   int64_t intermediate_size;      // I
   int32_t num_experts;            // E
   int64_t x_stride;               // elements between rows of x
@@ -100,19 +113,21 @@ struct ExpertMlpParams {
   const void* packed;             //         from pack_weights, or null
   const int32_t* expert_offsets;  // [E+1]   host memory on the CPU, device memory on CUDA
   void* y;                        // [T,H]   output
-  void* activations;              // [2*T*I] output: x Wg and x Wu of the active pairs for the backward; null: not kept
+  void* activations;  // [2*T*I] output: x Wg and x Wu of the active pairs for the backward; null:
+                      // not kept
 };
 
 struct ExpertMlpBackwardParams {
-  ExpertMlpParams forward;        // y is not read; activations null: recompute them from x
-  int64_t dy_stride;              // elements between rows of dy
-  const void* dy;                 // [T,H]
-  const void* grad_weight;        // [T,E]   weight of dgates at inactive pairs, like gates; null: 0 everywhere
-  void* dx;                       // [T,H]   output; this and every following output: null = not wanted, costs nothing
-  void* dgates;                   // [T,E]   output, like gates: <dy_t, o_e>; at inactive pairs times grad_weight
-  void* dgate_proj;               // [I,H]   output
-  void* dup_proj;                 // [I,H]   output
-  void* ddown_proj_t;             // [I,H]   output
+  ExpertMlpParams forward;  // y is not read; activations null: recompute them from x
+  int64_t dy_stride;        // elements between rows of dy
+  const void* dy;           // [T,H]
+  const void*
+      grad_weight;  // [T,E]   weight of dgates at inactive pairs, like gates; null: 0 everywhere
+  void* dx;  // [T,H]   output; this and every following output: null = not wanted, costs nothing
+  void* dgates;      // [T,E]   output, like gates: <dy_t, o_e>; at inactive pairs times grad_weight
+  void* dgate_proj;  // [I,H]   output
+  void* dup_proj;    // [I,H]   output
+  void* ddown_proj_t;  // [I,H]   output
 };
 
 struct PackParams {
@@ -127,39 +142,49 @@ struct PackParams {
   void* packed;                   // [packed_bytes]  output
 };
 
-// ------------------------------------------------------------------------------------------------------------ CPU
+// ------------------------------------------------------------------------------------------------------------
+// CPU
 
 namespace cpu {
 
-// Threads come from the caller, so that no second pool competes with torch's: parallel() runs body(arg, thread, size)
-// on size threads at once, size <= max_size chosen by the pool; the kernels put barriers between their phases.
+// Threads come from the caller, so that no second pool competes with torch's: parallel() runs
+// body(arg, thread, size) on size threads at once, size <= max_size chosen by the pool; the kernels
+// put barriers between their phases.
 struct Team {
   int max_size;
   void* context;
-  void (*parallel)(void* context, int max_size, void (*body)(void* arg, int thread, int size), void* arg);
+  void (*parallel)(void* context, int max_size, void (*body)(void* arg, int thread, int size),
+                   void* arg);
 };
 
 void route(const RouteParams& params, const Team& team);
 void route_backward(const RouteBackwardParams& params, const Team& team);
-int64_t permute(const PermuteParams& params, const Team& team);  // returns A; writes nothing past capacity
+int64_t permute(const PermuteParams& params,
+                const Team& team);  // returns A; writes nothing past capacity
 Status expert_mlp(const ExpertMlpParams& params, const Team& team);
 Status expert_mlp_backward(const ExpertMlpBackwardParams& params, const Team& team);
 int64_t packed_bytes(const PackParams& params);
 Status pack_weights(const PackParams& params, const Team& team);
 
-const char* isa();                // the instruction set in use: "portable", "avx2", "avx512", "avx512_bf16"
-const char* const* isas();        // every one this build and this machine have, best first, null at the end
-bool force_isa(const char* name); // false if unknown or not supported here; weights packed before must be packed again
+// The Python module calls these from outside the ops library, hence visible.
+#define DSMOE_VISIBLE [[gnu::visibility("default")]]
+DSMOE_VISIBLE const char* isa();  // in use: "portable", "avx2", "avx512", "avx512_bf16"
+DSMOE_VISIBLE const char* const*
+isas();  // all that this build and this machine have, best first, null at the end
+DSMOE_VISIBLE bool force_isa(
+    const char* name);  // false if not among them; weights packed before must be packed again
 
 }  // namespace cpu
 
-// ----------------------------------------------------------------------------------------------------------- CUDA
+// -----------------------------------------------------------------------------------------------------------
+// CUDA
 
 namespace cuda {
 
-using Stream = void*;             // a cudaStream_t
+using Stream = void*;  // a cudaStream_t
 
-// workspace: device memory of at least *_workspace_bytes, uninitialised, needed until the kernels are done
+// workspace: device memory of at least *_workspace_bytes, uninitialised, needed until the kernels
+// are done
 int64_t expert_mlp_workspace_bytes(const ExpertMlpParams& params);
 int64_t expert_mlp_backward_workspace_bytes(const ExpertMlpBackwardParams& params);
 int64_t permute_workspace_bytes(const PermuteParams& params);

@@ -35,7 +35,7 @@ def active_mask(logits: Tensor, threshold: Tensor, method: str, top_k: int) -> T
         return torch.zeros_like(logits, dtype=torch.bool).scatter(1, ranks[:, :top_k], True)
     sorted_scores = logits.softmax(1).gather(1, ranks)
     mass_before = sorted_scores.cumsum(1) - sorted_scores
-    keep = ~(mass_before >= threshold)
+    keep = ~(mass_before >= threshold) | (threshold >= 1)  # 1 means every expert, rounding or not
     keep[:, :1] = True
     return torch.zeros_like(keep).scatter(1, ranks, keep)
 

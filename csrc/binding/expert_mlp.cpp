@@ -1,0 +1,221 @@
+// dsmoe::expert_mlp, its backward, and pack_weights: check, allocate, fill Params, call the
+// device's kernel.
+#include <limits>
+
+#include "binding/device.h"
+
+namespace dsmoe::binding {
+namespace {
+
+struct Inputs {
+  Tensor x, gates, offsets;
+};
+
+Inputs check_inputs(const Tensor& x, const Tensor& gates, const Tensor& offsets,
+                    int64_t hidden_size, int64_t intermediate_size) {
+  check(x.dim() == 2, "x must have shape [T, H], but has ", shape_string(x), ".");
+  const Dtype dtype = kernel_dtype(x, "x");
+  check(x.size(1) == hidden_size, "x has ", x.size(1),
+        " columns, but the weights have hidden size ", hidden_size, ".");
+  check(gates.scalar_type() == (dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float),
+        "gates must be float32, or float64 if x is.");
+  check(gates.dim() == 2 && gates.size(0) == x.size(0),
+        "gates must have shape [T, E] with T = ", x.size(0), ", but has ", shape_string(gates),
+        ".");
+  check(gates.device() == x.device() && offsets.device() == x.device(),
+        "x, gates and expert_offsets must be on one device.");
+  check(x.size(0) * std::max<int64_t>(gates.size(1), 1) < std::numeric_limits<int32_t>::max(),
+        "T * E must be below 2^31; split the tokens.");
+  return {with_dense_rows(x), as_contiguous(gates),
+          checked_offsets(offsets, gates.size(1), intermediate_size)};
+}
+
+Tensor checked_weight(const Tensor& weight, const char* name, const Tensor& x,
+                      const Tensor& gate_proj) {
+  check_like(weight, name, x);
+  check(weight.dim() == 2, name, " must have shape [I, H], but has ", shape_string(weight), ".");
+  check_shape(weight, name, {gate_proj.size(0), gate_proj.size(1)});
+  return as_contiguous(weight);
+}
+
+ExpertMlpParams params(const Inputs& in, int64_t intermediate_size) {
+  ExpertMlpParams p{};
+  p.dtype = kernel_dtype(in.x, "x");
+  p.num_tokens = in.x.size(0);
+  p.hidden_size = in.x.size(1);
+  p.intermediate_size = intermediate_size;
+  p.num_experts = static_cast<int32_t>(in.gates.size(1));
+  p.x_stride = row_stride(in.x);
+  p.x = in.x.data_ptr();
+  p.gates = in.gates.data_ptr();
+  p.expert_offsets = static_cast<const int32_t*>(in.offsets.data_ptr());
+  return p;
+}
+
+void forward(const ExpertMlpParams& p, const Tensor& where) {
+  run(
+      where, [&](const cpu::Team& team) { check_status(cpu::expert_mlp(p, team)); },
+      [&](cuda::Stream stream) {
+        const Tensor workspace = torch::stable::new_empty(
+            where, {cuda::expert_mlp_workspace_bytes(p)}, ScalarType::Byte);
+        check_status(cuda::expert_mlp(p, workspace.data_ptr(), stream));
+      });
+}
+
+// grad_weight is for the backward alone; it is an argument here because autograd saves the
+// forward's arguments.
+std::tuple<Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& gates, const Tensor& gate_proj,
+                                      const Tensor& up_proj, const Tensor& down_proj_t,
+                                      const Tensor& expert_offsets,
+                                      std::optional<Tensor> /*grad_weight*/,
+                                      bool save_activations) {
+  const Tensor gate = checked_weight(gate_proj, "gate_proj", x, gate_proj);
+  const Tensor up = checked_weight(up_proj, "up_proj", x, gate_proj);
+  const Tensor down = checked_weight(down_proj_t, "down_proj_t", x, gate_proj);
+  const Inputs in = check_inputs(x, gates, expert_offsets, gate.size(1), gate.size(0));
+  ExpertMlpParams p = params(in, gate.size(0));
+  Tensor y = torch::stable::new_empty(in.x, {p.num_tokens, p.hidden_size});
+  const int64_t kept = save_activations ? 2 * p.num_tokens * p.intermediate_size : 0;
+  Tensor activations = torch::stable::new_empty(in.x, {kept});
+  p.gate_proj = gate.data_ptr();
+  p.up_proj = up.data_ptr();
+  p.down_proj_t = down.data_ptr();
+  p.y = y.data_ptr();
+  p.activations = kept ? activations.data_ptr() : nullptr;
+  forward(p, in.x);
+  return {y, activations};
+}
+
+// Whatever is not wanted comes back with 0 elements and costs nothing.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
+    const Tensor& dy_in, const Tensor& x, const Tensor& gates, const Tensor& gate_proj,
+    const Tensor& up_proj, const Tensor& down_proj_t, const Tensor& expert_offsets,
+    std::optional<Tensor> grad_weight_in, const Tensor& activations, bool want_dx, bool want_dgates,
+    bool want_dgate_proj, bool want_dup_proj, bool want_ddown_proj_t) {
+  const Tensor gate = checked_weight(gate_proj, "gate_proj", x, gate_proj);
+  const Tensor up = checked_weight(up_proj, "up_proj", x, gate_proj);
+  const Tensor down = checked_weight(down_proj_t, "down_proj_t", x, gate_proj);
+  const Inputs in = check_inputs(x, gates, expert_offsets, gate.size(1), gate.size(0));
+  check_like(dy_in, "dy", x);
+  check_shape(dy_in, "dy", {x.size(0), x.size(1)});
+  const Tensor dy = with_dense_rows(dy_in);
+  ExpertMlpBackwardParams p{};
+  p.forward = params(in, gate.size(0));
+  p.forward.gate_proj = gate.data_ptr();
+  p.forward.up_proj = up.data_ptr();
+  p.forward.down_proj_t = down.data_ptr();
+  const int64_t kept = 2 * p.forward.num_tokens * p.forward.intermediate_size;
+  check(activations.numel() == 0 || activations.numel() == kept,
+        "activations must be what the forward returned.");
+  check_like(activations, "activations", x);
+  p.forward.activations = activations.numel() ? activations.data_ptr() : nullptr;
+  std::optional<Tensor> grad_weight;
+  if (grad_weight_in) {
+    check_like(*grad_weight_in, "grad_weight", in.gates);
+    check_shape(*grad_weight_in, "grad_weight", {in.gates.size(0), in.gates.size(1)});
+    grad_weight = as_contiguous(*grad_weight_in);
+    p.grad_weight = grad_weight->data_ptr();
+  }
+  p.dy_stride = row_stride(dy);
+  p.dy = dy.data_ptr();
+  const auto output = [](bool wanted, const Tensor& like, void*& pointer) {
+    Tensor out = wanted ? torch::stable::new_empty(like, {like.size(0), like.size(1)})
+                        : torch::stable::new_empty(like, {0});
+    pointer = wanted ? out.data_ptr() : nullptr;
+    return out;
+  };
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> out{
+      output(want_dx, in.x, p.dx), output(want_dgates, in.gates, p.dgates),
+      output(want_dgate_proj, gate, p.dgate_proj), output(want_dup_proj, up, p.dup_proj),
+      output(want_ddown_proj_t, down, p.ddown_proj_t)};
+  run(
+      in.x, [&](const cpu::Team& team) { check_status(cpu::expert_mlp_backward(p, team)); },
+      [&](cuda::Stream stream) {
+        const Tensor workspace = torch::stable::new_empty(
+            in.x, {cuda::expert_mlp_backward_workspace_bytes(p)}, ScalarType::Byte);
+        check_status(cuda::expert_mlp_backward(p, workspace.data_ptr(), stream));
+      });
+  return out;
+}
+
+Tensor pack_weights(const Tensor& gate_proj, const Tensor& up_proj, const Tensor& down_proj_t,
+                    const Tensor& expert_offsets) {
+  check(gate_proj.is_cpu(),
+        "pack_weights is for the CPU; CUDA kernels read the weights as they are.");
+  const Tensor gate = checked_weight(gate_proj, "gate_proj", gate_proj, gate_proj);
+  const Tensor up = checked_weight(up_proj, "up_proj", gate_proj, gate_proj);
+  const Tensor down = checked_weight(down_proj_t, "down_proj_t", gate_proj, gate_proj);
+  check(expert_offsets.is_cpu() && expert_offsets.dim() == 1 && expert_offsets.size(0) > 1,
+        "expert_offsets must be a CPU tensor of shape [E + 1].");
+  const Tensor offsets = checked_offsets(expert_offsets, expert_offsets.size(0) - 1, gate.size(0));
+  PackParams p{};
+  p.dtype = kernel_dtype(gate, "gate_proj");
+  p.hidden_size = gate.size(1);
+  p.intermediate_size = gate.size(0);
+  p.num_experts = static_cast<int32_t>(offsets.size(0) - 1);
+  p.gate_proj = gate.data_ptr();
+  p.up_proj = up.data_ptr();
+  p.down_proj_t = down.data_ptr();
+  p.expert_offsets = static_cast<const int32_t*>(offsets.data_ptr());
+  Tensor packed = torch::stable::new_empty(gate, {cpu::packed_bytes(p)}, ScalarType::Byte);
+  p.packed = packed.data_ptr();
+  check_status(cpu::pack_weights(p, torch_team()));
+  return packed;
+}
+
+Tensor expert_mlp_packed(const Tensor& x, const Tensor& gates, const Tensor& packed,
+                         const Tensor& expert_offsets, int64_t hidden_size,
+                         int64_t intermediate_size) {
+  check(x.is_cpu() && packed.is_cpu(), "packed weights are for the CPU.");
+  const Inputs in = check_inputs(x, gates, expert_offsets, hidden_size, intermediate_size);
+  ExpertMlpParams p = params(in, intermediate_size);
+  PackParams layout{};
+  layout.dtype = p.dtype;
+  layout.hidden_size = hidden_size;
+  layout.intermediate_size = intermediate_size;
+  layout.num_experts = p.num_experts;
+  layout.expert_offsets = p.expert_offsets;
+  check(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
+            packed.numel() == cpu::packed_bytes(layout),
+        "packed does not fit x and expert_offsets: pack the weights again.");
+  Tensor y = torch::stable::new_empty(in.x, {p.num_tokens, p.hidden_size});
+  p.packed = packed.data_ptr();
+  p.y = y.data_ptr();
+  forward(p, in.x);
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dsmoe, m) {
+  m.def(
+      "expert_mlp(Tensor x, Tensor gates, Tensor gate_proj, Tensor up_proj, Tensor down_proj_t, "
+      "Tensor "
+      "expert_offsets, Tensor? grad_weight, bool save_activations) -> (Tensor y, Tensor "
+      "activations)");
+  m.def(
+      "expert_mlp_backward(Tensor dy, Tensor x, Tensor gates, Tensor gate_proj, Tensor up_proj, "
+      "Tensor "
+      "down_proj_t, Tensor expert_offsets, Tensor? grad_weight, Tensor activations, bool want_dx, "
+      "bool "
+      "want_dgates, bool want_dgate_proj, bool want_dup_proj, bool want_ddown_proj_t) -> (Tensor "
+      "dx, "
+      "Tensor dgates, Tensor dgate_proj, Tensor dup_proj, Tensor ddown_proj_t)");
+  m.def(
+      "pack_weights(Tensor gate_proj, Tensor up_proj, Tensor down_proj_t, Tensor expert_offsets) "
+      "-> "
+      "Tensor packed");
+  m.def(
+      "expert_mlp_packed(Tensor x, Tensor gates, Tensor packed, Tensor expert_offsets, int "
+      "hidden_size, "
+      "int intermediate_size) -> Tensor y");
+}
+
+DSMOE_REGISTER(m) {
+  m.impl("expert_mlp", TORCH_BOX(&expert_mlp));
+  m.impl("expert_mlp_backward", TORCH_BOX(&expert_mlp_backward));
+  m.impl("pack_weights", TORCH_BOX(&pack_weights));
+  m.impl("expert_mlp_packed", TORCH_BOX(&expert_mlp_packed));
+}
+
+}  // namespace dsmoe::binding

@@ -1,0 +1,46 @@
+// dsmoe_ext._C: what is not a tensor op. It needs no torch; importing it loads the ops library
+// beside it, which registers the ops in torch's dispatcher.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace {
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const char* const* name = dsmoe::cpu::isas(); *name; ++name) names.emplace_back(*name);
+  return names;
+}
+
+void force_isa(const std::string& name) {
+  if (dsmoe::cpu::force_isa(name.c_str())) return;
+  std::string known;
+  for (const std::string& isa : isas()) known += (known.empty() ? "" : ", ") + isa;
+  throw pybind11::value_error("This machine and build cannot run ISA '" + name +
+                              "'; use one of: " + known + ".");
+}
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["version"] = DSMOE_VERSION;
+  info["torch"] = DSMOE_TORCH_VERSION;
+  info["compiler"] = DSMOE_COMPILER;
+  info["cuda"] = DSMOE_CUDA_VERSION;
+  info["isas"] = isas();
+  info["isa"] = dsmoe::cpu::isa();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.def("build_info", &build_info,
+        "What was built, against what, and which instruction sets this machine runs.");
+  m.def("isa", &dsmoe::cpu::isa, "The instruction set that the CPU kernels use.");
+  m.def("force_isa", &force_isa, pybind11::arg("name"),
+        "Uses another instruction set; pack weights again after it.");
+}

@@ -1,0 +1,19 @@
+#include "kernels.h"
+
+namespace dsmoe {
+
+const char* status_string(Status status) {
+  switch (status) {
+    case Status::kOk:
+      return "ok";
+    case Status::kUnsupported:
+      return "these sizes or this dtype are not supported";
+    case Status::kWorkspaceTooSmall:
+      return "the workspace is too small";
+    case Status::kCudaError:
+      return "a CUDA call failed; run with CUDA_LAUNCH_BLOCKING=1 to see where";
+  }
+  return "unknown status";
+}
+
+}  // namespace dsmoe

@@ -1,0 +1,30 @@
+"""dsmoe_ext: dense LLaMA models made sparse: kernels, routing, conversion, calibration and training.
+
+import dsmoe_ext
+model = dsmoe_ext.convert_llama("path/to/llama", num_experts=8)
+"""
+
+import importlib
+from importlib.metadata import version
+
+import torch
+
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
+    raise ImportError(
+        f"dsmoe_ext needs torch 2.10 or newer, but torch is {torch.__version__}: run `pip install torch==2.13.0`."
+    )
+
+from dsmoe_ext.ops import PackedWeights, build_info, pack_weights, permute, route, sparse_ffn
+
+__version__ = version("dsmoe_ext")
+
+# Loaded at first use, so that the ops alone need no transformers and import quickly.
+_LAZY = {}
+
+__all__ = ["PackedWeights", "build_info", "pack_weights", "permute", "route", "sparse_ffn", *_LAZY]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"dsmoe_ext.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'dsmoe_ext' has no attribute {name!r}")

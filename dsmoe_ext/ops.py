@@ -1,0 +1,255 @@
+"""The three ops, registered in torch's dispatcher for CPU and CUDA: `route`, `permute` and `sparse_ffn` (expert_mlp).
+
+Shapes: T tokens, H hidden_size, I intermediate_size, E experts, R = E - num_shared routed experts, A active pairs.
+The same functions in plain PyTorch stand in `dsmoe_ext.reference`.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsmoe_ext import _C
+from dsmoe_ext.reference import GATES, METHODS
+
+if os.environ.get("DSMOE_ISA"):
+    _C.force_isa(os.environ["DSMOE_ISA"])
+
+_ops = torch.ops.dsmoe
+
+
+class Routing(NamedTuple):
+    """What `route` returns."""
+
+    gates: Tensor
+    scores: Tensor
+
+
+class Permutation(NamedTuple):
+    """What `permute` returns; all int32."""
+
+    pair_offsets: Tensor
+    token_idx: Tensor
+    token_offsets: Tensor
+    slot_idx: Tensor
+
+
+@dataclass(frozen=True)
+class PackedWeights:
+    """Weights in the layout that the inference kernels of one instruction set read; made by `pack_weights`."""
+
+    data: Tensor  # uint8, opaque
+    expert_offsets: Tensor  # int32 [E+1]
+    hidden_size: int
+    intermediate_size: int
+    dtype: torch.dtype
+    isa: str
+
+
+def build_info() -> dict:
+    """Version, torch built against, compiler, CUDA (empty: none), instruction sets available and in use."""
+    return _C.build_info()
+
+
+# ---------------------------------------------------------------------------------------------------------------- route
+
+
+def route(
+    logits: Tensor,
+    threshold: Tensor | float,
+    expert_offsets: Tensor,
+    *,
+    method: str = "threshold",
+    top_k: int = 0,
+    gates: str = "scores",
+    rescale: bool = True,
+    gate_scale: float = 1.0,
+) -> Routing:
+    """Turns router logits into scores and gates.
+
+    Args:
+        logits: [T,R]; computed in float32 whatever the dtype, float64 stays.
+        threshold: one number: tau of "threshold", the probability mass of "top_p".
+        expert_offsets: int32 [E+1]; E - R shared experts come first and always have gate 1.
+        method: "threshold" (DSMoE, arXiv 2502.12455: sigmoid, active iff score > tau), "top_p" (XMoE, 2403.18926: softmax,
+            active while the mass ranked before is below t), "top_k" (MoDSE, 2409.12210: softmax over the k largest),
+            "relu" (ReMoE, 2412.14711).
+        gates: "scores" or "binary" (1 where active).
+        rescale: multiply a token's gates by I_routed / sum of its active routed sizes: E/k for equal sizes.
+        gate_scale: constant factor on every routed gate.
+
+    Returns:
+        gates [T,E], 0 = inactive, and scores [T,R], float32 (float64 for float64 logits). The gradient of gates passes
+        straight through the threshold, at inactive pairs too (DSMoE eq. 8); the factors are constants for it.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, but is {method!r}.")
+    if gates not in GATES:
+        raise ValueError(f"gates must be one of {', '.join(GATES)}, but is {gates!r}.")
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    threshold = torch.as_tensor(threshold, dtype=torch.float32, device=logits.device)
+    options = (METHODS.index(method), top_k, gates == "binary", rescale, gate_scale)
+    return Routing(*_ops.route(logits, threshold, expert_offsets, *options))
+
+
+@torch.library.register_fake("dsmoe::route")
+def _(logits, threshold, expert_offsets, method, top_k, binary, rescale, gate_scale):
+    gates = logits.new_empty(logits.shape[0], expert_offsets.shape[0] - 1)
+    return gates, torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("dsmoe::route_backward")
+def _(dgates, dscores, gates, scores, *options):
+    return torch.empty_like(scores, memory_format=torch.contiguous_format)
+
+
+def _route_setup_context(ctx, inputs, output):
+    _, _, expert_offsets, *ctx.options = inputs
+    ctx.save_for_backward(*output, expert_offsets)
+
+
+def _route_backward(ctx, dgates, dscores):
+    gates, scores, expert_offsets = ctx.saved_tensors
+    if dgates is None:
+        dgates = torch.zeros_like(gates)
+    dlogits = _ops.route_backward(dgates, dscores, gates, scores, expert_offsets, *ctx.options)
+    return dlogits, *[None] * 7
+
+
+torch.library.register_autograd("dsmoe::route", _route_backward, setup_context=_route_setup_context)
+
+
+# -------------------------------------------------------------------------------------------------------------- permute
+
+
+def permute(gates: Tensor) -> Permutation:
+    """Lists the active pairs (gate != 0) of gates [T,E], float32 or float64.
+
+    Returns:
+        pair_offsets [E+1] and token_idx: tokens of expert e, ascending, are token_idx[pair_offsets[e]:pair_offsets[e+1]];
+        token_offsets [T+1] and slot_idx: positions in token_idx of token t's pairs, experts ascending. The two lists have
+        length T*E, of which the first A = pair_offsets[E] entries are valid.
+    """
+    return Permutation(*_ops.permute(gates))
+
+
+@torch.library.register_fake("dsmoe::permute")
+def _(gates):
+    num_tokens, num_experts = gates.shape
+    lengths = (num_experts + 1, num_tokens * num_experts, num_tokens + 1, num_tokens * num_experts)
+    return tuple(gates.new_empty(n, dtype=torch.int32) for n in lengths)
+
+
+# ----------------------------------------------------------------------------------------------------------- sparse_ffn
+
+
+def sparse_ffn(
+    x: Tensor,
+    gates: Tensor,
+    gate_proj: Tensor | PackedWeights,
+    up_proj: Tensor | None = None,
+    down_proj_t: Tensor | None = None,
+    expert_offsets: Tensor | None = None,
+    *,
+    grad_weight: Tensor | None = None,
+    save_activations: bool = True,
+) -> Tensor:
+    """y_t = sum over active experts e of gates[t,e] * (silu(x_t Wg_e) * (x_t Wu_e)) Wd_e      (DSMoE eq. 3-5)
+
+    Call it as `sparse_ffn(x, gates, gate_proj, up_proj, down_proj_t, expert_offsets)` or, for inference on the CPU, as
+    `sparse_ffn(x, gates, packed)`.
+
+    Args:
+        x: [T,H] float32, bfloat16, float16 or float64; any strides.
+        gates: [T,E] float32 (float64 if x is); 0 = the token skips the expert; any scale already applied.
+        gate_proj, up_proj, down_proj_t: [I,H] like x; down_proj_t is Hugging Face's down_proj transposed. Expert e owns rows
+            expert_offsets[e]:expert_offsets[e+1] of all three.
+        expert_offsets: int32 [E+1], from 0 to I; sizes may differ and may be 0.
+        grad_weight: [T,E] like gates: weight of the gates' gradient at inactive pairs. None: 0 (STE "active"); ones: exact;
+            1/p at drawn pairs, else 0: sampled. Its cost falls in the backward alone.
+        save_activations: keep x Wg and x Wu of the active pairs for the backward (2·I elements of x's dtype a token in the
+            worst case; memory is touched only for active pairs). False: compute them again, 2/9 more work.
+
+    Returns:
+        y [T,H] like x. Gradients that nobody needs cost nothing. The same bits for any number of threads.
+    """
+    if isinstance(gate_proj, PackedWeights):
+        return _sparse_ffn_packed(x, gates, gate_proj)
+    if up_proj is None or down_proj_t is None or expert_offsets is None:
+        raise TypeError(
+            "sparse_ffn takes (x, gates, packed) or all of gate_proj, up_proj, down_proj_t, expert_offsets."
+        )
+    weights = (gate_proj, up_proj, down_proj_t)
+    wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gates, *weights))
+    save = save_activations and wants_grad
+    return _ops.expert_mlp(x, gates, *weights, expert_offsets, grad_weight, save)[0]
+
+
+@torch.library.register_fake("dsmoe::expert_mlp")
+def _(x, gates, gate_proj, up_proj, down_proj_t, expert_offsets, grad_weight, save_activations):
+    num_kept = 2 * x.shape[0] * gate_proj.shape[0] if save_activations else 0
+    return x.new_empty(x.shape), x.new_empty(num_kept)
+
+
+@torch.library.register_fake("dsmoe::expert_mlp_backward")
+def _(
+    dy, x, gates, gate_proj, up_proj, down_proj_t, expert_offsets, grad_weight, activations, *wanted
+):
+    outputs = zip((x, gates, gate_proj, up_proj, down_proj_t), wanted, strict=True)
+    return tuple(t.new_empty(t.shape if is_wanted else 0) for t, is_wanted in outputs)
+
+
+def _expert_mlp_setup_context(ctx, inputs, output):
+    *tensors, _ = inputs
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _expert_mlp_backward(ctx, dy, dactivations):
+    wanted = ctx.needs_input_grad[:5]
+    gradients = _ops.expert_mlp_backward(dy, *ctx.saved_tensors, *wanted)
+    return *(g if is_wanted else None for g, is_wanted in zip(gradients, wanted, strict=True)), *[
+        None
+    ] * 3
+
+
+torch.library.register_autograd(
+    "dsmoe::expert_mlp", _expert_mlp_backward, setup_context=_expert_mlp_setup_context
+)
+
+
+def _sparse_ffn_packed(x: Tensor, gates: Tensor, packed: PackedWeights) -> Tensor:
+    if torch.is_grad_enabled() and (x.requires_grad or gates.requires_grad):
+        raise RuntimeError(
+            "Packed weights are for inference: use torch.no_grad(), or the unpacked weights for gradients."
+        )
+    if x.dtype != packed.dtype:
+        raise RuntimeError(f"x is {x.dtype}, but the packed weights are {packed.dtype}.")
+    if packed.isa != _C.isa():
+        raise RuntimeError(
+            f"The weights were packed for ISA {packed.isa}, but {_C.isa()} is in use: pack them again."
+        )
+    sizes = (packed.hidden_size, packed.intermediate_size)
+    return _ops.expert_mlp_packed(x, gates, packed.data, packed.expert_offsets, *sizes)
+
+
+def pack_weights(
+    gate_proj: Tensor, up_proj: Tensor, down_proj_t: Tensor, expert_offsets: Tensor
+) -> PackedWeights:
+    """Copies the weights, [I,H] each, into the layout that the CPU inference kernels read fastest.
+
+    Explicit, because it costs time and as much memory again: nothing packs behind your back, and later changes of the
+    weights do not reach the copy.
+    """
+    intermediate_size, hidden_size = gate_proj.shape
+    with torch.no_grad():
+        data = _ops.pack_weights(gate_proj, up_proj, down_proj_t, expert_offsets)
+    offsets = expert_offsets.clone()
+    return PackedWeights(data, offsets, hidden_size, intermediate_size, gate_proj.dtype, _C.isa())
+
+
+@torch.library.register_fake("dsmoe::expert_mlp_packed")
+def _(x, gates, packed, expert_offsets, hidden_size, intermediate_size):
+    return x.new_empty(x.shape)

@@ -1,0 +1,77 @@
+"""Builds the C++ extension with CMake against the torch that is installed. Everything else stands in pyproject.toml.
+
+DSMOE_TORCH_DIR            folder of the torch package, where the build cannot find it by itself
+DSMOE_CUDA=auto|1|0        build the CUDA kernels; auto (default): if torch is a CUDA build and nvcc is found
+CMAKE_CUDA_ARCHITECTURES   such as "80;90a";  MAX_JOBS  compiler processes at once
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def torch_dir() -> Path:
+    """The torch package to build against: named, importable, or (under build isolation) in the outer environment."""
+    spec = importlib.util.find_spec("torch")
+    places = [Path(sysconfig.get_path("purelib")) / "torch"]
+    if spec is not None:
+        places.insert(0, Path(spec.origin).parent)
+    if os.environ.get("DSMOE_TORCH_DIR"):
+        places = [Path(os.environ["DSMOE_TORCH_DIR"])]
+    for place in places:
+        if (place / "include/torch/csrc/stable/library.h").exists():
+            return place
+    sys.exit(
+        f"dsmoe_ext builds against an installed torch 2.10 or newer, and found none in {places[0]}: run "
+        "`pip install torch==2.13.0` first. If torch is installed elsewhere (uv, python -m build), set "
+        "DSMOE_TORCH_DIR to its folder or install with --no-build-isolation."
+    )
+
+
+def wants_cuda(torch: Path) -> bool:
+    choice = os.environ.get("DSMOE_CUDA", "auto")
+    if choice not in ("auto", "1", "0"):
+        sys.exit(f"DSMOE_CUDA must be auto, 1 or 0, but is {choice!r}.")
+    return choice == "1" or (
+        choice == "auto"
+        and (torch / "lib/libtorch_cuda.so").exists()
+        and shutil.which("nvcc") is not None
+    )
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext):
+        if shutil.which(os.environ.get("CXX", "c++")) is None:
+            sys.exit(
+                "dsmoe_ext needs a C++20 compiler (GCC 11 or Clang 14, or newer): run `apt-get install g++`."
+            )
+        torch, out = torch_dir(), Path(self.get_ext_fullpath(ext.name)).parent.resolve()
+        architectures = os.environ.get("CMAKE_CUDA_ARCHITECTURES")
+        configure = [
+            "cmake", "-G", "Ninja", "-S", str(ROOT), "-B", self.build_temp,
+            f"-DDSMOE_TORCH_DIR={torch}", f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DDSMOE_VERSION={self.distribution.get_version()}", f"-DDSMOE_CUDA={int(wants_cuda(torch))}",
+            f"-DCMAKE_INSTALL_PREFIX={out.parent}",
+            *([f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"] if architectures else []),
+        ]  # fmt: skip
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+        for command in (
+            configure,
+            ["cmake", "--build", self.build_temp, "-j", jobs, "--target", "install"],
+        ):
+            if subprocess.run(command).returncode:
+                sys.exit(
+                    f"dsmoe_ext: `{' '.join(command[:3])} ...` failed; the reason stands above."
+                )
+
+
+setup(ext_modules=[Extension("dsmoe_ext._C", [])], cmdclass={"build_ext": CMakeBuild})
