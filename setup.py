@@ -1,7 +1,7 @@
-"""Builds the C++ extension with CMake against the torch that is installed. Everything else stands in pyproject.toml.
+"""Builds the C++ extension with CMake against the installed torch; the rest is in pyproject.toml.
 
 DSMOE_TORCH_DIR            folder of the torch package, where the build cannot find it by itself
-DSMOE_CUDA=auto|1|0        build the CUDA kernels; auto (default): if torch is a CUDA build and nvcc is found
+DSMOE_CUDA=auto|1|0        CUDA kernels; auto (default): if torch is a CUDA build and nvcc is found
 CMAKE_CUDA_ARCHITECTURES   such as "80;90a";  MAX_JOBS  compiler processes at once
 """
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.resolve()
 
 
 def torch_dir() -> Path:
-    """The torch package to build against: named, importable, or (under build isolation) in the outer environment."""
+    """The torch to build against: named, importable, or outside of pip's isolated environment."""
     spec = importlib.util.find_spec("torch")
     places = [Path(sysconfig.get_path("purelib")) / "torch"]
     if spec is not None:
@@ -31,8 +31,8 @@ def torch_dir() -> Path:
         if (place / "include/torch/csrc/stable/library.h").exists():
             return place
     sys.exit(
-        f"dsmoe_ext builds against an installed torch 2.10 or newer, and found none in {places[0]}: run "
-        "`pip install torch==2.13.0` first. If torch is installed elsewhere (uv, python -m build), set "
+        f"dsmoe_ext builds against an installed torch 2.10 or newer; there is none in {places[0]}. "
+        "Run `pip install torch==2.13.0` first; if torch is elsewhere (uv, python -m build), set "
         "DSMOE_TORCH_DIR to its folder or install with --no-build-isolation."
     )
 
@@ -51,15 +51,14 @@ def wants_cuda(torch: Path) -> bool:
 class CMakeBuild(build_ext):
     def build_extension(self, ext):
         if shutil.which(os.environ.get("CXX", "c++")) is None:
-            sys.exit(
-                "dsmoe_ext needs a C++20 compiler (GCC 11 or Clang 14, or newer): run `apt-get install g++`."
-            )
+            sys.exit("dsmoe_ext needs a C++20 compiler (GCC 11, Clang 14 or newer): install g++.")
         torch, out = torch_dir(), Path(self.get_ext_fullpath(ext.name)).parent.resolve()
         architectures = os.environ.get("CMAKE_CUDA_ARCHITECTURES")
         configure = [
             "cmake", "-G", "Ninja", "-S", str(ROOT), "-B", self.build_temp,
             f"-DDSMOE_TORCH_DIR={torch}", f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DDSMOE_VERSION={self.distribution.get_version()}", f"-DDSMOE_CUDA={int(wants_cuda(torch))}",
+            f"-DDSMOE_VERSION={self.distribution.get_version()}",
+            f"-DDSMOE_CUDA={int(wants_cuda(torch))}",
             f"-DCMAKE_INSTALL_PREFIX={out.parent}",
             *([f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"] if architectures else []),
         ]  # fmt: skip

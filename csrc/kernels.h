@@ -2,17 +2,16 @@
 //
 // Every method (DSMoE, XMoE, MoDSE, ReMoE, LLaMA-MoE) is the same pipeline of three ops:
 //
-//   route       router logits -> scores, gates            gates[t,e] == 0 means: token t skips
-//   expert e permute     gates -> the lists of active pairs        expert-major (for GEMMs),
-//   token-major (for sums) expert_mlp  y_t = sum_e gates[t,e] * (silu(x_t Wg_e) * (x_t Wu_e)) Wd_e
-//   and its gradients
+//   route       router logits -> scores, gates      gates[t,e] == 0: token t skips expert e
+//   permute     gates -> lists of active pairs      expert-major for GEMMs, token-major for sums
+//   expert_mlp  y_t = sum_e gates[t,e] * (silu(x_t Wg_e) * (x_t Wu_e)) Wd_e   and its gradients
 //
 // Each op has a Params struct, one entry point in dsmoe::cpu and one in dsmoe::cuda. Callers own
 // all memory; a kernel never allocates what it returns, never throws, and never ends the process.
 // Shapes stand in the right-hand column:
 //
-//   T num_tokens   H hidden_size   I intermediate_size   E num_experts   R num_routed = E -
-//   num_shared   A active pairs
+//   T num_tokens    H hidden_size   I intermediate_size
+//   E num_experts   R num_routed = E - num_shared   A active pairs
 //
 // All tensors are row-major and contiguous, except that rows of x and dy may lie further apart
 // (x_stride, dy_stride). Expert e owns rows expert_offsets[e] .. expert_offsets[e+1] of gate_proj,
@@ -35,28 +34,24 @@ enum class Status : int32_t { kOk, kUnsupported, kWorkspaceTooSmall, kCudaError 
 
 const char* status_string(Status status);
 
-// ----------------------------------------------------------------------------------------------------------
-// route
+// ------------------------------------------------------------------------------------------- route
 
 enum class RouteMethod : int32_t {
   kThreshold,  // DSMoE:  s = sigmoid(z), active iff s > threshold
-  kTopP,  // XMoE:   s = softmax(z), active while the probability mass before it is < threshold;
-          // rank 1 always
-  kTopK,  // MoDSE, LLaMA-MoE: the top_k largest logits, gates are their softmax; s = softmax over
-          // all
-  kRelu,  // ReMoE:  s = relu(z), active iff s > 0
+  kTopP,       // XMoE:   s = softmax(z), active while the mass before it < threshold; rank 1 always
+  kTopK,       // MoDSE, LLaMA-MoE: the top_k largest; gates: their softmax; s = softmax over all
+  kRelu,       // ReMoE:  s = relu(z), active iff s > 0
 };
 
 struct RouteParams {
   Dtype dtype;  // kFloat32 or kFloat64: of logits, gates, scores
   RouteMethod method;
-  int64_t num_tokens;   // T
-  int32_t num_experts;  // E
-  int32_t num_shared;   // the first num_shared experts are always active with gate 1
-  int32_t top_k;        // kTopK only
-  bool binary;          // gates are 1 instead of the score
-  bool rescale;  // times I_routed / (sum of active routed sizes); E/k for equal sizes; 1 if none is
-                 // active
+  int64_t num_tokens;             // T
+  int32_t num_experts;            // E
+  int32_t num_shared;             // the first num_shared experts are always active with gate 1
+  int32_t top_k;                  // kTopK only
+  bool binary;                    // gates are 1 instead of the score
+  bool rescale;                   // times I_routed / (sum of active sizes): E/k for equal sizes
   double gate_scale;              // constant factor on every routed gate
   const void* logits;             // [T,R]
   const float* threshold;         // [1]
@@ -75,14 +70,11 @@ struct RouteBackwardParams {
   void* dlogits;        // [T,R]   output
 };
 
-// --------------------------------------------------------------------------------------------------------
-// permute
+// ----------------------------------------------------------------------------------------- permute
 
-// Two views of the same A pairs, without sorting. Within an expert tokens ascend; within a token
-// experts ascend.
-//   expert-major  pair p of expert e: pair_offsets[e] <= p < pair_offsets[e+1], its token is
-//   token_idx[p] token-major   slot j of token t: token_offsets[t] <= j < token_offsets[t+1], its
-//   pair is slot_idx[j]
+// Two views of the same A pairs. Within an expert tokens ascend; within a token experts ascend.
+//   expert-major  pair_offsets[e] <= p < pair_offsets[e+1]: pair p is expert e with token_idx[p]
+//   token-major   token_offsets[t] <= j < token_offsets[t+1]: slot_idx[j] is a pair of token t
 struct PermuteParams {
   Dtype gates_dtype;       // kFloat32 or kFloat64
   int64_t num_tokens;      // T
@@ -95,39 +87,37 @@ struct PermuteParams {
   int32_t* slot_idx;       // [A]     output
 };
 
-// -----------------------------------------------------------------------------------------------------
-// expert_mlp
+// -------------------------------------------------------------------------------------- expert_mlp
 
 struct ExpertMlpParams {
-  Dtype dtype;          // of x, the weights, y, activations; gates are fp64 for kFloat64, else fp32
-  int64_t num_tokens;   // T
-  int64_t hidden_size;  // H
-  int64_t intermediate_size;      // I
-  int32_t num_experts;            // E
-  int64_t x_stride;               // elements between rows of x
-  const void* x;                  // [T,H]
-  const void* gates;              // [T,E]   0 = inactive
-  const void* gate_proj;          // [I,H]   null if packed
-  const void* up_proj;            // [I,H]   null if packed
-  const void* down_proj_t;        // [I,H]   null if packed
-  const void* packed;             //         from pack_weights, or null
+  Dtype dtype;                // of x, weights, y, activations; gates: fp64 for kFloat64, else fp32
+  int64_t num_tokens;         // T
+  int64_t hidden_size;        // H
+  int64_t intermediate_size;  // I
+  int32_t num_experts;        // E
+  int64_t x_stride;           // elements between rows of x
+  const void* x;              // [T,H]
+  const void* gates;          // [T,E]   0 = inactive
+  const void* gate_proj;      // [I,H]   null if packed
+  const void* up_proj;        // [I,H]   null if packed
+  const void* down_proj_t;    // [I,H]   null if packed
+  const void* packed;         //         from pack_weights, or null
   const int32_t* expert_offsets;  // [E+1]   host memory on the CPU, device memory on CUDA
   void* y;                        // [T,H]   output
-  void* activations;  // [2*T*I] output: x Wg and x Wu of the active pairs for the backward; null:
-                      // not kept
+  void* activations;  // [2*T*I] output: active x Wg, x Wu for the backward; null: not kept
 };
 
 struct ExpertMlpBackwardParams {
   ExpertMlpParams forward;  // y is not read; activations null: recompute them from x
   int64_t dy_stride;        // elements between rows of dy
   const void* dy;           // [T,H]
-  const void*
-      grad_weight;  // [T,E]   weight of dgates at inactive pairs, like gates; null: 0 everywhere
-  void* dx;  // [T,H]   output; this and every following output: null = not wanted, costs nothing
-  void* dgates;      // [T,E]   output, like gates: <dy_t, o_e>; at inactive pairs times grad_weight
-  void* dgate_proj;  // [I,H]   output
-  void* dup_proj;    // [I,H]   output
-  void* ddown_proj_t;  // [I,H]   output
+  const void* grad_weight;  // [T,E]   weight of dgates at inactive pairs, like gates; null: 0
+  // Outputs; null: not wanted, costs nothing
+  void* dx;            // [T,H]
+  void* dgates;        // [T,E]   like gates: <dy_t, o_e>; at inactive pairs times grad_weight
+  void* dgate_proj;    // [I,H]
+  void* dup_proj;      // [I,H]
+  void* ddown_proj_t;  // [I,H]
 };
 
 struct PackParams {
@@ -142,8 +132,7 @@ struct PackParams {
   void* packed;                   // [packed_bytes]  output
 };
 
-// ------------------------------------------------------------------------------------------------------------
-// CPU
+// --------------------------------------------------------------------------------------------- CPU
 
 namespace cpu {
 
@@ -159,8 +148,8 @@ struct Team {
 
 void route(const RouteParams& params, const Team& team);
 void route_backward(const RouteBackwardParams& params, const Team& team);
-int64_t permute(const PermuteParams& params,
-                const Team& team);  // returns A; writes nothing past capacity
+// Returns A; if that is above capacity, the two lists are not written.
+int64_t permute(const PermuteParams& params, const Team& team);
 Status expert_mlp(const ExpertMlpParams& params, const Team& team);
 Status expert_mlp_backward(const ExpertMlpBackwardParams& params, const Team& team);
 int64_t packed_bytes(const PackParams& params);
@@ -168,23 +157,22 @@ Status pack_weights(const PackParams& params, const Team& team);
 
 // The Python module calls these from outside the ops library, hence visible.
 #define DSMOE_VISIBLE [[gnu::visibility("default")]]
-DSMOE_VISIBLE const char* isa();  // in use: "portable", "avx2", "avx512", "avx512_bf16"
-DSMOE_VISIBLE const char* const*
-isas();  // all that this build and this machine have, best first, null at the end
-DSMOE_VISIBLE bool force_isa(
-    const char* name);  // false if not among them; weights packed before must be packed again
+// The instruction set in use: "portable", "avx2", "avx512" or "avx512_bf16".
+DSMOE_VISIBLE const char* isa();
+// All that this build and this machine have, best first, null at the end.
+DSMOE_VISIBLE const char* const* isas();
+// False if name is not among them; weights packed before must be packed again.
+DSMOE_VISIBLE bool force_isa(const char* name);
 
 }  // namespace cpu
 
-// -----------------------------------------------------------------------------------------------------------
-// CUDA
+// -------------------------------------------------------------------------------------------- CUDA
 
 namespace cuda {
 
 using Stream = void*;  // a cudaStream_t
 
-// workspace: device memory of at least *_workspace_bytes, uninitialised, needed until the kernels
-// are done
+// workspace: device memory of at least *_workspace_bytes, uninitialised, used until the kernels end
 int64_t expert_mlp_workspace_bytes(const ExpertMlpParams& params);
 int64_t expert_mlp_backward_workspace_bytes(const ExpertMlpBackwardParams& params);
 int64_t permute_workspace_bytes(const PermuteParams& params);

@@ -1,4 +1,4 @@
-"""dsmoe_ext: dense LLaMA models made sparse: kernels, routing, conversion, calibration and training.
+"""Dense LLaMA models made sparse: kernels, routing, conversion, calibration and training.
 
 import dsmoe_ext
 model = dsmoe_ext.convert_llama("path/to/llama", num_experts=8)
@@ -11,7 +11,8 @@ import torch
 
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
     raise ImportError(
-        f"dsmoe_ext needs torch 2.10 or newer, but torch is {torch.__version__}: run `pip install torch==2.13.0`."
+        f"dsmoe_ext needs torch 2.10 or newer, but torch is {torch.__version__}: "
+        "run `pip install torch==2.13.0`."
     )
 
 from dsmoe_ext.ops import PackedWeights, build_info, pack_weights, permute, route, sparse_ffn

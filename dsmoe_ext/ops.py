@@ -1,6 +1,7 @@
-"""The three ops, registered in torch's dispatcher for CPU and CUDA: `route`, `permute` and `sparse_ffn` (expert_mlp).
+"""The three ops, registered in torch's dispatcher for CPU and CUDA: route, permute, expert_mlp.
 
-Shapes: T tokens, H hidden_size, I intermediate_size, E experts, R = E - num_shared routed experts, A active pairs.
+Shapes: T tokens, H hidden_size, I intermediate_size, E experts, R = E - num_shared routed experts,
+A active pairs. `sparse_ffn` is the public face of expert_mlp.
 The same functions in plain PyTorch stand in `dsmoe_ext.reference`.
 """
 
@@ -38,7 +39,7 @@ class Permutation(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedWeights:
-    """Weights in the layout that the inference kernels of one instruction set read; made by `pack_weights`."""
+    """Weights in the layout that one instruction set's inference kernels read (`pack_weights`)."""
 
     data: Tensor  # uint8, opaque
     expert_offsets: Tensor  # int32 [E+1]
@@ -49,11 +50,11 @@ class PackedWeights:
 
 
 def build_info() -> dict:
-    """Version, torch built against, compiler, CUDA (empty: none), instruction sets available and in use."""
+    """Version, torch built against, compiler, CUDA (empty: none), instruction sets, one in use."""
     return _C.build_info()
 
 
-# ---------------------------------------------------------------------------------------------------------------- route
+# -------------------------------------------------------------------------------------------- route
 
 
 def route(
@@ -73,16 +74,18 @@ def route(
         logits: [T,R]; computed in float32 whatever the dtype, float64 stays.
         threshold: one number: tau of "threshold", the probability mass of "top_p".
         expert_offsets: int32 [E+1]; E - R shared experts come first and always have gate 1.
-        method: "threshold" (DSMoE, arXiv 2502.12455: sigmoid, active iff score > tau), "top_p" (XMoE, 2403.18926: softmax,
-            active while the mass ranked before is below t), "top_k" (MoDSE, 2409.12210: softmax over the k largest),
-            "relu" (ReMoE, 2412.14711).
+        method: "threshold" (DSMoE, arXiv 2502.12455: sigmoid, active iff score > tau),
+            "top_p" (XMoE, 2403.18926: softmax, active while the mass ranked before is below t),
+            "top_k" (MoDSE, 2409.12210: softmax over the k largest), "relu" (ReMoE, 2412.14711).
         gates: "scores" or "binary" (1 where active).
-        rescale: multiply a token's gates by I_routed / sum of its active routed sizes: E/k for equal sizes.
+        rescale: multiply a token's gates by I_routed / (sum of its active routed sizes), which
+            is E/k for equal sizes.
         gate_scale: constant factor on every routed gate.
 
     Returns:
-        gates [T,E], 0 = inactive, and scores [T,R], float32 (float64 for float64 logits). The gradient of gates passes
-        straight through the threshold, at inactive pairs too (DSMoE eq. 8); the factors are constants for it.
+        gates [T,E], 0 = inactive, and scores [T,R], float32 (float64 for float64 logits). The
+        gradient of gates passes straight through the threshold, at inactive pairs too (DSMoE's
+        straight-through estimator); the factors are constants for it.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, but is {method!r}.")
@@ -122,16 +125,17 @@ def _route_backward(ctx, dgates, dscores):
 torch.library.register_autograd("dsmoe::route", _route_backward, setup_context=_route_setup_context)
 
 
-# -------------------------------------------------------------------------------------------------------------- permute
+# ------------------------------------------------------------------------------------------ permute
 
 
 def permute(gates: Tensor) -> Permutation:
     """Lists the active pairs (gate != 0) of gates [T,E], float32 or float64.
 
     Returns:
-        pair_offsets [E+1] and token_idx: tokens of expert e, ascending, are token_idx[pair_offsets[e]:pair_offsets[e+1]];
-        token_offsets [T+1] and slot_idx: positions in token_idx of token t's pairs, experts ascending. The two lists have
-        length T*E, of which the first A = pair_offsets[E] entries are valid.
+        pair_offsets [E+1] and token_idx: the tokens of expert e, ascending, are
+        token_idx[pair_offsets[e]:pair_offsets[e+1]]; token_offsets [T+1] and slot_idx: where token
+        t's pairs stand in token_idx, experts ascending. The two lists have length T*E, of which
+        the first A = pair_offsets[E] entries are valid.
     """
     return Permutation(*_ops.permute(gates))
 
@@ -143,7 +147,7 @@ def _(gates):
     return tuple(gates.new_empty(n, dtype=torch.int32) for n in lengths)
 
 
-# ----------------------------------------------------------------------------------------------------------- sparse_ffn
+# --------------------------------------------------------------------------------------- sparse_ffn
 
 
 def sparse_ffn(
@@ -157,30 +161,35 @@ def sparse_ffn(
     grad_weight: Tensor | None = None,
     save_activations: bool = True,
 ) -> Tensor:
-    """y_t = sum over active experts e of gates[t,e] * (silu(x_t Wg_e) * (x_t Wu_e)) Wd_e      (DSMoE eq. 3-5)
+    """y_t = sum over active experts e of gates[t,e] * (silu(x_t Wg_e) * (x_t Wu_e)) Wd_e.
 
-    Call it as `sparse_ffn(x, gates, gate_proj, up_proj, down_proj_t, expert_offsets)` or, for inference on the CPU, as
-    `sparse_ffn(x, gates, packed)`.
+    Call it as `sparse_ffn(x, gates, gate_proj, up_proj, down_proj_t, expert_offsets)` or, for
+    inference on the CPU, as `sparse_ffn(x, gates, packed)`. (DSMoE, arXiv 2502.12455, section 3.)
 
     Args:
         x: [T,H] float32, bfloat16, float16 or float64; any strides.
-        gates: [T,E] float32 (float64 if x is); 0 = the token skips the expert; any scale already applied.
-        gate_proj, up_proj, down_proj_t: [I,H] like x; down_proj_t is Hugging Face's down_proj transposed. Expert e owns rows
-            expert_offsets[e]:expert_offsets[e+1] of all three.
+        gates: [T,E] float32 (float64 if x is); 0 = the token skips the expert; any scale already
+            applied.
+        gate_proj, up_proj, down_proj_t: [I,H] like x; down_proj_t is Hugging Face's down_proj
+            transposed. Expert e owns rows expert_offsets[e]:expert_offsets[e+1] of all three.
         expert_offsets: int32 [E+1], from 0 to I; sizes may differ and may be 0.
-        grad_weight: [T,E] like gates: weight of the gates' gradient at inactive pairs. None: 0 (STE "active"); ones: exact;
-            1/p at drawn pairs, else 0: sampled. Its cost falls in the backward alone.
-        save_activations: keep x Wg and x Wu of the active pairs for the backward (2·I elements of x's dtype a token in the
-            worst case; memory is touched only for active pairs). False: compute them again, 2/9 more work.
+        grad_weight: [T,E] like gates: weight of the gates' gradient at inactive pairs. None: 0
+            (STE "active"); ones: exact; 1/p at drawn pairs, else 0: sampled. Its cost falls in the
+            backward alone.
+        save_activations: keep x Wg and x Wu of the active pairs for the backward: 2·I elements of
+            x's dtype a token are reserved, and touched for active pairs only. False: compute them
+            again, 2/9 more work.
 
     Returns:
-        y [T,H] like x. Gradients that nobody needs cost nothing. The same bits for any number of threads.
+        y [T,H] like x. Gradients that nobody needs cost nothing. The same bits for any number of
+        threads.
     """
     if isinstance(gate_proj, PackedWeights):
         return _sparse_ffn_packed(x, gates, gate_proj)
     if up_proj is None or down_proj_t is None or expert_offsets is None:
         raise TypeError(
-            "sparse_ffn takes (x, gates, packed) or all of gate_proj, up_proj, down_proj_t, expert_offsets."
+            "sparse_ffn takes (x, gates, packed) or all of gate_proj, up_proj, down_proj_t and "
+            "expert_offsets."
         )
     weights = (gate_proj, up_proj, down_proj_t)
     wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gates, *weights))
@@ -223,13 +232,14 @@ torch.library.register_autograd(
 def _sparse_ffn_packed(x: Tensor, gates: Tensor, packed: PackedWeights) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or gates.requires_grad):
         raise RuntimeError(
-            "Packed weights are for inference: use torch.no_grad(), or the unpacked weights for gradients."
+            "Packed weights are for inference: use torch.no_grad(), or the weights themselves for "
+            "gradients."
         )
     if x.dtype != packed.dtype:
         raise RuntimeError(f"x is {x.dtype}, but the packed weights are {packed.dtype}.")
     if packed.isa != _C.isa():
         raise RuntimeError(
-            f"The weights were packed for ISA {packed.isa}, but {_C.isa()} is in use: pack them again."
+            f"The weights were packed for {packed.isa}, but {_C.isa()} is in use: pack them again."
         )
     sizes = (packed.hidden_size, packed.intermediate_size)
     return _ops.expert_mlp_packed(x, gates, packed.data, packed.expert_offsets, *sizes)
@@ -240,8 +250,8 @@ def pack_weights(
 ) -> PackedWeights:
     """Copies the weights, [I,H] each, into the layout that the CPU inference kernels read fastest.
 
-    Explicit, because it costs time and as much memory again: nothing packs behind your back, and later changes of the
-    weights do not reach the copy.
+    Explicit, because it costs time and as much memory again: nothing packs behind your back, and
+    later changes of the weights do not reach the copy.
     """
     intermediate_size, hidden_size = gate_proj.shape
     with torch.no_grad():

@@ -1,9 +1,10 @@
-"""The specification: the ops of this package in plain PyTorch, with the signatures of `dsmoe_ext.ops`.
+"""The specification: the ops of this package in plain PyTorch, with the signatures of `ops`.
 
-Every kernel is tested against these functions in float64. They are written to be read, not to be fast: the sparse FFN
-computes every expert for every token and multiplies by the gate.
+Every kernel is tested against these functions in float64. They are written to be read, not to be
+fast: the sparse FFN computes every expert for every token and multiplies by the gate.
 
-Shapes: T tokens, H hidden_size, I intermediate_size, E experts, R = E - num_shared routed experts, A active pairs.
+Shapes: T tokens, H hidden_size, I intermediate_size, E experts, R = E - num_shared routed experts,
+A active pairs.
 """
 
 import torch
@@ -15,7 +16,7 @@ GATES = ("scores", "binary")
 
 
 def expert_sizes(expert_offsets: Tensor) -> Tensor:
-    """Sizes [E] (int64) of the experts that expert_offsets [E+1] cuts out of the intermediate dimension."""
+    """Sizes [E] (int64) of the experts that expert_offsets [E+1] cuts out of I."""
     return expert_offsets.long().diff()
 
 
@@ -25,7 +26,7 @@ def expand_experts(per_expert: Tensor, expert_offsets: Tensor) -> Tensor:
 
 
 def active_mask(logits: Tensor, threshold: Tensor, method: str, top_k: int) -> Tensor:
-    """Which routed pairs are active: bool [T,R]. A NaN logit is active, so that it shows in the output."""
+    """Active routed pairs, bool [T,R]. A NaN logit is active, so that it shows in the output."""
     if method == "threshold":
         return ~(logits.sigmoid() <= threshold)
     if method == "relu":
@@ -114,7 +115,7 @@ def sparse_ffn(
     *,
     grad_weight: Tensor | None = None,
 ) -> Tensor:
-    """y [T,H] = sum over experts of gates * (silu(x Wgate) * (x Wup)) Wdown; see `dsmoe_ext.ops.sparse_ffn`."""
+    """y [T,H] = sum over experts of gate * (silu(x Wg) * (x Wu)) Wd; see `ops.sparse_ffn`."""
     gates = _WeightInactiveGates.apply(gates, grad_weight)
     activations = F.silu(x @ gate_proj.t()) * (x @ up_proj.t())
     return (activations * expand_experts(gates, expert_offsets).to(x.dtype)) @ down_proj_t
