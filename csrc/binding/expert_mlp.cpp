@@ -32,6 +32,7 @@ Inputs check_inputs(const Tensor& x, const Tensor& gates, const Tensor& offsets,
 
 Tensor checked_weight(const Tensor& weight, const char* name, const Tensor& x,
                       const Tensor& gate_proj) {
+  kernel_dtype(x, "x");
   check_like(weight, name, x);
   check(weight.dim() == 2, name, " must have shape [I, H], but has ", shape_string(weight), ".");
   check_shape(weight, name, {gate_proj.size(0), gate_proj.size(1)});

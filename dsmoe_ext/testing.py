@@ -1,0 +1,140 @@
+"""Random inputs and error bounds, for the tests and for the check that every benchmark makes first.
+
+The bounds follow two rules. float32 and float64: |ours - exact| <= c * eps * magnitude per
+element, where magnitude is the same formula on absolute values: the size of the sums that are rounded.
+bfloat16 and float16: our largest error is at most twice that of the same formula in PyTorch in the
+same dtype, plus the rounding of the output; both against float64.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from dsmoe_ext import reference
+
+SILU_SLOPE = 1.1  # the largest derivative of silu is 1.0998
+
+
+@dataclass
+class Case:
+    """Inputs of `sparse_ffn`: x [T,H], gates [T,E], three weights [I,H], expert_offsets [E+1]."""
+
+    x: Tensor
+    gates: Tensor
+    gate_proj: Tensor
+    up_proj: Tensor
+    down_proj_t: Tensor
+    expert_offsets: Tensor
+    dy: Tensor  # [T,H]
+    grad_weight: Tensor | None = None  # [T,E]
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Positional arguments of `sparse_ffn`."""
+        return tuple(getattr(self, field.name) for field in fields(self)[:6])
+
+    def to(self, dtype: torch.dtype) -> "Case":
+        """The same case in another dtype; gates and grad_weight are float32, or float64 with it."""
+        gate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        change = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor) and value.is_floating_point():
+                is_gate = field.name in ("gates", "grad_weight")
+                change[field.name] = value.detach().to(gate_dtype if is_gate else dtype)
+        return replace(self, **change)
+
+
+def offsets_of(sizes: list[int]) -> Tensor:
+    """expert_offsets int32 [E+1] of a list of expert sizes."""
+    return torch.tensor([0, *sizes]).cumsum(0).int()
+
+
+def random_case(
+    seed: int,
+    num_tokens: int,
+    hidden_size: int,
+    sizes: list[int],
+    *,
+    active: float = 0.5,
+    exact_ste: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Case:
+    """A case whose pairs are active with probability `active`; values as large as in models."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float) -> Tensor:
+        return (torch.randn(*shape, generator=g) * scale).to(dtype)
+
+    num_experts, intermediate_size = len(sizes), sum(sizes)
+    mask = torch.rand(num_tokens, num_experts, generator=g) < active
+    gates = (torch.rand(num_tokens, num_experts, generator=g) + 0.5) * mask
+    weights = [normal(intermediate_size, hidden_size, scale=hidden_size**-0.5) for _ in range(3)]
+    case = Case(
+        normal(num_tokens, hidden_size, scale=1.0),
+        gates,
+        *weights,
+        offsets_of(sizes),
+        normal(num_tokens, hidden_size, scale=1.0),
+    )
+    if exact_ste:
+        case.grad_weight = torch.ones_like(gates)
+    return case.to(dtype)
+
+
+def run_case(function, case: Case) -> dict[str, Tensor]:
+    """Output and all gradients of `function`: `ops.sparse_ffn` or `reference.sparse_ffn`."""
+    names = [field.name for field in fields(case)[:5]]
+    leaves = [getattr(case, name).detach().clone().requires_grad_() for name in names]
+    y = function(*leaves, case.expert_offsets, grad_weight=case.grad_weight)
+    gradients = torch.autograd.grad(y, leaves, case.dy)
+    return {"y": y.detach(), **{f"d{n}": g for n, g in zip(names, gradients, strict=True)}}
+
+
+def magnitudes(case: Case) -> dict[str, Tensor]:
+    """Size of the sums behind every result of `run_case`: its formula on absolute values."""
+    c = case.to(torch.float64)
+    x, dy, wg, wu, wd = (t.abs() for t in (c.x, c.dy, c.gate_proj, c.up_proj, c.down_proj_t))
+    gates = reference.expand_experts(c.gates.abs(), c.expert_offsets)
+    g, u, da = x @ wg.t(), x @ wu.t(), dy @ wd.t()
+    a = g * u
+    dg, du = SILU_SLOPE * gates * da * u, gates * da * g
+    experts = torch.repeat_interleave(reference.expert_sizes(c.expert_offsets))
+    dgates = torch.zeros_like(c.gates).index_add_(1, experts, a * da)
+    weight = 0.0 if c.grad_weight is None else c.grad_weight.abs()
+    return {
+        "y": (a * gates) @ wd,
+        "dx": dg @ wg + du @ wu,
+        "dgates": torch.where(c.gates == 0, dgates * weight, dgates),
+        "dgate_proj": dg.t() @ x,
+        "dup_proj": du.t() @ x,
+        "ddown_proj_t": (a * gates).t() @ dy,
+    }
+
+
+def check_case(function, case: Case) -> None:
+    """Raises AssertionError with the worst error if `function` is not as exact as it must be."""
+    dtype = case.x.dtype
+    ours = run_case(function, case)
+    exact = run_case(reference.sparse_ffn, case.to(torch.float64))
+    eps = torch.finfo(dtype).eps
+    if dtype.itemsize >= 4:
+        bounds = {name: 8 * eps * m for name, m in magnitudes(case).items()}
+    else:
+        torchs = run_case(reference.sparse_ffn, case)
+        bounds = {
+            name: 2 * _max((torchs[name].double() - e).abs()) + eps * _max(e.abs())
+            for name, e in exact.items()
+        }
+    for name, result in ours.items():
+        error = (result.double() - exact[name]).abs()
+        if not (error <= bounds[name]).all():
+            worst = (error - bounds[name]).nan_to_num(float("inf")).max().item()
+            raise AssertionError(
+                f"{name} in {dtype} is wrong: error {_max(error):.3g} for values up to "
+                f"{_max(exact[name].abs()):.3g}, {worst:.3g} above its bound."
+            )
+
+
+def _max(tensor: Tensor) -> float:
+    return tensor.max().item() if tensor.numel() else 0.0
