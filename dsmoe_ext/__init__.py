@@ -15,12 +15,28 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
         "run `pip install torch==2.13.0`."
     )
 
+from dsmoe_ext.models.auto import install as _install_auto_classes
 from dsmoe_ext.ops import PackedWeights, build_info, pack_weights, permute, route, sparse_ffn
 
 __version__ = version("dsmoe_ext")
 
+_install_auto_classes()
+
 # Loaded at first use, so that the ops alone need no transformers and import quickly.
-_LAZY = {}
+_LAZY = {
+    "DSMoEFFN": "ffn",
+    "set_threshold": "ffn",
+    "active_fraction": "statistics",
+    "LambdaController": "losses",
+    "ThresholdController": "losses",
+    "balance_loss": "losses",
+    "sparsity_loss": "losses",
+    "convert_llama": "convert",
+    "merge_to_llama": "convert",
+    "DSMoELlamaConfig": "models",
+    "DSMoELlamaForCausalLM": "models",
+    "DSMoELlamaModel": "models",
+}
 
 __all__ = ["PackedWeights", "build_info", "pack_weights", "permute", "route", "sparse_ffn", *_LAZY]
 

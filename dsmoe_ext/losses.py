@@ -1,0 +1,182 @@
+"""Losses and controllers that decide how sparse training makes a model (formulas: DSMoE, XMoE,
+MoDSE, ReMoE)."""
+
+import torch
+from torch import Tensor, nn
+
+from dsmoe_ext.ffn import DSMoEFFN, ffn_layers
+from dsmoe_ext.ops import Routing
+from dsmoe_ext.statistics import active_share
+
+
+def sparsity_sum(
+    routing: Routing,
+    expert_offsets: Tensor,
+    *,
+    binary: bool = False,
+    token_mask: Tensor | None = None,
+) -> Tensor:
+    """Sum over tokens of one layer's sparsity term; 0-d. Sums add up over micro-batches.
+
+    gates as scores  (1/R) sum_e G_e, G_e being the score where the pair is active and 0 elsewhere:
+                     the gradient reaches active pairs only (DSMoE's L1)
+    binary gates     sum_e (S_e / I_routed) s_e over all routed pairs, since the gradient of
+                     G = mask would be 0
+
+    routing: gates [T,E], scores [T,R]. token_mask [T] (bool): the tokens that count.
+    """
+    gates, scores = routing
+    num_shared = gates.shape[1] - scores.shape[1]
+    if binary:
+        sizes = expert_offsets.diff()[num_shared:].to(scores)
+        per_token = (scores * (sizes / sizes.sum())).sum(1)  # no matmul: autocast leaves it alone
+    else:
+        per_token = torch.where(gates[:, num_shared:] != 0, scores, 0.0).mean(1)
+    if token_mask is not None:
+        # where, not a product: whatever padding computes, even NaN, must not reach the sum.
+        per_token = torch.where(token_mask, per_token, 0.0)
+    return per_token.sum()
+
+
+def sparsity_loss(
+    routing: Routing,
+    expert_offsets: Tensor,
+    *,
+    binary: bool = False,
+    token_mask: Tensor | None = None,
+) -> Tensor:
+    """sparsity_sum as the mean over the tokens that count; 0-d."""
+    tokens = routing.scores.shape[0] if token_mask is None else token_mask.sum()
+    total = sparsity_sum(routing, expert_offsets, binary=binary, token_mask=token_mask)
+    return total / torch.as_tensor(tokens, device=total.device).clamp(min=1)
+
+
+def balance_loss(
+    routing: Routing, *, form: str = "switch", token_mask: Tensor | None = None
+) -> Tensor:
+    """How unevenly tokens spread over one layer's routed experts; 0-d, to be scaled by about 0.01.
+
+    "switch"  R · sum_e mean_t(s_e) · mean_t(1[argmax_t = e])       XMoE, MoDSE; 1 when even
+    "cv"      CV²(importance) + CV²(load)                           LLaMA-MoE; 0 when even
+              importance = sum_t of the gates; load = number of tokens that use the expert, through
+              which the scores' gradient passes straight
+    """
+    gates, scores = routing
+    gates = gates[:, gates.shape[1] - scores.shape[1] :]
+    if token_mask is not None:
+        gates, scores = gates[token_mask], scores[token_mask]
+    if form == "switch":
+        first = torch.zeros_like(scores).scatter(1, scores.argmax(1, keepdim=True), 1.0)
+        return scores.shape[1] * (scores.mean(0) * first.mean(0)).sum()
+    if form != "cv":
+        raise ValueError(f"form must be switch or cv; got {form!r}")
+    load = (gates != 0).to(scores) + scores - scores.detach()
+    return _cv_squared(gates.sum(0)) + _cv_squared(load.sum(0))
+
+
+def _cv_squared(values: Tensor) -> Tensor:
+    return values.var(unbiased=False) / values.mean().square().clamp(min=1e-10)
+
+
+class _Controller:
+    """Steps once per optimiser step on what the layers used in training since the step before."""
+
+    def __init__(self, model: nn.Module, target_active: float):
+        if not 0 < target_active <= 1:
+            raise ValueError(f"target_active must lie in (0, 1], got {target_active}")
+        self.model = model
+        self.target_active = target_active
+        self.ffns = ffn_layers(model)
+        self._seen = [ffn.activity.totals()[1] for ffn in self.ffns]
+
+    def _shares(self) -> list[Tensor]:
+        """Each layer's active share since the last call (fp64 0-d, on the layer's device), over all
+        ranks."""
+        shares = []
+        for index, ffn in enumerate(self.ffns):
+            totals = ffn.activity.totals()[1]
+            fresh = totals - self._seen[index].to(totals.device)
+            self._seen[index] = totals
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(fresh)
+            shares.append(active_share(fresh, ffn.expert_offsets))
+        return shares
+
+    def step(self) -> None:
+        raise NotImplementedError
+
+    def attach(self, optimizer: torch.optim.Optimizer):
+        """Calls step() after each optimizer.step(); returns the handle that undoes it."""
+        return optimizer.register_step_post_hook(lambda *_: self.step())
+
+    def trainer_callback(self):
+        """The same for transformers.Trainer: Trainer(...,
+        callbacks=[controller.trainer_callback()])."""
+        from transformers import TrainerCallback
+
+        class ControllerCallback(TrainerCallback):
+            def on_step_end(callback, args, state, control, **kwargs):
+                self.step()
+
+        return ControllerCallback()
+
+
+class ThresholdController(_Controller):
+    """Holds every layer at target_active by integral feedback: tau_l += eta (active_l -
+    target_active).
+
+    The state is the layers' threshold buffers, so that saving the model saves it. Works in both
+    directions and for any gates. active_l counts the shared expert, so that target_active is a
+    share of the whole FFN. tau stays in [0, 1], beyond which nothing would change any more.
+
+    eta: 0.05 moves tau by 0.01 a step at 20 % too many. From a dense start, where all scores are
+    equal at first, a much larger one switches all experts off at once.
+    """
+
+    def __init__(self, model: nn.Module, target_active: float, eta: float = 0.05):
+        super().__init__(model, target_active)
+        methods = {ffn.method for ffn in self.ffns}
+        if not methods <= {"threshold", "top_p"}:
+            raise ValueError(f"method {' and '.join(sorted(methods))} has no threshold to control")
+        self.eta = eta
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for ffn, share in zip(self.ffns, self._shares(), strict=True):
+            sign = (
+                1.0 if ffn.method == "threshold" else -1.0
+            )  # more probability mass means more experts
+            move = (sign * self.eta) * (share - self.target_active)
+            ffn.threshold.add_(torch.nan_to_num(move)).clamp_(0.0, 1.0)  # NaN: no tokens, no move
+
+
+class LambdaController(_Controller):
+    """ReMoE's controller of the sparsity weight: lambda *= alpha ** sign(active - target_active),
+    over all layers.
+
+    Acts on model.config.sparsity_weight, which is saved with the model. Reads one number on the
+    host a step.
+    """
+
+    def __init__(
+        self, model: nn.Module, target_active: float, alpha: float = 1.2, start: float | None = None
+    ):
+        super().__init__(model, target_active)
+        self.alpha = alpha
+        if start is not None:  # ReMoE starts at 1e-8
+            model.config.sparsity_weight = start
+
+    @torch.no_grad()
+    def step(self) -> None:
+        error = (
+            torch.stack([share.cpu() for share in self._shares()]).mean().item()
+            - self.target_active
+        )
+        if error == error:  # NaN: no tokens
+            self.model.config.sparsity_weight *= self.alpha ** ((error > 0) - (error < 0))
+
+
+def layer_sparsity_sum(ffn: DSMoEFFN, routing: Routing, token_mask: Tensor | None) -> Tensor:
+    """sparsity_sum with the layer's own gate mode."""
+    binary = ffn.gates == "binary"
+    return sparsity_sum(routing, ffn.expert_offsets, binary=binary, token_mask=token_mask)

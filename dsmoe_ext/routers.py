@@ -1,0 +1,97 @@
+"""Routers: x [T,H] -> logits [T,R] in float32 (float64 for a float64 layer), whatever the dtype of
+x.
+
+A logit decides over an expert, so routers keep their parameters and arithmetic in float32 under
+autocast and when the model around them is moved to a half type.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def at_least_float32(dtype: torch.dtype | None) -> torch.dtype:
+    """float64 stays, everything else becomes float32."""
+    return torch.float64 if (dtype or torch.get_default_dtype()) == torch.float64 else torch.float32
+
+
+def without_half_casts(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The function given to Module._apply with its device moves, but without its casts to half
+    types."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        out = fn(tensor)
+        return tensor.to(out.device) if out.is_floating_point() and out.itemsize < 4 else out
+
+    return moved
+
+
+class LinearRouter(nn.Linear):
+    """logits = x @ weight.T + bias; weight [R,H], bias [R] or None."""
+
+    def __init__(
+        self, hidden_size: int, num_experts: int, bias: bool = True, *, device=None, dtype=None
+    ):
+        # None: random weights. A number: zero weights and this bias, so that every logit is it.
+        self.start_logit = None
+        super().__init__(hidden_size, num_experts, bias, device, at_least_float32(dtype))
+
+    def start_at(self, logit: float | None) -> None:
+        """Initialises for constant logits (router_init="dense"), or at random for None
+        (router_init="paper")."""
+        self.start_logit = logit
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.start_logit is None:
+            nn.init.normal_(self.weight, std=0.02)
+        else:
+            nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.constant_(self.bias, self.start_logit or 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self.logits(x)
+        return self.logits(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        return F.linear(x.to(weight.dtype), weight, self.bias)
+
+    def _apply(self, fn, recurse=True):
+        return super()._apply(without_half_casts(fn), recurse)
+
+
+class NoisyRouter(LinearRouter):
+    """MoDSE: logits = x Wg + RMSNorm(softplus(x Wn)) * gain; noise_weight [R,H], noise_gain [R]
+    learnable."""
+
+    def __init__(
+        self, hidden_size: int, num_experts: int, bias: bool = True, *, device=None, dtype=None
+    ):
+        nn.Module.__init__(self)  # so that the parameters below exist when nn.Linear initialises
+        dtype = at_least_float32(dtype)
+        super().__init__(hidden_size, num_experts, bias, device=device, dtype=dtype)
+        self.noise_weight = nn.Parameter(
+            torch.empty(num_experts, hidden_size, device=device, dtype=dtype)
+        )
+        self.noise_gain = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if "noise_gain" in self._parameters:
+            nn.init.normal_(self.noise_weight, std=0.02)
+            # A gain of 0 keeps constant logits constant at the start; it learns from there.
+            nn.init.constant_(self.noise_gain, 1.0 if self.start_logit is None else 0.0)
+
+    def logits(self, x: Tensor) -> Tensor:
+        noise = F.softplus(F.linear(x.to(self.noise_weight.dtype), self.noise_weight))
+        return super().logits(x) + F.rms_norm(noise, noise.shape[-1:], self.noise_gain)
+
+
+ROUTERS = {"linear": LinearRouter, "modse": NoisyRouter}

@@ -1,0 +1,114 @@
+"""What was active: per-expert counts kept by every DSMoEFFN, and the shares read from them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+# Decoding sees one token at a time and cannot afford four small torch calls a layer for statistics.
+# So up to this many small batches wait as they are and are counted together.
+MAX_PENDING = 64
+MAX_PENDING_TOKENS = 16
+
+
+class ActivityCounter(nn.Module):
+    """Counts, for every expert, the tokens that used it. Counts only grow; readers keep what they
+    saw last.
+
+    counts [2,E+1] int64: row 0 in evaluation, row 1 in training; the last column is the number of
+    tokens. Never read on the host while the model runs.
+    """
+
+    def __init__(self, num_experts: int, device=None):
+        super().__init__()
+        self.num_experts = num_experts
+        counts = torch.zeros(2, num_experts + 1, dtype=torch.int64, device=device)
+        self.register_buffer("counts", counts, persistent=False)
+        self._pending: list[tuple[Tensor, Tensor | None, bool]] = []
+        self._last_read: Tensor | None = None
+
+    def reset_parameters(self) -> None:
+        """Starts again at zero; also what a loader that builds on the meta device calls."""
+        self._pending.clear()
+        self._last_read = None
+        self.counts.zero_()
+
+    @torch.no_grad()
+    def add(self, gates: Tensor, token_mask: Tensor | None = None) -> None:
+        """Counts the pairs of gates [T,E] that are not 0, but not of tokens where token_mask [T] is
+        False."""
+        is_small = gates.shape[0] <= MAX_PENDING_TOKENS and gates.device.type == "cpu"
+        if torch.compiler.is_compiling() or not is_small:
+            self._count(gates, token_mask, self.training)
+            return
+        self._pending.append((gates.detach(), token_mask, self.training))
+        if len(self._pending) >= MAX_PENDING:
+            self._flush()
+
+    def _count(self, gates: Tensor, token_mask: Tensor | None, training: bool) -> None:
+        used = gates != 0
+        tokens = gates.shape[0]
+        if token_mask is not None:
+            used = used & token_mask.unsqueeze(1)
+            tokens = token_mask.sum()
+        row = self.counts[int(training)]
+        row[:-1].add_(used.sum(0))
+        row[-1:].add_(tokens)
+
+    def _flush(self) -> None:
+        pending, self._pending = self._pending, []
+        groups: dict[tuple[bool, bool], list[tuple[Tensor, Tensor | None]]] = {}
+        for gates, mask, training in pending:
+            groups.setdefault((mask is not None, training), []).append((gates, mask))
+        for (has_mask, training), batches in groups.items():
+            mask = torch.cat([mask for _, mask in batches]) if has_mask else None
+            self._count(torch.cat([gates for gates, _ in batches]), mask, training)
+
+    def totals(self) -> Tensor:
+        """A copy of the counts so far, [2,E+1] int64."""
+        self._flush()
+        return self.counts.clone()
+
+    def read(self) -> Tensor:
+        """The counts since the last read, training and evaluation together: [E+1] int64."""
+        totals, before = self.totals(), self._last_read
+        self._last_read = totals
+        return (totals if before is None else totals - before.to(totals.device)).sum(0)
+
+    def __getstate__(self):
+        self._flush()  # copies and pickles hold numbers, not batches in waiting
+        return self.__dict__.copy()
+
+
+def active_share(counts: Tensor, expert_offsets: Tensor) -> Tensor:
+    """Share of the neurons that the average token used, fp64 0-d, from counts [E+1]; NaN if no
+    token was counted."""
+    sizes = expert_offsets.diff().to(counts)
+    return (counts[:-1] * sizes).sum().double() / (counts[-1] * sizes.sum()).double()
+
+
+@dataclass(frozen=True)
+class ActiveFraction:
+    """Shares of the FFN, shared expert included, that the counted tokens used."""
+
+    mean: float
+    per_layer: list[float]
+    num_tokens: int
+
+
+def active_fraction(model: nn.Module) -> ActiveFraction:
+    """The share of the FFNs that was used since this function last looked; NaN where nothing ran
+    since.
+
+    Padding is excluded. `per_layer` follows the order of model.modules(), which is that of the
+    layers.
+    """
+    from dsmoe_ext.ffn import ffn_layers  # ffn.py builds on this module
+
+    ffns = ffn_layers(model)
+    counts = [ffn.activity.read() for ffn in ffns]
+    shares = [
+        active_share(fresh, ffn.expert_offsets).item()
+        for fresh, ffn in zip(counts, ffns, strict=True)
+    ]
+    return ActiveFraction(sum(shares) / len(shares), shares, int(counts[0][-1]))
