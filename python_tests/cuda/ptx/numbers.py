@@ -1,0 +1,80 @@
+"""PTX number types as numpy arrays, and the roundings numpy does not have."""
+
+import numpy as np
+
+# PTX type -> numpy type of a value. bf16 and f16 travel as their 16 bits (b16) until an opcode
+# decodes them.
+TYPES = {"pred": np.dtype(np.bool_), "f32": np.dtype(np.float32), "f64": np.dtype(np.float64)}
+for _bits in (8, 16, 32, 64):
+    TYPES[f"s{_bits}"] = np.dtype(f"i{_bits // 8}")
+    TYPES[f"u{_bits}"] = TYPES[f"b{_bits}"] = np.dtype(f"u{_bits // 8}")
+for _name in ("f16", "bf16"):
+    TYPES[_name] = TYPES["b16"]
+for _name in ("f16x2", "bf16x2", "tf32"):
+    TYPES[_name] = TYPES["b32"]
+TYPES["b128"] = np.dtype("V16")
+
+
+def bf16_to_f32(bits):
+    """uint16 -> float32, exact."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def f32_to_bf16(x):
+    """float32 -> uint16, to nearest even; NaN becomes the canonical 0x7fff."""
+    u = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = (u + np.uint32(0x7FFF) + (u >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(x), np.uint32(0x7FFF), rounded).astype(np.uint16)
+
+
+def f16_to_f32(bits):
+    """uint16 -> float32, exact."""
+    return bits.view(np.float16).astype(np.float32)
+
+
+def f32_to_f16(x):
+    """float32 -> uint16, to nearest even; NaN becomes the canonical 0x7fff."""
+    bits = np.asarray(x, np.float32).astype(np.float16).view(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FFF), bits).astype(np.uint16)
+
+
+def f32_to_tf32(x):
+    """float32 -> float32 bits with 10 mantissa bits: nearest, ties away from zero (cvt.rna)."""
+    u = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = (u + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
+    return np.where(np.isfinite(x), rounded, u)
+
+
+DECODE = {"bf16": bf16_to_f32, "f16": f16_to_f32}
+ENCODE = {"bf16": f32_to_bf16, "f16": f32_to_f16}
+
+
+def fma_f32(x, y, z):
+    """x·y + z with one rounding. The product is exact in float64; the sum is rounded to odd there,
+    which leaves the second rounding, to float32, the right one."""
+    p = x.astype(np.float64) * y
+    c = np.asarray(z, np.float64)
+    s = p + c
+    t = s - p
+    error = (p - (s - t)) + (c - t)  # Knuth's two-sum: s + error == p + c exactly
+    bits = np.ascontiguousarray(s).view(np.int64)
+    inexact = np.isfinite(s) & (error != 0) & (bits & 1 == 0)
+    towards = np.where((error > 0) == (s > 0), 1, -1)
+    return np.where(inexact, bits + towards, bits).view(np.float64).astype(np.float32)
+
+
+def round_toward_zero(x):
+    """float64 -> float32, truncated: how tensor cores round their sums."""
+    r = x.astype(np.float32)
+    too_far = np.abs(r.astype(np.float64)) > np.abs(x)
+    return np.where(too_far, np.nextafter(r, np.float32(0)), r)
+
+
+def perturb(x, relative):
+    """x (float64) as a float32 that is off by up to the given relative error, a different amount
+    for each value: the approximate instructions may do that, so kernels must live with it."""
+    bits = np.ascontiguousarray(x).view(np.uint64)
+    hashed = (bits ^ (bits >> np.uint64(29))) * np.uint64(0x9E3779B97F4A7C15)
+    unit = (hashed >> np.uint64(40)).astype(np.float64) / 2.0**23 - 1.0  # in [-1, 1)
+    # the rounding to float32 itself takes up to 2^-24 of the allowance
+    return (x * (1.0 + unit * (relative - 2.0**-24))).astype(np.float32)
