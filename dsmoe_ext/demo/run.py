@@ -1,0 +1,217 @@
+"""`dsmoe demo`: dense → calibrated → fine-tuned on a small real LLaMA, measured at each stage."""
+
+import copy
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from .. import console
+from ..errors import UserError
+from ..files import atomic_directory, check_output, directory_size
+from ..loading import load_model, model_bytes, need_tokenizer, quiet_transformers
+from ..steps import calibrate_on, evaluate_with_bar
+from ..training.command import describe
+from ..training.data import read_text, second_domain_text, windows_of
+from ..training.evaluate import evaluate, supports_bf16
+from ..training.loop import TrainSettings, fine_tune
+from ..training.measure import active_parameters, generate, num_parameters, threshold
+from .speed import measure_speed
+
+PROMPT = "A Python function is"
+CALIBRATION_TOKENS = 8192
+SECOND_DOMAIN_WINDOWS = 8
+PROBES = 8  # evaluations during the fine-tuning, for the curves
+PROBE_WINDOWS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoSettings:
+    """The options of `dsmoe demo`."""
+
+    model: str = "smollm2"
+    data: Path | None = None
+    target_active: float = 0.5
+    threshold: float | None = None
+    steps: int = 80
+    compare: bool = False
+    out: Path = Path("dsmoe-demo")
+    window: int = 512
+    seed: int = 0
+
+
+def tuning_settings(settings: DemoSettings, sparse: bool) -> TrainSettings:
+    """The demo's recipe; --compare trains the dense model the same way."""
+    return TrainSettings(
+        steps=settings.steps,
+        distill=0.0,
+        target_active=settings.target_active if sparse else None,
+        seed=settings.seed,
+    )
+
+
+class Demo:
+    """The texts, and the measurements of each stage as they come in."""
+
+    def __init__(self, settings: DemoSettings, tokenizer):
+        self.settings, self.tokenizer = settings, tokenizer
+        self.windows = windows_of(tokenizer, read_text(settings.data), settings.window)
+        other = windows_of(tokenizer, second_domain_text(), settings.window)
+        self.other = torch.cat([other.train, other.held_out])[:SECOND_DOMAIN_WINDOWS]
+        self.bf16 = supports_bf16()
+        self.stages: dict[str, dict] = {}
+
+    def measure(self, name: str, model) -> dict:
+        """Perplexity on the held-out windows and on the second domain, and what was active."""
+        context, bf16 = self.windows.num_context, self.bf16
+        result = evaluate_with_bar(
+            model, self.windows.held_out, f"Evaluating ({name})", context=context, bf16=bf16
+        )
+        other = evaluate(model, self.other, num_context=context, bf16=bf16)
+        self.stages[name] = {
+            "perplexity": result.perplexity,
+            "perplexity_second_domain": other.perplexity,
+            "active_ffn": result.active,
+            "active_per_layer": result.active_per_layer,
+            "active_parameters": active_parameters(model, result.active_per_layer),
+            "active_ffn_second_domain": other.active,
+        }
+        return self.stages[name]
+
+    def probe(self, model) -> dict:
+        """A quick look during training: perplexity on a few held-out windows."""
+        step = max(1, len(self.windows.held_out) // PROBE_WINDOWS)
+        ids = self.windows.held_out[::step][:PROBE_WINDOWS]
+        result = evaluate(model, ids, num_context=self.windows.num_context, bf16=self.bf16)
+        return {"held_out_perplexity": result.perplexity}
+
+    def tune(self, label: str, model, train: TrainSettings, run_dir: Path | None, teacher=None):
+        """Fine-tunes in place; the log, with a first row for the state before step 1."""
+        every = max(1, train.steps // PROBES)
+        before = {"step": 0} | self.probe(model)
+
+        with console.progress(label, train.steps, "steps") as advance:
+
+            def on_step(row: dict) -> dict:
+                advance(1, note=describe(row))
+                if row["step"] % every == 0 or row["step"] == train.steps:
+                    return self.probe(model)
+                return {}
+
+            rows = fine_tune(
+                model, self.windows, train, run_dir=run_dir, teacher=teacher, on_step=on_step
+            )
+        return [before, *rows]
+
+
+def run_demo(settings: DemoSettings) -> dict:
+    """Runs the whole way and returns what report.json holds."""
+    from .report import draw_report, print_report
+
+    start = time.perf_counter()
+    out = settings.out
+    ours = (out / "report.json").is_file()
+    if not ours:
+        check_output(out)
+    with console.stage("Loading the dense model"):
+        dense, tokenizer = load_model(settings.model, dtype="fp32", only="llama")
+    need_tokenizer(tokenizer, settings.model)
+    demo = Demo(settings, tokenizer)
+    with atomic_directory(out, overwrite=ours) as folder:
+        report = _run(demo, dense, folder)
+        report["minutes"] = (time.perf_counter() - start) / 60
+        report["peak_memory_gb"] = peak_memory_gb()
+        with console.stage("Drawing report.png"):
+            draw_report(report, folder / "report.png")
+        (folder / "report.json").write_text(json.dumps(report, indent=1))
+    print_report(report, out)
+    return report
+
+
+def _run(demo: Demo, dense, folder: Path) -> dict:
+    settings = demo.settings
+    logs = {}
+    demo.measure("dense", dense)
+    probe_dense = demo.probe(dense)["held_out_perplexity"]
+    sparse = copy.deepcopy(dense)
+    with console.expect(ValueError):
+        sparse = calibrate_on(
+            sparse,
+            demo.windows,
+            tokens=CALIBRATION_TOKENS,
+            target_active=settings.target_active,
+        )
+    last = "calibrated"
+    demo.measure(last, sparse)
+    if settings.steps:
+        logs["fine-tuned"] = demo.tune(
+            "Fine-tuning", sparse, tuning_settings(settings, True), folder
+        )
+        last = "fine-tuned"
+        demo.measure(last, sparse)
+    if settings.threshold is not None:
+        with threshold(sparse, settings.threshold):
+            demo.measure(f"{last}, threshold {settings.threshold:g}", sparse)
+
+    sparse, sample = _save_and_reload(demo, sparse, folder / "model")
+    demo.stages[last]["disk_bytes"] = directory_size(folder / "model")
+    demo.stages["dense"]["disk_bytes"] = model_bytes(dense)
+    with console.stage("Measuring the speed of both"):
+        speeds = measure_speed(dense, sparse, demo.windows.held_out, prompt(demo.tokenizer))
+    demo.stages["dense"] |= speeds["dense"]
+    demo.stages[last] |= speeds["sparse"]
+    del sparse
+    dense_sample = continuation(demo.tokenizer, dense)
+    if settings.compare and settings.steps:
+        train = tuning_settings(settings, False)
+        name = "dense fine-tuned"
+        logs[name] = demo.tune("Fine-tuning the dense model", dense, train, None)
+        demo.measure(name, dense)
+    return {
+        "model": settings.model,
+        "settings": dataclasses.asdict(settings) | {"out": None, "data": str(settings.data or "")},
+        "parameters": num_parameters(dense),
+        "last": last,
+        "probe_dense": probe_dense,
+        "stages": demo.stages,
+        "logs": logs,
+        "speed": {key: speeds[key] for key in ("dtype", "threads")},
+        "texts": {"prompt": PROMPT, "dense": dense_sample, last: sample},
+    }
+
+
+def prompt(tokenizer) -> torch.Tensor:
+    """The demo's prompt, ids [1,L]."""
+    return torch.tensor([tokenizer(PROMPT)["input_ids"]])
+
+
+def continuation(tokenizer, model) -> str:
+    """32 greedy tokens after the prompt."""
+    return tokenizer.decode(generate(model, prompt(tokenizer), 32).ids, skip_special_tokens=True)
+
+
+def _save_and_reload(demo: Demo, model, folder: Path):
+    """Saves, loads again, and holds the reloaded model to the same tokens."""
+    with console.stage("Saving and loading again"), quiet_transformers():
+        model.save_pretrained(folder)
+        demo.tokenizer.save_pretrained(folder)
+        ids = prompt(demo.tokenizer)
+        before = generate(model, ids, 32)
+        reloaded, tokenizer = load_model(folder, dtype="fp32")
+        after = generate(reloaded, ids, 32)
+    if before.ids != after.ids:
+        raise UserError("the saved model does not generate the same tokens after loading")
+    return reloaded, tokenizer.decode(after.ids, skip_special_tokens=True)
+
+
+def peak_memory_gb() -> float | None:
+    """The largest resident memory of this process so far, where the system tells."""
+    try:
+        import resource
+        import sys
+    except ImportError:
+        return None
+    unit = 1e9 if sys.platform == "darwin" else 1e6  # bytes there, KiB (about kB) here
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit * (1 if unit == 1e9 else 1.024)

@@ -1,0 +1,43 @@
+"""Dense against sparse, interleaved in one process: evaluation and decoding."""
+
+import copy
+import time
+
+import torch
+
+from ..training.evaluate import ffn_layers, supports_bf16
+from ..training.measure import generate
+
+ROUNDS = 3
+NEW_TOKENS = 32
+WINDOWS = 2
+
+
+@torch.no_grad()
+def measure_speed(dense, sparse, windows: torch.Tensor, prompt: torch.Tensor) -> dict:
+    """Best tokens/s of each model: {"dense": {...}, "sparse": {...}, "dtype", "threads"}.
+
+    evaluation: logits of whole windows, one at a time. decoding: greedy, KV cache, batch 1.
+    Copies in bf16 where the processor computes in it; the sparse one with packed weights.
+    """
+    dtype = torch.bfloat16 if supports_bf16() else torch.float32
+    models = {"dense": _ready(dense, dtype), "sparse": _ready(sparse, dtype)}
+    best = {name: {"evaluation": 0.0, "decoding": 0.0} for name in models}
+    for _ in range(ROUNDS):
+        for name, model in models.items():
+            ids = windows[:WINDOWS]
+            start = time.perf_counter()
+            for row in ids:
+                model(input_ids=row[None], use_cache=False)
+            rate = ids.numel() / (time.perf_counter() - start)
+            best[name]["evaluation"] = max(best[name]["evaluation"], rate)
+            new = generate(model, prompt, NEW_TOKENS, min_new_tokens=NEW_TOKENS)
+            best[name]["decoding"] = max(best[name]["decoding"], new.tokens_per_second)
+    return best | {"dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
+
+
+def _ready(model, dtype: torch.dtype):
+    model = copy.deepcopy(model).to(dtype).eval()
+    for layer in ffn_layers(model):
+        layer.pack()
+    return model

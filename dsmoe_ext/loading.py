@@ -1,0 +1,130 @@
+"""Opening and saving models for the commands: every way it can go wrong has its own sentence."""
+
+import contextlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from .console import expect
+from .errors import UserError
+from .files import atomic_directory, check_space
+
+MODEL_TYPES = ("llama", "dsmoe_llama")
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """transformers' own bars and advice off: the commands show their own progress."""
+    from transformers.utils import logging as hf_logging
+
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            hf_logging.set_verbosity(verbosity)
+            hf_logging.enable_progress_bar()
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a model folder, with a clear error for everything that is not one."""
+    if not folder.exists():
+        raise UserError(f"no such model folder: {folder}")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a model folder (nor a .gguf file)")
+    path = folder / "config.json"
+    if not path.is_file():
+        if any(folder.glob("checkpoint-*")) or (folder / "train.jsonl").exists():
+            raise UserError(f"{folder} holds an unfinished training run; finish it with --resume")
+        raise UserError(f"{folder} has no config.json: it is not a transformers model folder")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return config
+
+
+def load_model(model: str | Path, *, dtype: str = "auto", only: str | None = None):
+    """(model, tokenizer or None) from a folder, a .gguf file, a hub id, or the word "smollm2".
+
+    dtype: "auto" (fp32 stays fp32; as saved), "fp32", "bf16", "fp16". only: "llama" refuses a
+    converted model, "dsmoe_llama" a dense one.
+    """
+    from .demo.source import resolve_model
+
+    folder = resolve_model(str(model))
+    config = read_config(folder)
+    kind = config.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise UserError(f"{folder} is a {kind or 'model without model_type'}, not a LLaMA")
+    if only and kind != only:
+        wanted = "a dense LLaMA" if only == "llama" else "a converted model (see dsmoe convert)"
+        found = "a dense LLaMA" if kind == "llama" else "already converted"
+        raise UserError(f"{folder} is {found}; this needs {wanted}")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import dsmoe_ext.models  # noqa: F401  registers dsmoe_llama
+
+    names = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    with quiet_transformers():
+        try:
+            loaded, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=names[dtype], local_files_only=True, output_loading_info=True
+            )
+        except Exception as error:
+            raise _loading_error(folder, error) from error
+        missing = sorted(info.get("missing_keys") or []) or sorted(
+            str(key) for key in info.get("mismatched_keys") or []
+        )
+        if missing:
+            raise UserError(
+                f"{folder} lacks {len(missing)} of the model's tensors, {missing[0]} first: "
+                "fetch or convert it again"
+            )
+        tokenizer = None
+        if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
+            with expect(ValueError, OSError):
+                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return loaded, tokenizer
+
+
+def _loading_error(folder: Path, error: Exception) -> Exception:
+    name = type(error).__name__
+    text = " ".join(str(error).split())
+    if name == "SafetensorError" or ("invalid" in text and "safetensors" in text):
+        return UserError(f"the weights in {folder} are damaged ({text}); fetch or convert it again")
+    if (isinstance(error, OSError) and "safetensors" in text) or "no file named" in text:
+        return UserError(f"{folder} has no weights (model.safetensors)")
+    if isinstance(error, (ValueError, KeyError, TypeError)) or "size mismatch" in text:
+        return UserError(f"{folder} could not be opened: {text[:300]}")
+    return error
+
+
+def need_tokenizer(tokenizer, model: str | Path):
+    """The tokenizer, or an error that says what is missing."""
+    if tokenizer is None:
+        raise UserError(f"{model} has no tokenizer (tokenizer.json); copy it into the folder")
+    return tokenizer
+
+
+def model_bytes(model) -> int:
+    """Bytes that the weights take on disk, tied ones once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def save_model(model, tokenizer, target: Path, *, overwrite: bool = False) -> None:
+    """save_pretrained into a hidden neighbour, then one rename: whole or absent."""
+    check_space(target, model_bytes(model))
+    with atomic_directory(target, overwrite) as folder, quiet_transformers():
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)

@@ -1,0 +1,69 @@
+"""Arguments and options that several commands share."""
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A model folder, a .gguf file, a hub id such as org/name, or the word smollm2.",
+    ),
+]
+OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace OUT if it exists and is not empty.")
+]
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="FILE|DIR",
+        help="UTF-8 text: a file, or a folder of .txt, .md and .rst files. "
+        "Without it the English text built into Python (the language reference, 465 kB).",
+    ),
+]
+WindowOption = Annotated[
+    int, typer.Option("--window", min=2, help="Tokens in a window; windows never overlap.")
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+TargetOption = Annotated[
+    float,
+    typer.Option("--target-active", min=0.01, max=1.0, help="Share of the FFN to use per token."),
+]
+
+
+class Dtype(str, enum.Enum):
+    """The dtype of weights and computation."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+DtypeOption = Annotated[
+    Dtype, typer.Option("--dtype", help="Dtype of the weights; auto: as they are saved.")
+]
+
+
+class Router(str, enum.Enum):
+    """How the routers start."""
+
+    dense = "dense"
+    paper = "paper"
+
+
+def numbers(text: str | None, kind: type, option: str) -> list:
+    """A comma-separated list from the command line."""
+    if not text:
+        return []
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is not a list like 0.3,0.5", param_hint=option
+        ) from None

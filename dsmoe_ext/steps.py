@@ -1,0 +1,152 @@
+"""The steps that the commands and the demo share: calibrate, evaluate over thresholds, generate."""
+
+import sys
+from contextlib import nullcontext
+
+import torch
+from rich.table import Table
+
+from . import console
+from .errors import UserError
+from .training.data import TextWindows
+from .training.evaluate import Evaluation, evaluate, ffn_layers, supports_bf16
+from .training.measure import active_parameters, generate, num_parameters, threshold
+
+
+def calibrate_on(model, windows: TextWindows, *, tokens: int, **options):
+    """calibrate() on training windows spread evenly through the text, about `tokens` of them."""
+    from .calibration import calibrate
+
+    wanted = max(1, min(len(windows.train), -(-tokens // windows.length)))
+    rows = torch.linspace(0, len(windows.train) - 1, wanted).round().long()
+    return calibrate(model, windows.train[rows], **options)
+
+
+def evaluate_with_bar(
+    model, ids: torch.Tensor, label: str, *, context: int = 0, batch_size: int = 1, bf16=False
+) -> Evaluation:
+    """evaluate() over windows ids [N,L] with a progress bar counting tokens."""
+    with console.progress(label, ids.numel(), "tokens") as advance:
+        result = evaluate(
+            model,
+            ids,
+            num_context=context,
+            batch_size=batch_size,
+            bf16=bf16,
+            advance=lambda done: advance(done * ids.shape[1]),
+        )
+    return result
+
+
+def evaluation_rows(
+    model, ids: torch.Tensor, thresholds: list[float], *, batch_size: int = 1, context: int = 0
+) -> list[dict]:
+    """One row as the model is, then one per threshold of the sweep; ready for JSON."""
+    if thresholds and not ffn_layers(model):
+        raise UserError("--thresholds needs a converted model; this one is dense")
+    rows = []
+    for value in [None, *thresholds]:
+        label = "Evaluating" if value is None else f"Evaluating at threshold {value:g}"
+        with nullcontext() if value is None else threshold(model, value):
+            result = evaluate_with_bar(model, ids, label, context=context, batch_size=batch_size)
+        layers = result.active_per_layer
+        rows.append(
+            {
+                "threshold": value,
+                "perplexity": result.perplexity,
+                "predicted_tokens": result.num_tokens,
+                "active_ffn": result.active,
+                "active_parameters": active_parameters(model, layers),
+                "parameters": num_parameters(model),
+                "tokens_per_second": result.tokens_per_second,
+                "active_per_layer": layers,
+            }
+        )
+    return rows
+
+
+def print_evaluations(rows: list[dict], per_layer: bool = False) -> None:
+    """The rows of evaluation_rows as a table on stdout."""
+    first = rows[0]
+    table = Table(
+        title=f"{first['parameters'] / 1e6:.1f} M parameters, "
+        f"{first['predicted_tokens']:,} predicted tokens"
+    )
+    table.add_column("threshold")
+    for name in ("perplexity", "FFN active", "parameters active", "tokens/s"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        name = "as saved" if row["threshold"] is None else f"{row['threshold']:g}"
+        table.add_row(
+            name,
+            f"{row['perplexity']:.3f}",
+            f"{row['active_ffn']:.1%}",
+            f"{row['active_parameters']:.1%}",
+            f"{row['tokens_per_second']:,.0f}",
+        )
+    console.out.print(table)
+    if per_layer and first["active_per_layer"]:
+        layers = Table(title="FFN active by layer")
+        layers.add_column("layer", justify="right")
+        for row in rows:
+            name = "as saved" if row["threshold"] is None else f"{row['threshold']:g}"
+            layers.add_column(name, justify="right")
+        for layer in range(len(first["active_per_layer"])):
+            layers.add_row(str(layer), *(f"{row['active_per_layer'][layer]:.1%}" for row in rows))
+        console.out.print(layers)
+
+
+def prompt_ids(tokenizer, text: str, chat: bool) -> torch.Tensor:
+    """Token ids [1,L] of a prompt, inside the chat template if it is a question."""
+    if chat:
+        if not tokenizer.chat_template:
+            raise UserError("--chat needs a model with a chat template; this one has none")
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+    ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
+    if not ids:
+        raise UserError("the prompt is empty")
+    return torch.tensor([ids])
+
+
+def generate_text(
+    model,
+    tokenizer,
+    text: str,
+    max_new_tokens: int,
+    *,
+    chat: bool = False,
+    threshold_value: float | None = None,
+    **sampling,
+) -> None:
+    """Prints prompt and continuation as they come, and the speed on stderr."""
+    ids = prompt_ids(tokenizer, text, chat)
+    if threshold_value is not None and not ffn_layers(model):
+        raise UserError("--threshold needs a converted model; this one is dense")
+    shown, new = "", []
+
+    def show(token: int) -> None:
+        """Prints what is certain: a token may end within a character, shown as U+FFFD."""
+        nonlocal shown
+        new.append(token)
+        whole = tokenizer.decode(new, skip_special_tokens=True)
+        if not whole.endswith("\ufffd"):
+            print(whole[len(shown) :], end="", flush=True)
+            shown = whole
+
+    if not chat:
+        print(text, end="", flush=True)
+    with nullcontext() if threshold_value is None else threshold(model, threshold_value):
+        result = generate(model, ids, max_new_tokens, on_token=show, **sampling)
+    print(tokenizer.decode(new, skip_special_tokens=True)[len(shown) :])
+    sys.stdout.flush()
+    console.say(
+        f"{len(result.ids)} tokens, {result.tokens_per_second:.1f} tokens/s "
+        f"(prompt of {ids.shape[1]} in {result.prefill_seconds:.2f} s)"
+    )
+
+
+def fast_dtype(device: str = "cpu") -> torch.dtype:
+    """The dtype in which inference is fastest here."""
+    return torch.bfloat16 if supports_bf16(device) else torch.float32

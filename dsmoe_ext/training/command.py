@@ -1,0 +1,110 @@
+"""`dsmoe train`: a run folder with log and checkpoints that becomes a model folder at the end."""
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+from .. import console
+from ..errors import UserError
+from ..files import atomic_directory, check_output, check_space
+from .checkpoint import find_checkpoints
+from .data import read_text, windows_of
+from .log import read_log
+from .loop import TrainSettings, fine_tune, router_parameters
+
+
+def run_training(
+    model: str,
+    out: Path,
+    settings: TrainSettings,
+    *,
+    data: Path | None,
+    window: int,
+    teacher: str | None = None,
+    checkpoint_every: int = 20,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Trains `model` on `data` into `out`; what it leaves after a kill is whole and resumable."""
+    from ..loading import load_model, model_bytes, need_tokenizer
+
+    if _is_done(out, settings, resume):
+        console.say(f"{out} is finished ({settings.steps} steps); nothing to do")
+        return
+    _prepare(out, resume, overwrite)
+    with console.stage("Loading"):
+        loaded, tokenizer = load_model(model, dtype="fp32")
+        need_tokenizer(tokenizer, model)
+        teaching = load_model(teacher, dtype="auto", only="llama")[0].eval() if teacher else None
+    if teaching is not None and teaching.config.vocab_size != loaded.config.vocab_size:
+        raise UserError(f"{teacher} and {model} have different vocabularies")
+    target = settings.target_active
+    if target is None and router_parameters(loaded):
+        target = getattr(loaded.config, "target_active", None)
+        settings = dataclasses.replace(settings, target_active=target)
+    windows = windows_of(tokenizer, read_text(data), window)
+    # Weights and AdamW's two moments in fp32, once more while a checkpoint replaces the one before.
+    check_space(out, model_bytes(loaded) * (7 if checkpoint_every else 1))
+    first = find_checkpoints(out)[-1][0] if resume and find_checkpoints(out) else 0
+    if first:
+        console.say(f"resuming after step {first}")
+    with console.progress("Training", settings.steps - first, "steps") as advance:
+        fine_tune(
+            loaded,
+            windows,
+            settings,
+            teacher=teaching,
+            run_dir=out,
+            checkpoint_every=checkpoint_every,
+            resume=resume,
+            identity={"model": str(model), "teacher": str(teacher), "window": window},
+            on_step=lambda row: advance(1, note=describe(row)),
+        )
+    save_into(loaded, tokenizer, out)
+    for _, folder in find_checkpoints(out):
+        shutil.rmtree(folder, ignore_errors=True)
+    print(f"wrote {out}")
+
+
+def describe(row: dict) -> str:
+    """The few numbers of a step that stand beside the bar."""
+    active = f", {row['active']:.3f} active" if "active" in row else ""
+    return f"loss {row['loss']:.3f}{active}"
+
+
+def save_into(model, tokenizer, out: Path) -> None:
+    """Saves into an existing run folder: file by file, config.json (what makes it a model) last."""
+    from ..loading import quiet_transformers
+
+    with atomic_directory(out / "model") as folder:
+        with quiet_transformers():
+            model.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
+            os.replace(path, out / path.name)
+    (out / "model").rmdir()
+
+
+def _is_done(out: Path, settings: TrainSettings, resume: bool) -> bool:
+    rows = read_log(out / "train.jsonl") if resume else []
+    finished = (out / "config.json").is_file() and not find_checkpoints(out)
+    return finished and bool(rows) and rows[-1]["step"] == settings.steps
+
+
+def _prepare(out: Path, resume: bool, overwrite: bool) -> None:
+    found = find_checkpoints(out)
+    if resume:
+        if out.is_dir() and any(out.iterdir()) and not found and not (out / "train.jsonl").exists():
+            raise UserError(f"{out} holds no training run to resume")
+        check_output(out, overwrite=True)
+        return
+    if found and not overwrite:
+        raise UserError(
+            f"{out} holds an unfinished run (step {found[-1][0]}); "
+            "add --resume to go on, or --overwrite to start again"
+        )
+    check_output(out, overwrite)
+    if out.is_dir() and overwrite:
+        shutil.rmtree(out)

@@ -1,0 +1,142 @@
+"""Text → token windows, with every tenth window held out all through the text.
+
+Perplexity differs by a factor of two from place to place in one text, so the last part of it is
+no measure for the rest: the held-out windows are spread evenly.
+"""
+
+import hashlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import UserError
+
+HELD_OUT_EVERY = 10
+
+
+@dataclass(frozen=True)
+class TextWindows:
+    """Windows of one text: train [N,L] and held_out [M,L] int64; no token is in both.
+
+    num_context is the number of tokens at the front of each window (0, or 1 where the tokenizer
+    starts every text with a BOS) that are given, never predicted.
+    """
+
+    train: torch.Tensor
+    held_out: torch.Tensor
+    num_context: int = 0
+
+    @property
+    def length(self) -> int:
+        return self.train.shape[1]
+
+    def digest(self) -> str:
+        """Names the data in a checkpoint, so that a run is not resumed on other data."""
+        text = hashlib.sha256()
+        for part in (self.train, self.held_out):
+            text.update(part.numpy().tobytes())
+        return text.hexdigest()[:16]
+
+    def batch(self, step: int, batch_size: int, seed: int) -> torch.Tensor:
+        """The training windows [batch_size, L] of a step: a function of (step, seed) alone.
+
+        Every epoch is a fresh permutation; a resumed run needs no other position than its step.
+        """
+        num = len(self.train)
+        first = step * batch_size
+        rows = []
+        for epoch in range(first // num, (first + batch_size - 1) // num + 1):
+            order = _permutation(num, seed, epoch)
+            low = max(first - epoch * num, 0)
+            rows.append(order[low : min(first + batch_size - epoch * num, num)])
+        return self.train[torch.cat(rows)]
+
+
+def _permutation(num: int, seed: int, epoch: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % (1 << 62))
+    return torch.randperm(num, generator=generator)
+
+
+def tokenize(tokenizer, text: str) -> tuple[torch.Tensor, int | None]:
+    """Token ids [N] int64 of a text without special tokens, and the BOS that belongs in front."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    front = tokenizer("a")["input_ids"][:1]
+    bos = tokenizer.bos_token_id
+    return torch.tensor(ids, dtype=torch.int64), bos if bos is not None and front == [bos] else None
+
+
+def split_windows(ids: torch.Tensor, length: int = 512, bos: int | None = None) -> TextWindows:
+    """Cuts ids [N] into windows of `length` tokens, BOS included; windows 9, 19, 29.. are held out.
+
+    A text of fewer than ten windows gives up its last one, so that both parts exist.
+    """
+    if length < 2:
+        raise UserError(f"a window needs at least 2 tokens, not {length}")
+    step = length - (bos is not None)
+    num = ids.numel() // step
+    if num < 2:
+        raise UserError(
+            f"the text has {ids.numel()} tokens; two windows of {length} need {2 * step}: "
+            "give more text or a smaller --window"
+        )
+    windows = ids[: num * step].view(num, step)
+    if bos is not None:
+        windows = torch.cat([torch.full((num, 1), bos), windows], dim=1)
+    held_out = torch.zeros(num, dtype=torch.bool)
+    held_out[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] = True
+    if not held_out.any():
+        held_out[-1] = True
+    return TextWindows(windows[~held_out], windows[held_out], int(bos is not None))
+
+
+def windows_of(tokenizer, text: str, length: int = 512) -> TextWindows:
+    """The windows of a text, with a BOS in front of each where the tokenizer is used to one."""
+    ids, bos = tokenize(tokenizer, text)
+    return split_windows(ids, length, bos)
+
+
+def read_text(path: str | Path | None) -> str:
+    """The text of a file, of all .txt/.md/.rst files below a directory, or the built-in English."""
+    if path is None:
+        return builtin_text()
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".md", ".rst"))
+        if not files:
+            raise UserError(f"no .txt, .md or .rst file in {path}")
+    elif path.is_file():
+        files = [path]
+    else:
+        raise UserError(f"no such file or directory: {path}")
+    try:
+        text = "\n\n".join(file.read_text(encoding="utf-8") for file in files)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason}") from None
+    if not text.strip():
+        raise UserError(f"{path} is empty")
+    return text
+
+
+def builtin_text() -> str:
+    """465 kB of English that every CPython has: the language reference behind help()."""
+    from pydoc_data import topics
+
+    return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
+
+
+# Modules in pure Python, old enough to be everywhere; together about 40,000 tokens.
+_SOURCE_MODULES = ("argparse", "textwrap", "fractions", "statistics")
+
+
+def second_domain_text() -> str:
+    """Another domain, used by no calibration or training: source code of the standard library."""
+    sources = []
+    for name in _SOURCE_MODULES:
+        spec = importlib.util.find_spec(name)
+        get_source = getattr(spec.loader, "get_source", None) if spec else None
+        source = get_source(name) if get_source else None
+        if source:
+            sources.append(source)
+    return "\n\n".join(sources)

@@ -1,0 +1,116 @@
+"""What a model costs to run: active parameters, decoding speed, and a sweep of thresholds."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .evaluate import autocast, ffn_layers
+
+
+def num_parameters(model) -> int:
+    """All parameters, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def active_parameters(model, active_per_layer: list[float]) -> float:
+    """Share of all parameters (tied ones once, routers included) that a token uses on average.
+
+    Everything outside the FFN counts as used, of each FFN its measured share.
+    """
+    total = num_parameters(model)
+    idle = 0.0
+    for ffn, active in zip(ffn_layers(model), active_per_layer, strict=False):
+        size = sum(p.numel() for name, p in ffn.named_parameters() if "router" not in name)
+        idle += size * (1.0 - active)
+    return 1.0 - idle / total
+
+
+@contextlib.contextmanager
+def threshold(model, value: float) -> Iterator[None]:
+    """Every layer's threshold at `value` inside the block, as it was afterwards."""
+    layers = ffn_layers(model)
+    before = [layer.threshold.clone() for layer in layers]
+    try:
+        for layer in layers:
+            layer.threshold.fill_(value)
+        yield
+    finally:
+        for layer, old in zip(layers, before, strict=True):
+            layer.threshold.copy_(old)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """New token ids [N] of one prompt, and how fast they came."""
+
+    ids: list[int]
+    prefill_seconds: float
+    decode_seconds: float  # from the first new token to the last
+
+    @property
+    def tokens_per_second(self) -> float:
+        return max(len(self.ids) - 1, 0) / max(self.decode_seconds, 1e-9)
+
+
+class _Clock:
+    """A streamer of generate() that notes when tokens come and passes them on."""
+
+    def __init__(self, prompt_length: int, on_token=None):
+        self.times: list[float] = []
+        self._skip, self._on_token = True, on_token
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._skip:  # generate() hands over the prompt first
+            self._skip = False
+            return
+        self.times.append(time.perf_counter())
+        if self._on_token:
+            self._on_token(int(value.view(-1)[0]))
+
+    def end(self) -> None:
+        pass
+
+
+@torch.no_grad()
+def generate(
+    model,
+    ids: torch.Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    min_new_tokens: int | None = None,
+    bf16: bool = False,
+    on_token=None,
+) -> Generation:
+    """Continues ids [1,L] with a KV cache; greedy at temperature 0, else seeded sampling."""
+    was_training = model.training
+    model.eval()
+    ids = ids.to(next(model.parameters()).device)
+    clock = _Clock(ids.shape[1], on_token)
+    options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        torch.manual_seed(seed)
+        options |= {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    pad = model.generation_config.pad_token_id
+    start = time.perf_counter()
+    try:
+        with autocast(ids.device, bf16):
+            output = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                min_new_tokens=min_new_tokens,
+                use_cache=True,
+                streamer=clock,
+                pad_token_id=0 if pad is None else pad,
+                **options,
+            )
+    finally:
+        model.train(was_training)
+    times = clock.times or [time.perf_counter()]
+    return Generation(output[0, ids.shape[1] :].tolist(), times[0] - start, times[-1] - times[0])
