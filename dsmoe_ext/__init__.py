@@ -5,7 +5,9 @@ model = dsmoe_ext.convert_llama("path/to/llama", num_experts=8)
 """
 
 import importlib
+import importlib.util
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -13,6 +15,12 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
     raise ImportError(
         f"dsmoe_ext needs torch 2.10 or newer, but torch is {torch.__version__}: "
         "run `pip install torch==2.13.0`."
+    )
+
+if importlib.util.find_spec("dsmoe_ext._C") is None:
+    raise ImportError(
+        f"{Path(__file__).parent} is the source folder of dsmoe_ext and holds no compiled part: "
+        "run `pip install .` beside it, then start Python in another directory."
     )
 
 from dsmoe_ext.models.auto import install as _install_auto_classes

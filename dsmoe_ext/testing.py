@@ -1,7 +1,7 @@
 """Random inputs and error bounds, for the tests and for the check that every benchmark makes first.
 
-The bounds follow two rules. float32 and float64: |ours - exact| <= c * eps * magnitude per
-element, where magnitude is the same formula on absolute values: the size of the sums that are rounded.
+The bounds follow two rules. float32 and float64: |ours - exact| <= c * eps * magnitude for each
+element, where magnitude is the same formula on absolute values: the size of the sums behind it.
 bfloat16 and float16: our largest error is at most twice that of the same formula in PyTorch in the
 same dtype, plus the rounding of the output; both against float64.
 """

@@ -1,0 +1,73 @@
+"""Building and importing where something is missing: one clear sentence, and no crash."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dsmoe_ext
+
+pytestmark = pytest.mark.quick
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def build(tmp_path, **environment) -> subprocess.CompletedProcess:
+    command = [sys.executable, "setup.py", "build_ext", "--build-temp", str(tmp_path / "t")]
+    command += ["--build-lib", str(tmp_path / "lib")]
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        ({"DSMOE_TORCH_DIR": "/nonexistent"}, "there is none in /nonexistent"),
+        ({"CXX": "no-such-compiler"}, "needs a C++20 compiler"),
+        ({"DSMOE_CUDA": "yes"}, "DSMOE_CUDA must be auto, 1 or 0, but is 'yes'"),
+    ],
+)
+def test_build_says_what_is_missing(environment, message, tmp_path):
+    result = build(tmp_path, **environment)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "lib").exists()
+
+
+def run_python(code: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **options)
+
+
+def test_old_torch_is_refused_at_import(tmp_path):
+    (tmp_path / "torch.py").write_text("__version__ = '2.9.1'\n")
+    result = run_python(
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import dsmoe_ext", cwd=tmp_path
+    )
+    assert "dsmoe_ext needs torch 2.10 or newer, but torch is 2.9.1" in result.stderr
+
+
+def test_source_folder_is_not_the_package():
+    result = run_python("import dsmoe_ext", cwd=ROOT)
+    assert "is the source folder of dsmoe_ext and holds no compiled part" in result.stderr
+
+
+def test_unknown_isa_is_refused_at_import(tmp_path):
+    environment = {**os.environ, "DSMOE_ISA": "sse9"}
+    result = run_python("import dsmoe_ext", cwd=tmp_path, env=environment)
+    assert "cannot run ISA 'sse9'; use one of: " in result.stderr
+
+
+def test_build_info():
+    info = dsmoe_ext.build_info()
+    assert info["version"] == dsmoe_ext.__version__
+    assert info["isa"] == info["isas"][0] and info["isas"][-1] == "portable"
+    assert info["torch"].split(".")[0] == torch.__version__.split(".")[0]
+
+
+def test_import_needs_no_transformers(tmp_path):
+    code = "import sys, dsmoe_ext; print([m for m in sys.modules if m == 'transformers'])"
+    assert run_python(code, cwd=tmp_path).stdout.strip() == "[]"
