@@ -10,16 +10,16 @@ namespace {
 // pair_offsets[E] entries are valid. So nobody has to wait for a device to learn A.
 std::tuple<Tensor, Tensor, Tensor, Tensor> permute(const Tensor& gates_in) {
   check(gates_in.dim() == 2, "gates must have shape [T, E], but has ", shape_string(gates_in), ".");
-  const Tensor gates = as_contiguous(gates_in);
   PermuteParams p{};
-  p.gates_dtype = kernel_dtype(gates, "gates");
+  p.gates_dtype = kernel_dtype(gates_in, "gates");
   check(p.gates_dtype == Dtype::kFloat32 || p.gates_dtype == Dtype::kFloat64,
         "gates must be float32 or float64.");
-  p.num_tokens = gates.size(0);
-  p.num_experts = static_cast<int32_t>(gates.size(1));
+  p.num_tokens = gates_in.size(0);
+  p.num_experts = static_cast<int32_t>(gates_in.size(1));
   p.capacity = p.num_tokens * p.num_experts;
   check(p.capacity < std::numeric_limits<int32_t>::max(), "gates has ", p.capacity,
         " entries, more than the 2^31 - 1 that int32 lists can count; split the tokens.");
+  const Tensor gates = as_contiguous(gates_in);
   const auto int_tensor = [&](int64_t n) {
     return torch::stable::new_empty(gates, {n}, ScalarType::Int);
   };
