@@ -78,13 +78,21 @@ def load_model(model: str | Path, *, dtype: str = "auto", only: str | None = Non
     with quiet_transformers():
         try:
             loaded, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=names[dtype], local_files_only=True, output_loading_info=True
+                folder,
+                dtype=names[dtype],
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, in one line
             )
         except Exception as error:
             raise _loading_error(folder, error) from error
-        missing = sorted(info.get("missing_keys") or []) or sorted(
-            str(key) for key in info.get("mismatched_keys") or []
-        )
+        wrong = sorted(str(key[0]) for key in info.get("mismatched_keys") or [])
+        if wrong:
+            raise UserError(
+                f"{len(wrong)} tensors in {folder} have another shape than its config.json says, "
+                f"{wrong[0]} first"
+            )
+        missing = sorted(info.get("missing_keys") or [])
         if missing:
             raise UserError(
                 f"{folder} lacks {len(missing)} of the model's tensors, {missing[0]} first: "

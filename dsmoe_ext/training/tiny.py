@@ -1,4 +1,4 @@
-"""A random LLaMA that fits in a few hundred kilobytes, with a byte tokenizer: for trying things out."""
+"""A random LLaMA of a few hundred kilobytes with a byte tokenizer: for trying things out."""
 
 from pathlib import Path
 

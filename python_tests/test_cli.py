@@ -1,0 +1,375 @@
+"""The command line on a tiny random LLaMA: every command, every expected error, kill and resume."""
+
+import errno
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from dsmoe_ext.cli import app
+from dsmoe_ext.training.data import builtin_text
+from dsmoe_ext.training.log import read_log
+from dsmoe_ext.training.tiny import byte_tokenizer, save_tiny_llama, tiny_llama
+
+COMMANDS = ("convert", "calibrate", "merge", "eval", "generate", "train", "demo")
+MAIN = [sys.executable, "-c", "from dsmoe_ext.cli import main; main()"]
+
+
+def dsmoe(*arguments):
+    """Runs a command in this process; the result has exit_code, stdout and stderr."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def run(*arguments):
+    """Runs a command that must succeed; its standard output."""
+    result = dsmoe(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def fails(*arguments) -> str:
+    """Runs a command that must fail with exit code 1 and one line on stderr; that line."""
+    result = dsmoe(*arguments)
+    assert result.exit_code == 1, result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("dsmoe: ")]
+    assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
+    assert "unexpected" not in lines[0], lines[0]
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A folder with a dense model, a text and a converted model, for tests that only read."""
+    folder = tmp_path_factory.mktemp("shared")
+    save_tiny_llama(folder / "dense")
+    (folder / "text.txt").write_text(builtin_text()[:12000])
+    run("convert", folder / "dense", folder / "sparse", "--experts", 4)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.quick
+def test_help_and_version():
+    text = run("--help")
+    for command in COMMANDS:
+        assert command in text
+        own = run(command, "--help")
+        assert "Example" in own and f"dsmoe {command}" in own
+    assert run("--version").startswith("dsmoe ")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["convert"],
+        ["convert", "a", "b", "--experts", "x"],
+        ["convert", "a", "b", "--experts", "0"],
+        ["convert", "a", "b", "--expert-sizes", "3,x"],
+        ["calibrate", "a", "b", "--target-active", "1.5"],
+        ["eval", "a", "--thresholds", "low"],
+        ["train", "a", "b", "--precision", "fp16"],
+        ["eval", "a", "--dtype", "int8"],
+    ],
+)
+def test_wrong_usage_is_2(arguments):
+    result = dsmoe(*arguments)
+    assert result.exit_code == 2 and "Traceback" not in result.output
+
+
+# ----------------------------------------------------------------------------------- the good paths
+
+
+def test_convert_eval_and_merge_are_exact(shared, tmp_path):
+    rows = {}
+    for name in ("dense", "sparse"):
+        options = ("--data", shared / "text.txt", "--window", 32, "--json")
+        rows[name] = json.loads(run("eval", shared / name, *options))[0]
+    assert rows["sparse"]["perplexity"] == pytest.approx(rows["dense"]["perplexity"], rel=1e-5)
+    assert rows["sparse"]["active_ffn"] == rows["dense"]["active_ffn"] == 1.0
+    run("merge", shared / "sparse", tmp_path / "merged")
+    want = load_file(shared / "dense" / "model.safetensors")
+    got = load_file(tmp_path / "merged" / "model.safetensors")
+    assert want.keys() == got.keys()
+    assert all(torch.equal(want[name], got[name]) for name in want)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["model_type"] == "llama"
+    assert (tmp_path / "merged" / "tokenizer.json").exists()
+
+
+def test_eval_sweeps_thresholds(shared):
+    options = ("--data", shared / "text.txt", "--window", 32, "--limit", 4)
+    text = run("eval", shared / "sparse", *options, "--thresholds", "0.5,0.9", "--json")
+    rows = json.loads(text)
+    assert [row["threshold"] for row in rows] == [None, 0.5, 0.9]
+    # All scores start at 0.75: between the thresholds, every expert switches off.
+    assert [row["active_ffn"] for row in rows] == [1.0, 1.0, 0.0]
+    assert rows[2]["active_parameters"] < rows[1]["active_parameters"] == 1.0
+    table = run("eval", shared / "sparse", *options, "--thresholds", "0.9", "--per-layer")
+    assert "as saved" in table and "0.9" in table and "layer" in table
+
+
+def test_unequal_experts_and_a_shared_one(shared, tmp_path):
+    options = ("--expert-sizes", "8,24,32", "--shared-size", 32)
+    run("convert", shared / "dense", tmp_path / "out", *options)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["expert_sizes"] == [8, 24, 32] and config["shared_size"] == 32
+
+
+def test_generate(shared):
+    one, two = (dsmoe("generate", shared / name, "Hello", "-n", 8) for name in ("dense", "sparse"))
+    assert one.exit_code == two.exit_code == 0
+    assert one.stdout.startswith("Hello") and one.stdout == two.stdout
+    assert "tokens/s" in two.stderr
+    drawn = [
+        run("generate", shared / "sparse", "Hello", "-n", 12, "--temperature", 1, "--seed", seed)
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    options = ("--input", "x")
+    assert dsmoe("generate", shared / "sparse", *options).exit_code == 2
+    piped = CliRunner().invoke(
+        app, ["generate", str(shared / "sparse"), "-", "-n", "2"], input="From a pipe"
+    )
+    assert piped.stdout.startswith("From a pipe")
+    assert "chat template" in fails("generate", shared / "sparse", "Hi", "--chat")
+    assert "dense" in fails("generate", shared / "dense", "Hi", "--threshold", 0.4)
+
+
+def test_calibrate(shared, tmp_path):
+    pytest.importorskip("dsmoe_ext.calibration")
+    options = ("--data", shared / "text.txt", "--window", 32, "--tokens", 1024)
+    sparse = tmp_path / "half"
+    run("calibrate", shared / "dense", sparse, *options, "--expert-size", 8, "--shared", 0.25)
+    text = run("eval", sparse, "--data", shared / "text.txt", "--window", 32, "--json")
+    assert json.loads(text)[0]["active_ffn"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_train_and_train_again(shared, tmp_path):
+    out = tmp_path / "tuned"
+    options = ("--data", shared / "text.txt", "--window", 32, "--steps", 6, "--lr", 1e-3)
+    run("train", shared / "sparse", out, *options, "--target-active", 0.9)
+    rows = read_log(out / "train.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 7))
+    assert {"loss", "active", "thresholds", "grad_norm", "lr"} <= rows[0].keys()
+    assert not list(out.glob("checkpoint-*"))
+    assert (out / "tensorboard").is_dir() or not importlib.util.find_spec("tensorboard")
+    run("eval", out, "--data", shared / "text.txt", "--window", 32, "--limit", 2)
+    assert "not empty" in fails("train", shared / "sparse", out, *options)
+    again = dsmoe("train", shared / "sparse", out, *options, "--resume")
+    assert again.exit_code == 0 and "nothing to do" in again.stderr
+    run("train", shared / "sparse", out, *options, "--overwrite", "--teacher", shared / "dense")
+
+
+def test_quiet_without_a_terminal(shared):
+    options = ("--data", shared / "text.txt", "--window", 32, "--limit", 4)
+    result = dsmoe("eval", shared / "sparse", *options)
+    lines = result.stderr.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["Loading", "Evaluating"]
+    assert "\x1b" not in result.output and "\r" not in result.output
+
+
+# ----------------------------------------------------------------------------------------- errors
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """Folders that are wrong in one way each."""
+    save_tiny_llama(tmp_path / "good")
+    for name in ("notjson", "gpt", "cut", "noweights", "lacking", "notokenizer", "other"):
+        save_tiny_llama(tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notjson" / "config.json").write_text("{")
+    config = json.loads((tmp_path / "gpt" / "config.json").read_text())
+    (tmp_path / "gpt" / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    other = config | {"intermediate_size": 48}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(other))
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    (tmp_path / "noweights" / "model.safetensors").unlink()
+    model = tiny_llama(num_hidden_layers=1)
+    model.config.num_hidden_layers = 2
+    model.save_pretrained(tmp_path / "lacking")
+    (tmp_path / "notokenizer" / "tokenizer.json").unlink()
+    (tmp_path / "notokenizer" / "tokenizer_config.json").unlink()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("absent", "no such"),
+        ("empty", "no config.json"),
+        ("notjson", "not JSON"),
+        ("gpt", "not a LLaMA"),
+        ("cut", "damaged"),
+        ("noweights", "no weights"),
+        ("lacking", "lacks"),
+        ("other", "shape"),
+        ("notokenizer", "no tokenizer"),
+    ],
+)
+def test_broken_models(broken, folder, message):
+    if folder != "notokenizer":
+        assert message in fails("convert", broken / folder, broken / "out")
+        assert not (broken / "out").exists()
+    assert message in fails("eval", broken / folder)
+    assert not [path for path in broken.iterdir() if path.name.startswith(".")]
+
+
+def test_wrong_kinds_and_sizes(shared, tmp_path):
+    out = tmp_path / "out"
+    assert "divide" in fails("convert", shared / "dense", out, "--experts", 7)
+    assert "sum" in fails("convert", shared / "dense", out, "--expert-sizes", "8,16")
+    assert "already converted" in fails("convert", shared / "sparse", out)
+    assert "dense LLaMA" in fails("merge", shared / "dense", out)
+    assert "dense" in fails("eval", shared / "dense", "--thresholds", "0.5")
+    assert "no such file" in fails("eval", shared / "dense", "--data", tmp_path / "none.txt")
+    assert "windows" in fails("eval", shared / "dense", "--window", 300_000)
+    (tmp_path / "void.txt").write_text(" ")
+    assert "is empty" in fails("eval", shared / "dense", "--data", tmp_path / "void.txt")
+    assert not out.exists()
+
+
+def test_outputs_that_cannot_be(shared, tmp_path, monkeypatch):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "mine").write_text("precious")
+    assert "not empty" in fails("convert", shared / "dense", taken)
+    assert (taken / "mine").read_text() == "precious"
+    assert "is a file" in fails("convert", shared / "dense", taken / "mine")
+    assert "not a directory" in fails("convert", shared / "dense", taken / "mine" / "below")
+    run("convert", shared / "dense", taken, "--experts", 4, "--overwrite")
+    assert not (taken / "mine").exists() and (taken / "config.json").exists()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: os.terminal_size((0, 0)) and _Usage())
+    assert "no space left" in fails("convert", shared / "dense", tmp_path / "new")
+
+
+class _Usage:
+    free = 1000
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "no space left"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 1, "no space left"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), 1, "permission denied: x"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (MemoryError(), 1, "not enough memory"),
+    ],
+)
+def test_trouble_while_saving_leaves_nothing(shared, tmp_path, monkeypatch, error, code, message):
+    from dsmoe_ext.models import DSMoELlamaForCausalLM
+
+    def save(self, folder, **options):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(DSMoELlamaForCausalLM, "save_pretrained", save)
+    result = dsmoe("convert", shared / "dense", tmp_path / "out")
+    assert result.exit_code == code and message in result.stderr
+    assert "Traceback" not in result.output and list(tmp_path.iterdir()) == []
+
+
+def test_mistakes_of_ours_say_so(shared, tmp_path, monkeypatch):
+    def convert_llama(*arguments, **options):
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr("dsmoe_ext.convert.convert_llama", convert_llama)
+    result = dsmoe("convert", shared / "dense", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "unexpected ZeroDivisionError: oops" in result.stderr
+    assert "python -m dsmoe_ext" in result.stderr and "Traceback" not in result.stderr
+
+
+# --------------------------------------------------------------------------------- other processes
+
+
+def test_kill_and_resume_gives_the_same_bits(shared, tmp_path):
+    """kill -9 in the middle, then --resume: the losses and the weights of an unbroken run."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    options = ["--data", shared / "text.txt", "--window", "64", "--steps", "60", "--lr", "1e-3"]
+    options += ["--target-active", "0.8", "--checkpoint-every", "4", "--batch-size", "2"]
+
+    def train(out, *more):
+        arguments = [str(part) for part in (shared / "sparse", out, *options, *more)]
+        return subprocess.Popen(
+            [*MAIN, "train", *arguments],
+            cwd=tmp_path,
+            env=environment,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def finish(process):
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+
+    out = tmp_path / "killed"
+    process = train(out)
+    while len(read_log(out / "train.jsonl")) < 7:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (out / "config.json").exists()
+    assert "unfinished" in fails("eval", out)
+    assert "--resume" in fails("train", shared / "sparse", out, *options)
+    finish(train(out, "--resume"))
+    finish(train(tmp_path / "straight"))
+
+    def losses(folder):
+        keys = ("step", "loss", "sparsity_loss", "grad_norm", "active_per_layer", "thresholds")
+        return [[row[key] for key in keys] for row in read_log(folder / "train.jsonl")]
+
+    assert losses(out) == losses(tmp_path / "straight")
+    assert len(losses(out)) == 60
+    pair = [load_file(f / "model.safetensors") for f in (out, tmp_path / "straight")]
+    assert all(torch.equal(pair[0][name], pair[1][name]) for name in pair[1])
+
+
+def test_terminated_from_outside(shared, tmp_path):
+    out = tmp_path / "run"
+    arguments = [shared / "sparse", out, "--steps", "100000", "--window", "32"]
+    process = subprocess.Popen(
+        [*MAIN, "train", *map(str, arguments)],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while len(read_log(out / "train.jsonl")) < 2:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in errors and "Traceback" not in errors
+
+
+def test_diagnosis(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "dsmoe_ext"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    for word in ("dsmoe_ext", "python", "torch", "transformers", "self-test     ok"):
+        assert word in result.stdout
+
+
+def test_byte_tokenizer_round_trip():
+    tokenizer = byte_tokenizer()
+    text = "Größe: 3 → 4\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
