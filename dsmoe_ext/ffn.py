@@ -37,13 +37,15 @@ def check_choice(name: str, value: str, choices) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
-def start_score(method: str, threshold: float, num_experts: int, top_k: int) -> float:
-    """The score that every expert starts with under router_init="dense"."""
+def dense_start(method: str, threshold: float, num_experts: int, top_k: int) -> tuple[float, float]:
+    """The logit that every expert starts with under router_init="dense", and its gate before
+    scaling."""
     if method == "threshold":
         if not 0 <= threshold < 1:
             raise ValueError(f"router_init='dense' needs a threshold in [0, 1), got {threshold}")
-        return (threshold + 1) / 2  # half way between tau and 1: room to move on both sides
-    return {"relu": 1.0, "top_p": 1 / num_experts, "top_k": 1 / top_k}[method]
+        score = (threshold + 1) / 2  # half way between tau and 1: room to move on both sides
+        return math.log(score / (1 - score)), score
+    return {"relu": (1.0, 1.0), "top_p": (0.0, 1 / num_experts), "top_k": (0.0, 1 / top_k)}[method]
 
 
 class DSMoEFFN(nn.Module):
@@ -152,8 +154,7 @@ class DSMoEFFN(nn.Module):
         (router_init="dense")."""
         logit, scale = None, 1.0
         if router_init == "dense":
-            score = start_score(self.method, threshold, self.num_experts, self.top_k)
-            logit = {"threshold": math.log(score / (1 - score)), "relu": 1.0}.get(self.method, 0.0)
+            logit, score = dense_start(self.method, threshold, self.num_experts, self.top_k)
             scale = 1 / score if self.gates == "scores" else 1.0
             if logit and bias is False:
                 raise ValueError("router_init='dense' needs a router bias: leave router_bias out")
@@ -181,8 +182,7 @@ class DSMoEFFN(nn.Module):
         """
         self.draw_key = mix_key(*parts)
 
-    # -------------------------------------------------------------------------------------------------
-    # forward
+    # ------------------------------------------------------------ forward
 
     def forward(
         self,
@@ -254,8 +254,7 @@ class DSMoEFFN(nn.Module):
         self.draw_counter += 1
         return draw
 
-    # -------------------------------------------------------------------------------------------------
-    # packing
+    # ------------------------------------------------------------ packing
 
     def pack(self) -> "DSMoEFFN":
         """Packs the weights for inference (eval mode, no gradients). Dropped by train(), loading
@@ -278,15 +277,25 @@ class DSMoEFFN(nn.Module):
         self.threshold = threshold
         return self
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         self._packed = None
-        return super()._load_from_state_dict(*args, **kwargs)
+        # What save_pretrained writes has LLaMA's names, and transformers.Trainer resumes from it
+        # with load_state_dict. Without a permutation beside them, LLaMA's order is meant as well.
+        is_permuted = f"{prefix}permutation" in state_dict
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            weight = state_dict.pop(f"{prefix}{name}.weight", None)
+            if weight is not None:
+                rows = weight.t() if name == "down_proj" else weight
+                target = "down_proj_t" if name == "down_proj" else name
+                state_dict[prefix + target] = (
+                    rows if is_permuted else rows[self.permutation.to(rows.device)]
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self):
         return {**self.__dict__, "_packed": None}
 
-    # --------------------------------------------------------------------------------------- to and
-    # from LLaMA's MLP
+    # ------------------------------------------------------------ to and from LLaMA's MLP
 
     @classmethod
     def from_llama_mlp(

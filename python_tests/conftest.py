@@ -19,3 +19,17 @@ def seed() -> int:
     print(f"DSMOE_SEED={value}")
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture
+def make_llama():
+    """Builds small dense LLaMAs with random weights, large enough that every FFN matters."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(**changes) -> LlamaForCausalLM:
+        fields = dict(vocab_size=67, hidden_size=32, intermediate_size=48, num_hidden_layers=3)
+        fields |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
+        fields |= dict(initializer_range=0.2, pad_token_id=0)
+        return LlamaForCausalLM(LlamaConfig(**(fields | changes))).eval()
+
+    return make

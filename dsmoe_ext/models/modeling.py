@@ -27,7 +27,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from dsmoe_ext.ffn import DSMoEFFN
+from dsmoe_ext.ffn import DSMoEFFN, ffn_layers
 from dsmoe_ext.losses import layer_sparsity_sum
 from dsmoe_ext.models.configuration import DSMoELlamaConfig
 from dsmoe_ext.routers import LinearRouter
@@ -105,6 +105,13 @@ class DSMoELlamaPreTrainedModel(LlamaPreTrainedModel):
             module.reset_parameters()
         else:
             super()._init_weights(module)
+
+    def pack(self):
+        """Packs all FFNs for inference on the CPU (DSMoEFFN.pack): faster, for their memory
+        again."""
+        for ffn in ffn_layers(self):
+            ffn.pack()
+        return self
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):

@@ -1,0 +1,328 @@
+"""DSMoEFFN: the formula, its options, its state; and that it is a drop-in for LLaMA's MLP."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn.utils import parametrize
+
+import dsmoe_ext
+from dsmoe_ext import DSMoEFFN, reference
+
+pytestmark = pytest.mark.quick
+
+WEIGHTS = ("gate_proj", "up_proj", "down_proj_t")
+
+
+def random_ffn(**options) -> DSMoEFFN:
+    """H 24, I 40; random routers with a bias, so that masks are mixed."""
+    options = {"num_experts": 4, "router_init": "paper", "router_bias": True} | options
+    ffn = DSMoEFFN(24, 40, **options)
+    with torch.no_grad():
+        for parameter in ffn.router.parameters():
+            parameter.normal_(std=0.4)
+    return ffn
+
+
+def dense_function(ffn: DSMoEFFN, x: torch.Tensor) -> torch.Tensor:
+    activations = torch.nn.functional.silu(x @ ffn.gate_proj.t()) * (x @ ffn.up_proj.t())
+    return activations @ ffn.down_proj_t
+
+
+def by_reference(ffn: DSMoEFFN, x: torch.Tensor, grad_weight=None) -> torch.Tensor:
+    logits = x @ ffn.router.weight.t() + ffn.router.bias
+    gates, _ = reference.route(
+        logits,
+        ffn.threshold,
+        ffn.expert_offsets,
+        method=ffn.method,
+        top_k=ffn.top_k,
+        gates=ffn.gates,
+        rescale=ffn.rescale,
+        gate_scale=ffn.gate_scale,
+    )
+    weights = [getattr(ffn, name) for name in WEIGHTS]
+    if grad_weight == "exact":
+        grad_weight = torch.ones_like(gates)
+    return reference.sparse_ffn(x, gates, *weights, ffn.expert_offsets, grad_weight=grad_weight)
+
+
+@pytest.mark.parametrize("method", ["threshold", "top_p", "top_k", "relu"])
+@pytest.mark.parametrize("ste", ["active", "exact"])
+@pytest.mark.parametrize("gates", ["scores", "binary"])
+@pytest.mark.parametrize("shared_size", [0, 8])
+def test_forward_and_gradients(method, ste, gates, shared_size, seed):
+    ffn = random_ffn(
+        method=method, ste=ste, gates=gates, shared_size=shared_size, dtype=torch.float64
+    )
+    x = torch.randn(3, 5, 24, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *ffn.parameters()]
+    dy = torch.randn(3, 5, 24, dtype=torch.float64)
+
+    y = ffn(x)
+    ours = torch.autograd.grad(y, inputs, dy)
+    want = by_reference(ffn, x.reshape(15, 24), "exact" if ste == "exact" else None)
+    gradients = torch.autograd.grad(want, inputs, dy.reshape(15, 24))
+
+    assert y.shape == x.shape
+    torch.testing.assert_close(y, want.view(3, 5, 24))
+    for got, gradient in zip(ours, gradients, strict=True):
+        torch.testing.assert_close(got, gradient.view_as(got))
+
+
+def test_exact_ste_is_the_papers_formula(seed):
+    """dL/dz_e = sigmoid'(z_e) (E/k) <dL/dh, o_e> for all e, active or not, and dx gets dz Y^T."""
+    ffn = random_ffn(ste="exact", dtype=torch.float64)
+    x = torch.randn(17, 24, dtype=torch.float64, requires_grad=True)
+    dh = torch.randn(17, 24, dtype=torch.float64)
+    (ffn(x) * dh).sum().backward()
+
+    z = x.detach() @ ffn.router.weight.t() + ffn.router.bias
+    s = z.sigmoid()
+    mask = s > 0.5
+    factor = torch.where(mask.any(1), 4 / mask.sum(1), 1.0).unsqueeze(1)
+    activations = torch.nn.functional.silu(x @ ffn.gate_proj.t()) * (x @ ffn.up_proj.t())
+    outputs = activations.view(17, 4, 10).transpose(0, 1) @ ffn.down_proj_t.view(4, 10, 24)
+    assert not mask.all() and mask.any()
+    dz = s * (1 - s) * factor * (outputs * dh).sum(-1).t()
+
+    torch.testing.assert_close(ffn.router.weight.grad, dz.t() @ x)
+    torch.testing.assert_close(ffn.router.bias.grad, dz.sum(0))
+    expert_part = torch.autograd.grad(
+        ((mask * s * factor).detach().t().unsqueeze(2) * outputs).sum(0), x, dh
+    )[0]
+    torch.testing.assert_close(x.grad, expert_part + dz @ ffn.router.weight)
+
+
+@pytest.mark.parametrize("method", ["threshold", "relu", "top_p", "top_k"])
+@pytest.mark.parametrize("gates", ["scores", "binary"])
+@pytest.mark.parametrize("router", ["linear", "modse"])
+@pytest.mark.parametrize("shared_size", [0, 8])
+def test_dense_start_is_the_dense_function(method, gates, router, shared_size, seed):
+    threshold = 1.0 if method == "top_p" else 0.5
+    ffn = DSMoEFFN(
+        24, 40, 4, threshold, method=method, top_k=4, gates=gates, router=router,
+        shared_size=shared_size,
+    )  # fmt: skip
+    x = torch.randn(9, 24)
+    torch.testing.assert_close(ffn(x), dense_function(ffn, x))
+
+
+def test_paper_start_is_half_active(seed):
+    ffn = DSMoEFFN(256, 64, 8, router_init="paper")
+    assert ffn.router.bias is None
+    ffn.eval()(torch.randn(500, 256))
+    assert 0.3 < dsmoe_ext.active_fraction(ffn).mean < 0.7
+
+
+def test_no_expert_active_adds_nothing(seed):
+    ffn = random_ffn(ste="exact")
+    dsmoe_ext.set_threshold(ffn, 1.0)
+    y = ffn(torch.randn(6, 24))
+    assert torch.equal(y, torch.zeros(6, 24))
+    y.sum().backward()
+    assert ffn.router.weight.grad.abs().sum() > 0 and ffn.gate_proj.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("sizes", [[4, 8, 12, 8], [0.5, 1.0, 1.5, 1.0], [1.0, 1.0, 1.0]])
+def test_unequal_sizes(sizes, seed):
+    ffn = DSMoEFFN(24, 40, expert_sizes=sizes, shared_size=8)
+    cut = ffn.expert_offsets.diff().tolist()
+    assert cut[0] == 8 and sum(cut) == 40 and len(cut) == 1 + len(sizes)
+    if sizes[0] == 0.5:
+        assert cut == [8, 4, 8, 12, 8]
+    x = torch.randn(9, 24)
+    torch.testing.assert_close(ffn(x), dense_function(ffn, x))
+
+
+def test_leading_dimensions(seed):
+    ffn = random_ffn()
+    x = torch.randn(2, 3, 4, 24)
+    y = ffn(x)
+    assert y.shape == x.shape
+    torch.testing.assert_close(y.view(24, 24), ffn(x.view(24, 24)))
+    torch.testing.assert_close(ffn(x[0, 0, 0]), y[0, 0, 0])
+    assert ffn(x[:0]).shape == (0, 3, 4, 24)
+    strided = torch.randn(24, 7).t()
+    torch.testing.assert_close(ffn(strided), ffn(strided.contiguous()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype, seed):
+    ffn = random_ffn(ste="exact")
+    x = torch.randn(50, 24)
+    with torch.autocast("cpu", dtype=dtype):
+        y, routing = ffn(x, return_routing=True)
+        y.sum().backward()
+    _, plain = ffn(x, return_routing=True)
+
+    assert y.dtype == dtype
+    assert torch.equal(routing.gates, plain.gates)  # routing stays float32
+    weights = [getattr(ffn, name).to(dtype) for name in WEIGHTS]
+    assert torch.equal(
+        y, dsmoe_ext.sparse_ffn(x.to(dtype), plain.gates, *weights, ffn.expert_offsets)
+    )
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in ffn.parameters())
+
+
+def test_router_and_threshold_stay_float32(seed):
+    ffn = random_ffn(threshold=0.1234567)
+    tau = ffn.threshold.clone()
+    ffn.to(torch.bfloat16)
+    assert ffn.gate_proj.dtype == torch.bfloat16
+    assert ffn.router.weight.dtype == ffn.threshold.dtype == torch.float32
+    assert torch.equal(ffn.threshold, tau)
+    assert ffn(torch.randn(4, 24, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert random_ffn().double().router.weight.dtype == torch.float64
+
+
+class Lowrank(torch.nn.Module):
+    def __init__(self, rows, columns):
+        super().__init__()
+        self.a = torch.nn.Parameter(torch.randn(rows, 2) * 0.1)
+        self.b = torch.nn.Parameter(torch.randn(2, columns) * 0.1)
+
+    def forward(self, weight):
+        return weight + self.a @ self.b
+
+
+def test_parametrised_weights(seed):
+    """LoRA replaces the parameters on every access; only its own matrices get gradients."""
+    ffn = random_ffn(ste="exact", dtype=torch.float64).requires_grad_(False)
+    for name in WEIGHTS:
+        parametrize.register_parametrization(ffn, name, Lowrank(40, 24).double())
+    parametrize.register_parametrization(ffn.router, "weight", Lowrank(4, 24).double())
+    x = torch.randn(11, 24, dtype=torch.float64)
+    trainable = [p for p in ffn.parameters() if p.requires_grad]
+    assert len(trainable) == 8
+
+    ours = torch.autograd.grad(ffn(x).square().sum(), trainable)
+    want = torch.autograd.grad(by_reference(ffn, x, "exact").square().sum(), trainable)
+    for got, gradient in zip(ours, want, strict=True):
+        torch.testing.assert_close(got, gradient)
+
+
+@pytest.mark.parametrize("ste", ["active", "exact", "sampled"])
+def test_compiles_as_one_graph(ste, seed):
+    ffn = random_ffn(ste=ste, seed=1)
+    compiled = torch.compile(ffn, fullgraph=True, backend="aot_eager")
+    x = torch.randn(20, 24)
+    before = ffn.draw_counter.clone()
+    y = ffn(x)
+    gradient = torch.autograd.grad(y.sum(), ffn.router.weight)[0]
+    ffn.draw_counter.copy_(before)
+    got = compiled(x)
+    torch.testing.assert_close(got, y)
+    torch.testing.assert_close(torch.autograd.grad(got.sum(), ffn.router.weight)[0], gradient)
+    assert dsmoe_ext.active_fraction(ffn).num_tokens == 40
+
+
+def test_packed(seed):
+    ffn = random_ffn(shared_size=8).eval()
+    x = torch.randn(2, 9, 24)
+    with torch.no_grad():
+        want = ffn(x)
+        torch.testing.assert_close(ffn.pack()(x), want)
+    assert ffn(x.requires_grad_()).requires_grad  # gradients come from the weights themselves
+    for drop in (
+        lambda: ffn.train().eval(),
+        lambda: ffn.load_state_dict(ffn.state_dict()),
+        lambda: ffn.to(torch.float64).to(torch.float32),
+    ):
+        ffn.pack()
+        assert ffn._packed is not None
+        drop()
+        assert ffn._packed is None
+    assert copy.deepcopy(ffn.pack())._packed is None
+    with pytest.raises(RuntimeError, match="eval"):
+        ffn.train().pack()
+
+
+def test_state_dict_restores_everything(seed):
+    ffn = random_ffn(ste="sampled", shared_size=8)
+    ffn.permutation.copy_(torch.randperm(40))
+    dsmoe_ext.set_threshold(ffn, 0.3)
+    x = torch.randn(7, 24)
+    ffn(x).sum().backward()
+    other = random_ffn(ste="sampled", shared_size=8)
+    other.load_state_dict(ffn.state_dict())
+    assert torch.equal(other(x), ffn(x)) and other.draw_counter == 2
+    assert torch.equal(other.permutation, ffn.permutation)
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+def test_llama_mlp_there_and_back(permuted, make_llama, seed):
+    llama = make_llama()
+    mlp = llama.model.layers[0].mlp
+    permutation = torch.randperm(48) if permuted else None
+    ffn = DSMoEFFN.from_llama_mlp(mlp, 4, shared_size=8, permutation=permutation)
+    x = torch.randn(5, 32)
+    torch.testing.assert_close(ffn(x), mlp(x))
+    if permuted:
+        assert torch.equal(ffn.gate_proj, mlp.gate_proj.weight[permutation])
+    back = ffn.to_llama_mlp(llama.config)
+    for name, weight in mlp.state_dict().items():
+        assert torch.equal(back.state_dict()[name], weight)
+
+    loaded = DSMoEFFN.from_llama_mlp(llama.model.layers[1].mlp, 4, permutation=permutation)
+    router = {"router.weight": loaded.router.weight, "router.bias": loaded.router.bias}
+    loaded.load_state_dict(mlp.state_dict() | router, strict=False)
+    torch.testing.assert_close(loaded(x), mlp(x))
+
+
+def test_statistics_leave_padding_out(seed):
+    ffn = random_ffn(shared_size=8)
+    x = torch.randn(4, 10, 24)
+    mask = torch.rand(4, 10) < 0.6
+    for size in (10, 1):  # many tokens at once, and the way of decoding
+        for piece, kept in zip(x.split(size, 1), mask.split(size, 1), strict=True):
+            ffn(piece, token_mask=kept)
+        read = dsmoe_ext.active_fraction(ffn)
+        _, routing = ffn(x[mask], return_routing=True)
+        used = ((routing.gates != 0) * ffn.expert_offsets.diff()).sum(1).float().mean() / 40
+        assert read.num_tokens == mask.sum()
+        assert read.mean == read.per_layer[0] == pytest.approx(used.item())
+    assert dsmoe_ext.active_fraction(ffn).num_tokens == 0
+    ffn(x)
+    assert dsmoe_ext.active_fraction(ffn).num_tokens == 40
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_experts": 7}, "does not divide"),
+        ({"expert_sizes": [10, 10]}, "sum to 20"),
+        ({"expert_sizes": [40, 0]}, "at least one"),
+        ({"shared_size": 40}, "shared_size"),
+        ({"shared_size": 3}, "does not divide"),
+        ({"method": "topk"}, "threshold, top_p, top_k, relu"),
+        ({"gates": "soft"}, "scores, binary"),
+        ({"ste": "none"}, "active, exact, sampled"),
+        ({"router": "gru"}, "linear, modse"),
+        ({"router_init": "zero"}, "dense, paper"),
+        ({"router_bias": False}, "router bias"),
+        ({"threshold": 1.0}, "threshold"),
+        ({"method": "top_k", "top_k": 9}, "top_k"),
+        ({"sample_prob": 0.0}, "sample_prob"),
+        ({"dtype": torch.int32}, "dtype"),
+    ],
+)
+def test_errors(options, words):
+    with pytest.raises(ValueError, match=words):
+        DSMoEFFN(24, 40, **({"num_experts": 8} | options))
+
+
+def test_mlp_errors(make_llama):
+    biased = make_llama(mlp_bias=True).model.layers[0].mlp
+    with pytest.raises(ValueError, match="bias"):
+        DSMoEFFN.from_llama_mlp(biased)
+    gelu = make_llama(hidden_act="gelu").model.layers[0].mlp
+    with pytest.raises(ValueError, match="SiLU"):
+        DSMoEFFN.from_llama_mlp(gelu)
+    mlp = make_llama().model.layers[0].mlp
+    with pytest.raises(TypeError, match="gate_proj"):
+        DSMoEFFN.from_llama_mlp(torch.nn.Linear(3, 3))
+    for permutation in (torch.zeros(48), torch.arange(47)):
+        with pytest.raises(ValueError, match="once"):
+            DSMoEFFN.from_llama_mlp(mlp, permutation=permutation)
+    assert "experts=8 x 6" in repr(DSMoEFFN.from_llama_mlp(mlp))
