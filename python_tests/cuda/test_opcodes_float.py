@@ -91,6 +91,34 @@ def test_float_arithmetic_is_correctly_rounded(op):
     assert checked > 50
 
 
+@pytest.mark.parametrize("mode", ["rz", "rm", "rp"])
+def test_directed_fma(mode):
+    x, y, z = (np.nan_to_num(floats(i), posinf=7, neginf=-7) for i in (1, 2, 3))
+    x[:3], y[:3], z[:3] = 1 + 2.0**-23, 1 - 2.0**-24, [-1, 2.0**-60, -(2.0**-60)]
+    inputs = {n: ("f32", v) for n, v in zip("xyz", (x, y, z), strict=True)}
+    out = snippets.run(f"fma.{mode}.f32 %d, %x, %y, %z;", inputs, {"d": "f32"}, threads=96)["d"]
+    for a, b, c, got in zip(x, y, z, out, strict=True):
+        exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
+        if abs(exact) > 3e38:
+            continue
+        wanted = rounded(exact)
+        down = (
+            np.float32(-np.inf)
+            if mode == "rm" or (mode == "rz" and exact > 0)
+            else np.float32(np.inf)
+        )
+        beyond = Fraction(float(wanted)) - exact
+        if (beyond > 0 and down < 0) or (beyond < 0 and down > 0):
+            wanted = np.nextafter(wanted, down)
+        assert got == wanted
+
+
+def test_saturation():
+    x = np.array([-1, -0.0, 0.25, 1, 2, np.nan, np.inf, -np.inf] * 4, np.float32)
+    out = snippets.run("cvt.sat.f32.f32 %d, %x;", {"x": ("f32", x)}, {"d": "f32"})["d"]
+    assert out[:8].tolist() == [0, 0, 0.25, 1, 1, 0, 1, 0]
+
+
 def test_float_special_values():
     x = np.array([np.nan, 1, np.inf, -np.inf, np.nan, 0.0] * 16, np.float32)
     y = np.array([1, np.nan, -np.inf, 2, np.nan, np.inf] * 16, np.float32)

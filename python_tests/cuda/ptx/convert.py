@@ -77,6 +77,8 @@ def cvt(ins, kernel):
             raise Trap("rounding of an integer")
         return convert(ins, kernel, come, to, lambda x: x.astype(TYPES[to]))
     if is_float(to) and is_float(come):
+        if mods == {"sat"} and to == come:  # to [0, 1], NaN to 0
+            return convert(ins, kernel, come, to, lambda x: np.fmin(np.fmax(x, 0), 1))
         if mods - {"rn", "ftz"}:
             raise Trap("rounding of a float")
         return convert(ins, kernel, come, to, lambda x: x.astype(TYPES[to]))

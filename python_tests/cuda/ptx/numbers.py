@@ -49,9 +49,9 @@ DECODE = {"bf16": bf16_to_f32, "f16": f16_to_f32}
 ENCODE = {"bf16": f32_to_bf16, "f16": f32_to_f16}
 
 
-def fma_f32(x, y, z):
-    """x·y + z with one rounding. The product is exact in float64; the sum is rounded to odd there,
-    which leaves the second rounding, to float32, the right one."""
+def fma_exact(x, y, z):
+    """x·y + z as a float64 rounded to odd, so that a second rounding, to float32, is the right one.
+    The product is exact in float64."""
     p = x.astype(np.float64) * y
     c = np.asarray(z, np.float64)
     s = p + c
@@ -60,14 +60,18 @@ def fma_f32(x, y, z):
     bits = np.ascontiguousarray(s).view(np.int64)
     inexact = np.isfinite(s) & (error != 0) & (bits & 1 == 0)
     towards = np.where((error > 0) == (s > 0), 1, -1)
-    return np.where(inexact, bits + towards, bits).view(np.float64).astype(np.float32)
+    return np.where(inexact, bits + towards, bits).view(np.float64)
 
 
-def round_toward_zero(x):
-    """float64 -> float32, truncated: how tensor cores round their sums."""
-    r = x.astype(np.float32)
-    too_far = np.abs(r.astype(np.float64)) > np.abs(x)
-    return np.where(too_far, np.nextafter(r, np.float32(0)), r)
+def round_f32(x, mode):
+    """float64 -> float32: rn to nearest even, rz toward zero, rm down, rp up."""
+    r = np.asarray(x).astype(np.float32)
+    if mode == "rn":
+        return r
+    wide = r.astype(np.float64)
+    too_far = {"rz": np.abs(wide) > np.abs(x), "rm": wide > x, "rp": wide < x}[mode]
+    goal = np.float32({"rz": 0, "rm": -np.inf, "rp": np.inf}[mode])
+    return np.where(too_far, np.nextafter(r, goal), r)
 
 
 def perturb(x, relative):

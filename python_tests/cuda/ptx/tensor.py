@@ -5,7 +5,7 @@ import re
 import numpy as np
 
 from .machine import Trap, opcode, read, write
-from .numbers import bf16_to_f32, f16_to_f32, round_toward_zero
+from .numbers import bf16_to_f32, f16_to_f32, round_f32
 from .transfer import address_of
 
 # An operand as (rows, columns) and, per register, which 8x(8 or 4) block it holds. See the PTX
@@ -115,7 +115,7 @@ def mma(ins, kernel):
         quads = C.reshape(-1, 2, 8, 4, 2)
         for i, r in enumerate(c):
             quads[:, i // 2, :, :, i % 2] = block(r, lambda v: v.reshape(-1, 8, 4))
-        D = round_toward_zero(A @ B + C).reshape(-1, 2, 8, 4, 2)
+        D = round_f32(A @ B + C, "rz").reshape(-1, 2, 8, 4, 2)
         full = np.zeros(m.n, bool)
         full.reshape(-1, 32)[warps] = True
         for i, put in enumerate(puts):

@@ -1,0 +1,123 @@
+// Stands in for the CUDA runtime, so that the launchers run unchanged with no GPU: a launch calls back into Python,
+// which interprets the kernel's PTX. Only what the launchers use is here; anything else fails to link.
+#include <cuda_runtime_api.h>
+
+#include <map>
+#include <string>
+
+#include "kernels.h"
+
+namespace {
+
+struct Callbacks {
+  // returns 0, or a cudaError_t
+  int (*launch)(const char* kernel, const unsigned* grid, const unsigned* block, size_t shared,
+                void** args);
+  int (*memset)(size_t address, int value, size_t bytes);
+  int multiprocessors;
+};
+
+Callbacks callbacks;
+cudaError_t last_error = cudaSuccess;
+std::map<const void*, std::string>& names() {
+  static std::map<const void*, std::string> table;
+  return table;
+}
+struct {
+  dim3 grid, block;
+  size_t shared;
+  cudaStream_t stream;
+} configuration;
+
+}  // namespace
+
+extern "C" {
+
+void set_callbacks(const Callbacks* given) {
+  callbacks = *given;
+}
+
+// -- what nvcc's generated host code calls --
+void** __cudaRegisterFatBinary(void*) {
+  return nullptr;
+}
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+char __cudaInitModule(void**) {
+  return 0;
+}
+void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, uint3*, uint3*,
+                            dim3*, dim3*, int*) {
+  names()[host] = name;
+}
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared,
+                                     struct CUstream_st* stream) {
+  configuration = {grid, block, shared, stream};
+  return 0;
+}
+cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, void* stream) {
+  *grid = configuration.grid;
+  *block = configuration.block;
+  *shared = configuration.shared;
+  *static_cast<cudaStream_t*>(stream) = configuration.stream;
+  return cudaSuccess;
+}
+cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) {
+  *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(host));
+  return cudaSuccess;
+}
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** args,
+                               size_t shared, cudaStream_t) {
+  const unsigned g[3] = {grid.x, grid.y, grid.z}, b[3] = {block.x, block.y, block.z};
+  const int error = callbacks.launch(names().at(kernel).c_str(), g, b, shared, args);
+  if (error) last_error = static_cast<cudaError_t>(error);
+  return static_cast<cudaError_t>(error);
+}
+
+// -- what the launchers call --
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = last_error;
+  last_error = cudaSuccess;
+  return error;
+}
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  if (attribute != cudaDevAttrMultiProcessorCount) return cudaErrorInvalidValue;
+  *value = callbacks.multiprocessors;
+  return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t) {
+  return static_cast<cudaError_t>(
+      callbacks.memset(reinterpret_cast<size_t>(address), value, bytes));
+}
+
+// -- the entry points of kernels.h, by C names --
+using namespace dsmoe;
+int run_route(const RouteParams* p, void*) {
+  return static_cast<int>(cuda::route(*p, nullptr));
+}
+int run_route_backward(const RouteBackwardParams* p, void*) {
+  return static_cast<int>(cuda::route_backward(*p, nullptr));
+}
+int run_permute(const PermuteParams* p, void* workspace) {
+  return static_cast<int>(cuda::permute(*p, workspace, nullptr));
+}
+int64_t permute_workspace(const PermuteParams* p) {
+  return cuda::permute_workspace_bytes(*p);
+}
+#ifdef DSMOE_TEST_EXPERT_MLP
+int run_expert_mlp(const ExpertMlpParams* p, void* workspace) {
+  return static_cast<int>(cuda::expert_mlp(*p, workspace, nullptr));
+}
+int64_t expert_mlp_workspace(const ExpertMlpParams* p) {
+  return cuda::expert_mlp_workspace_bytes(*p);
+}
+#endif
+
+}  // extern "C"

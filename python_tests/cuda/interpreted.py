@@ -1,0 +1,228 @@
+"""The CUDA ops on the interpreter: csrc/cuda compiled to host code and PTX, its launchers run as
+they are.
+
+The functions take and return torch tensors on the CPU, like dsmoe_ext.ops. Kernels may only read
+their inputs, and outputs and workspaces start uninitialised.
+"""
+
+import ctypes
+import functools
+import pathlib
+import subprocess
+
+import numpy as np
+import torch
+from nvcc import ROOT, cache_folder, nvcc, sources_digest
+from params import DTYPE, METHOD, STATUS, STRUCTS
+from ptx import Device, Program
+
+HERE = pathlib.Path(__file__).parent
+NUMPY = {torch.bfloat16: np.uint16, torch.float16: np.uint16, torch.float32: np.float32}
+KIND = {torch.bfloat16: "kBFloat16", torch.float16: "kFloat16", torch.float32: "kFloat32"}
+
+
+class Failed(RuntimeError):
+    """A launcher returned a status other than kOk."""
+
+
+class Callbacks(ctypes.Structure):
+    _fields_ = [
+        (
+            "launch",
+            ctypes.CFUNCTYPE(
+                ctypes.c_int,
+                ctypes.c_char_p,
+                *[ctypes.POINTER(ctypes.c_uint)] * 2,
+                ctypes.c_size_t,
+                ctypes.POINTER(ctypes.c_void_p),
+            ),
+        ),
+        ("memset", ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_size_t, ctypes.c_int, ctypes.c_size_t)),
+        ("multiprocessors", ctypes.c_int),
+    ]
+
+
+@functools.cache
+def build(arch):
+    """(shared library of the launchers, {kernel name: Program}) for one compute capability."""
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    folder = cache_folder() / f"kernels_{arch}_{sources_digest(arch)}"
+    if not (folder / "done").exists():
+        folder.mkdir(exist_ok=True)
+        flags = [
+            "-std=c++17",
+            "-lineinfo",
+            "-I",
+            str(ROOT / "csrc"),
+            f"-arch=compute_{arch}",
+            f"-code=compute_{arch}",
+        ]
+        flags += ["-Xcompiler", "-fPIC", "-cudart", "none", "--keep", "--keep-dir", str(folder)]
+        flags += ["-DDSMOE_TEST_EXPERT_MLP"] if any("expert_mlp" in s.name for s in sources) else []
+        command = [
+            nvcc(),
+            "-shared",
+            *flags,
+            "-o",
+            str(folder / "launchers.so"),
+            *map(str, sources),
+        ]
+        command += [str(HERE / "fake_runtime.cpp"), str(ROOT / "csrc" / "common" / "status.cpp")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+        (folder / "done").touch()
+    programs = [Program((folder / f"{s.stem}.ptx").read_text()) for s in sources]
+    return ctypes.CDLL(str(folder / "launchers.so")), {k: p for p in programs for k in p.kernels}
+
+
+class Interpreter:
+    """dsmoe_ext's CUDA ops, interpreted. seed: a wild schedule; counters: see ptx.Counters."""
+
+    def __init__(self, seed=None, counters=None, arch="80", multiprocessors=2):
+        self.library, self.programs = build(arch)
+        self.seed, self.counters, self.multiprocessors = seed, counters, multiprocessors
+        self.launches = []  # (kernel, grid, block, shared bytes)
+
+    # -- the device side --
+
+    def _run(self, entry, params, workspace=None):
+        problem = []
+
+        def launch(name, grid, block, shared, args):
+            name = name.decode()
+            grid, block = tuple(grid[0:3]), tuple(block[0:3])
+            kernel = self.programs[name].kernels[name]
+            data = bytearray(kernel.param_bytes)
+            for i, (offset, size) in enumerate(kernel.params.values()):
+                data[offset : offset + size] = ctypes.string_at(args[i], size)
+            self.launches.append((name, grid, block, shared))
+            try:
+                self.device.launch(self.programs[name], name, grid, block, shared, param_bytes=data)
+            except Exception as error:
+                problem.append(error)
+                return 1
+            return 0
+
+        def memset(address, value, count):
+            buffer = self.device.memory.buffers[address >> 40]
+            start = address & (1 << 40) - 1
+            buffer.bytes[start : start + count] = value
+            buffer.initialised[start // 2 : (start + count) // 2] = True
+            return 0
+
+        kinds = dict(Callbacks._fields_)
+        callbacks = Callbacks(
+            kinds["launch"](launch), kinds["memset"](memset), self.multiprocessors
+        )
+        self.library.set_callbacks(ctypes.byref(callbacks))
+        status = getattr(self.library, entry)(ctypes.byref(params), ctypes.c_void_p(workspace))
+        if problem:
+            raise problem[0]
+        if status:
+            raise Failed(next(k for k, v in STATUS.items() if v == status))
+
+    def _begin(self):
+        self.device = Device(self.seed, self.counters)
+
+    def _in(self, tensor):
+        """Address of a read-only copy; also remembers nothing of the tensor."""
+        return self.device.array(to_numpy(tensor)).address
+
+    def _out(self, shape, dtype):
+        return self.device.empty(shape, NUMPY.get(dtype, np.int32))
+
+    def _workspace(self, entry, params):
+        function = getattr(self.library, entry)
+        function.restype = ctypes.c_int64
+        self.workspace_bytes = function(ctypes.byref(params))
+        return self.device.empty(self.workspace_bytes, np.uint8).address
+
+    # -- the ops --
+
+    def permute(self, gates, capacity=None):
+        """gates [T,E] -> pair_offsets [E+1], token_idx [A], token_offsets [T+1], slot_idx [A]."""
+        self._begin()
+        tokens, experts = gates.shape
+        room = tokens * experts if capacity is None else capacity
+        sizes = (experts + 1, room, tokens + 1, room)
+        out = [self._out(max(n, 1), torch.int32) for n in sizes]
+        p = STRUCTS["PermuteParams"](
+            DTYPE["kFloat32"], tokens, experts, self._in(gates), room, *(b.address for b in out)
+        )
+        self._run("run_permute", p, self._workspace("permute_workspace", p))
+        active = min(int(out[0].array[-1]), room)
+        keep = (experts + 1, active, tokens + 1, active)
+        return tuple(torch.from_numpy(b.array[:n].copy()) for b, n in zip(out, keep, strict=True))
+
+    def _route_params(
+        self, logits, threshold, expert_offsets, method, top_k, gates, rescale, gate_scale
+    ):
+        experts = len(expert_offsets) - 1
+        p = STRUCTS["RouteParams"](
+            DTYPE["kFloat32"],
+            list(METHOD.values())[("threshold", "top_p", "top_k", "relu").index(method)],
+        )
+        p.num_tokens, p.num_experts = len(logits), experts
+        p.num_shared, p.top_k = experts - logits.shape[1], top_k
+        p.binary, p.rescale, p.gate_scale = gates == "binary", rescale, gate_scale
+        p.threshold = self._in(torch.tensor([threshold], dtype=torch.float32))
+        p.expert_offsets = self._in(expert_offsets)
+        return p
+
+    def route(
+        self,
+        logits,
+        threshold,
+        expert_offsets,
+        *,
+        method="threshold",
+        top_k=0,
+        gates="scores",
+        rescale=True,
+        gate_scale=1.0,
+    ):
+        """logits [T,R] -> gates [T,E], scores [T,R]."""
+        self._begin()
+        p = self._route_params(
+            logits, threshold, expert_offsets, method, top_k, gates, rescale, gate_scale
+        )
+        p.logits = self._in(logits)
+        out = [self._out((len(logits), n), torch.float32) for n in (p.num_experts, logits.shape[1])]
+        p.gates, p.scores = (b.address for b in out)
+        self._run("run_route", p)
+        return tuple(torch.from_numpy(b.array.copy()) for b in out)
+
+    def route_backward(
+        self,
+        dgates,
+        dscores,
+        gates_out,
+        scores,
+        expert_offsets,
+        *,
+        method="threshold",
+        top_k=0,
+        gates="scores",
+        rescale=True,
+        gate_scale=1.0,
+    ):
+        """Gradients of gates [T,E] and (or None) of scores [T,R] -> dlogits [T,R]."""
+        self._begin()
+        forward = self._route_params(
+            scores, 0.0, expert_offsets, method, top_k, gates, rescale, gate_scale
+        )
+        forward.gates, forward.scores = self._in(gates_out), self._in(scores)
+        out = self._out(scores.shape, torch.float32)
+        p = STRUCTS["RouteBackwardParams"](
+            forward, self._in(dgates), 0 if dscores is None else self._in(dscores), out.address
+        )
+        self._run("run_route_backward", p)
+        return torch.from_numpy(out.array.copy())
+
+
+def to_numpy(tensor):
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype in (torch.bfloat16, torch.float16):
+        return tensor.view(torch.int16).numpy().view(np.uint16)
+    return tensor.numpy()

@@ -1,0 +1,29 @@
+"""The CUDA ops as the tests call them: on a GPU through dsmoe_ext where there is one, else
+interpreted."""
+
+import torch
+from interpreted import Interpreter
+
+
+class Gpu:
+    """dsmoe_ext.ops on CUDA tensors, with CPU tensors in and out. Takes what Interpreter takes."""
+
+    def __init__(self, seed=None, **_):
+        from dsmoe_ext import ops
+
+        self.ops = ops
+
+    def permute(self, gates, capacity=None):
+        if capacity is not None:
+            raise NotImplementedError("the op allocates T·E")
+        return tuple(t.cpu() for t in self.ops.permute(gates.cuda()))
+
+    def route(self, logits, threshold, expert_offsets, **options):
+        return tuple(
+            t.cpu()
+            for t in self.ops.route(logits.cuda(), threshold, expert_offsets.cuda(), **options)
+        )
+
+
+ON_GPU = torch.cuda.is_available()
+Ops = Gpu if ON_GPU else Interpreter
