@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/machine.h"
 #include "kernels.h"
 
 namespace {
@@ -35,6 +36,19 @@ pybind11::dict build_info() {
   return info;
 }
 
+pybind11::dict measure_peaks(int threads) {
+  dsmoe::cpu::Peaks peaks;
+  {
+    pybind11::gil_scoped_release release;
+    peaks = dsmoe::cpu::measure_peaks(threads);
+  }
+  pybind11::dict result;
+  result["fp32_flops"] = peaks.fp32_flops;
+  result["bf16_flops"] = peaks.bf16_flops;
+  result["read_bytes"] = peaks.read_bytes;
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -43,4 +57,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", &dsmoe::cpu::isa, "The instruction set that the CPU kernels use.");
   m.def("force_isa", &force_isa, pybind11::arg("name"),
         "Uses another instruction set; pack weights again after it.");
+  m.def("measure_peaks", &measure_peaks, pybind11::arg("threads"),
+        "Operations and bytes per second that this machine reaches at most on so many threads.");
 }

@@ -1,0 +1,160 @@
+// Peaks of the machine, measured: arithmetic on registers alone, and reads of a buffer of 256 MiB.
+//
+// Functions carry their instruction set as an attribute instead of a compiler flag, so that this
+// one file needs no variants. 16 independent accumulators hide an FMA's latency (4 cycles, 2 a
+// cycle need 8) without spilling.
+#include "cpu/machine.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+namespace dsmoe::cpu {
+namespace {
+
+constexpr int kAccumulators = 16;
+constexpr int64_t kSteps = 200000;
+constexpr size_t kBytes = size_t{256} << 20;
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+// Each returns operations done; `sink` keeps the result alive.
+using Kernel = double (*)(float* sink);
+
+double fma_portable(float* sink) {
+  float acc[64] = {};
+  for (int64_t i = 0; i < kSteps; ++i) {
+    for (float& a : acc) a = a * 0.999f + 0.001f;
+  }
+  *sink = acc[0];
+  return 2.0 * kSteps * 64;
+}
+
+#ifdef __x86_64__
+[[gnu::target("avx2,fma")]] double fma_avx2(float* sink) {
+  __m256 acc[kAccumulators], a = _mm256_set1_ps(0.999f), b = _mm256_set1_ps(0.001f);
+  for (__m256& c : acc) c = b;
+  for (int64_t i = 0; i < kSteps; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < 12; ++j) acc[j] = _mm256_fmadd_ps(acc[j], a, b);
+    asm volatile("" ::: "memory");
+  }
+  for (int j = 1; j < 12; ++j) acc[0] = _mm256_add_ps(acc[0], acc[j]);
+  *sink = _mm256_cvtss_f32(acc[0]);
+  return 2.0 * kSteps * 12 * 8;
+}
+
+[[gnu::target("avx512f")]] double fma_avx512(float* sink) {
+  __m512 acc[kAccumulators], a = _mm512_set1_ps(0.999f), b = _mm512_set1_ps(0.001f);
+  for (__m512& c : acc) c = b;
+  for (int64_t i = 0; i < kSteps; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kAccumulators; ++j) acc[j] = _mm512_fmadd_ps(acc[j], a, b);
+    asm volatile("" ::: "memory");
+  }
+  for (int j = 1; j < kAccumulators; ++j) acc[0] = _mm512_add_ps(acc[0], acc[j]);
+  *sink = _mm512_cvtss_f32(acc[0]);
+  return 2.0 * kSteps * kAccumulators * 16;
+}
+
+[[gnu::target("avx512f,avx512bf16")]] double dot_avx512_bf16(float* sink) {
+  __m512 acc[kAccumulators];
+  const __m512bh a = _mm512_cvtne2ps_pbh(_mm512_set1_ps(0.5f), _mm512_set1_ps(0.25f));
+  for (__m512& c : acc) c = _mm512_setzero_ps();
+  for (int64_t i = 0; i < kSteps; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kAccumulators; ++j) acc[j] = _mm512_dpbf16_ps(acc[j], a, a);
+    asm volatile("" ::: "memory");
+  }
+  for (int j = 1; j < kAccumulators; ++j) acc[0] = _mm512_add_ps(acc[0], acc[j]);
+  *sink = _mm512_cvtss_f32(acc[0]);
+  return 2.0 * kSteps * kAccumulators * 32;
+}
+
+// Sums in eight chains: adds keep up with memory, and nothing is optimised away.
+[[gnu::target("avx2")]] double read_avx2(const char* data, size_t bytes) {
+  __m256i sum[8];
+  for (__m256i& s : sum) s = _mm256_setzero_si256();
+  for (size_t i = 0; i + 256 <= bytes; i += 256) {
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      const auto* from = reinterpret_cast<const __m256i*>(data + i + 32 * j);
+      sum[j] = _mm256_add_epi64(sum[j], _mm256_loadu_si256(from));
+    }
+  }
+  for (int j = 1; j < 8; ++j) sum[0] = _mm256_add_epi64(sum[0], sum[j]);
+  return static_cast<double>(_mm256_extract_epi64(sum[0], 0));
+}
+#endif
+
+double read_portable(const char* data, size_t bytes) {
+  uint64_t sum[8] = {}, word[8];
+  for (size_t i = 0; i + 64 <= bytes; i += 64) {
+    std::memcpy(word, data + i, 64);
+    for (int j = 0; j < 8; ++j) sum[j] += word[j];
+  }
+  return static_cast<double>(sum[0] ^ sum[1] ^ sum[2] ^ sum[3] ^ sum[4] ^ sum[5] ^ sum[6] ^ sum[7]);
+}
+
+// The highest rate of `rounds` rounds; body(thread) returns the amount it did.
+template <class Body>
+double best_rate(int threads, int rounds, const Body& body) {
+  double best = 0;
+  for (int round = 0; round < rounds; ++round) {
+    std::vector<double> amount(threads);
+    std::vector<std::thread> others;
+    const auto start = std::chrono::steady_clock::now();
+    for (int t = 1; t < threads; ++t) others.emplace_back([&, t] { amount[t] = body(t); });
+    amount[0] = body(0);
+    for (std::thread& thread : others) thread.join();
+    double total = 0;
+    for (double a : amount) total += a;
+    best = std::max(best, total / seconds_since(start));
+  }
+  return best;
+}
+
+double arithmetic_rate(int threads, Kernel kernel) {
+  return best_rate(threads, 8, [&](int) {
+    float sink = 0;
+    const double done = kernel(&sink);
+    return sink == 12345.0f ? 0.0 : done;
+  });
+}
+
+}  // namespace
+
+Peaks measure_peaks(int threads) {
+  threads = std::max(threads, 1);
+  Kernel fma = fma_portable, dot = nullptr;
+  auto read = read_portable;
+#ifdef __x86_64__
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    fma = fma_avx2;
+    read = read_avx2;
+  }
+  if (__builtin_cpu_supports("avx512f")) fma = fma_avx512;
+  if (__builtin_cpu_supports("avx512bf16")) dot = dot_avx512_bf16;
+#endif
+  std::vector<char> buffer(kBytes, 1);
+  const size_t share = kBytes / threads / 256 * 256;
+  Peaks peaks{};
+  peaks.fp32_flops = arithmetic_rate(threads, fma);
+  peaks.bf16_flops = dot ? arithmetic_rate(threads, dot) : 0;
+  peaks.read_bytes = best_rate(threads, 6, [&](int thread) {
+    const double sum = read(buffer.data() + thread * share, share);
+    return sum == 12345.0 ? 0.0 : static_cast<double>(share);
+  });
+  return peaks;
+}
+
+}  // namespace dsmoe::cpu

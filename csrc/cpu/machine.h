@@ -1,0 +1,17 @@
+// What this machine can do at most: the roofline that benchmarks compare with.
+#pragma once
+
+#include <cstdint>
+
+namespace dsmoe::cpu {
+
+struct Peaks {
+  double fp32_flops;  // fused multiply-adds on registers, two operations each, per second
+  double bf16_flops;  // vdpbf16ps on registers; 0 where the instruction is missing
+  double read_bytes;  // streaming reads of memory far beyond the caches, per second
+};
+
+// The best of several short measurements on `threads` threads at once, about half a second in all.
+[[gnu::visibility("default")]] Peaks measure_peaks(int threads);
+
+}  // namespace dsmoe::cpu

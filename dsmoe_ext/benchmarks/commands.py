@@ -1,0 +1,157 @@
+"""The commands under `dsmoe bench`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Time the kernels on this machine. Every case is checked against float64 first.",
+)
+
+ShapeOption = Annotated[str, typer.Option(help="Hidden and intermediate size, H,I.")]
+ExpertsOption = Annotated[int, typer.Option(min=1, help="Number of equal experts.")]
+SizesOption = Annotated[
+    str | None, typer.Option("--expert-sizes", help="Sizes instead, as N,N,...")
+]
+ActiveOption = Annotated[str, typer.Option(help="Active fractions of the experts.")]
+TokensOption = Annotated[str, typer.Option(help="Numbers of tokens.")]
+DtypeOption = Annotated[str, typer.Option(help="bf16, fp32, fp16; several with commas.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="Threads; torch's number if left out.")
+]
+BudgetOption = Annotated[float, typer.Option(help="Seconds a case.")]
+OutOption = Annotated[Path | None, typer.Option(help="Folder for bench.json and bench.png.")]
+
+DEFAULT_SHAPE = "2048,5632"
+
+
+@app.command()
+def ffn(
+    shape: ShapeOption = DEFAULT_SHAPE,
+    experts: ExpertsOption = 8,
+    expert_sizes: SizesOption = None,
+    active: ActiveOption = "0.125,0.25,0.5,1",
+    tokens: TokensOption = "64,512",
+    dtype: DtypeOption = "bf16,fp32",
+    threads: ThreadsOption = None,
+    budget: BudgetOption = 2.0,
+    out: OutOption = None,
+) -> None:
+    """Forward of one FFN: dense torch, a loop over experts, ours plain and packed."""
+    _run("forward", shape, experts, expert_sizes, active, tokens, dtype, threads, budget, out)
+
+
+@app.command()
+def decode(
+    shape: ShapeOption = DEFAULT_SHAPE,
+    experts: ExpertsOption = 8,
+    expert_sizes: SizesOption = None,
+    active: ActiveOption = "0.125,0.25,0.5,1",
+    tokens: TokensOption = "1,2,4,8",
+    dtype: DtypeOption = "bf16,fp32",
+    threads: ThreadsOption = None,
+    budget: BudgetOption = 1.0,
+    out: OutOption = None,
+) -> None:
+    """The same for a few tokens, where reading the weights is what takes time."""
+    _run("decode", shape, experts, expert_sizes, active, tokens, dtype, threads, budget, out)
+
+
+@app.command()
+def train(
+    shape: ShapeOption = DEFAULT_SHAPE,
+    experts: ExpertsOption = 8,
+    expert_sizes: SizesOption = None,
+    active: ActiveOption = "0.125,0.25,0.5,1",
+    tokens: TokensOption = "512",
+    dtype: DtypeOption = "bf16,fp32",
+    threads: ThreadsOption = None,
+    budget: BudgetOption = 3.0,
+    exact_ste: Annotated[
+        bool, typer.Option(help="Give inactive pairs' router gradients too (the paper's STE).")
+    ] = False,
+    out: OutOption = None,
+) -> None:
+    """Forward with every gradient."""
+    _run(
+        "train",
+        shape,
+        experts,
+        expert_sizes,
+        active,
+        tokens,
+        dtype,
+        threads,
+        budget,
+        out,
+        exact_ste,
+    )
+
+
+def _run(
+    kind,
+    shape,
+    experts,
+    expert_sizes,
+    active,
+    tokens,
+    dtypes,
+    threads,
+    budget,
+    out,
+    exact_ste=False,
+):
+    import torch
+
+    from dsmoe_ext.benchmarks import report
+    from dsmoe_ext.benchmarks.ffn import Shape, measure
+    from dsmoe_ext.benchmarks.machine import measure_machine
+    from dsmoe_ext.console import out as console
+    from dsmoe_ext.console import progress
+    from dsmoe_ext.errors import UserError
+    from dsmoe_ext.options import numbers
+
+    names = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+    unknown = [name for name in dtypes.split(",") if name not in names]
+    if unknown:
+        raise UserError(f"dtype must be of {', '.join(names)}, but is {unknown[0]!r}")
+    hidden_size, intermediate_size = numbers(shape, int, "--shape")
+    sizes = numbers(expert_sizes, int, "--expert-sizes")
+    if not sizes:
+        if intermediate_size % experts:
+            raise UserError(
+                f"{experts} experts do not divide {intermediate_size}: use --expert-sizes"
+            )
+        sizes = [intermediate_size // experts] * experts
+    if threads:
+        torch.set_num_threads(threads)
+    machine = measure_machine()
+    console.print(machine.describe(), highlight=False)
+    cases = [
+        (t, r) for t in numbers(tokens, int, "--tokens") for r in numbers(active, float, "--active")
+    ]
+    for name in dtypes.split(","):
+        rows = []
+        with progress(f"{kind}, {name}", len(cases), "cases") as advance:
+            for num_tokens, fraction in cases:
+                case = Shape(hidden_size, tuple(sizes), num_tokens, fraction, names[name])
+                is_train = kind == "train"
+                rows += measure(machine, case, train=is_train, exact_ste=exact_ste, budget=budget)
+                advance()
+        console.print(
+            report.table(f"{kind}, {name}, H {hidden_size}, experts {_layout(sizes)}", rows)
+        )
+        if out:
+            out.mkdir(parents=True, exist_ok=True)
+            report.save_json(out / f"{kind}_{name}.json", machine, rows)
+            report.save_plot(out / f"{kind}_{name}.png", machine, rows)
+
+
+def _layout(sizes: list[int]) -> str:
+    if len(set(sizes)) == 1:
+        return f"{len(sizes)} x {sizes[0]}"
+    if len(set(sizes[1:])) == 1:
+        return f"{sizes[0]} + {len(sizes) - 1} x {sizes[1]}"
+    return ", ".join(map(str, sizes))

@@ -1,0 +1,57 @@
+"""What the machine is, and the roofline: the time that nothing on it can beat."""
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dsmoe_ext import _C
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The processor and its peaks on `threads` threads, in operations and bytes a second."""
+
+    processor: str
+    isa: str
+    threads: int
+    torch: str
+    fp32_flops: float
+    bf16_flops: float
+    read_bytes: float
+
+    def roofline(self, flops: float, read: float, dtype: torch.dtype) -> float:
+        """Seconds below which no kernel can come: max(bytes / bandwidth, operations / peak).
+
+        float16 is computed in float32, and so is bfloat16 where the dot product is missing.
+        """
+        has_dot = dtype == torch.bfloat16 and self.bf16_flops > 0 and "bf16" in self.isa
+        return max(
+            flops / (self.bf16_flops if has_dot else self.fp32_flops), read / self.read_bytes
+        )
+
+    def describe(self) -> str:
+        """One line for the head of a table."""
+        return (
+            f"{self.processor}, {self.threads} thread(s), {self.isa}, torch {self.torch}; measured "
+            f"peaks: fp32 {self.fp32_flops / 1e9:.0f} GFLOP/s, bf16 {self.bf16_flops / 1e9:.0f} "
+            f"GFLOP/s, read {self.read_bytes / 1e9:.1f} GB/s"
+        )
+
+
+def processor_name() -> str:
+    """The name the processor gives itself, where the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def measure_machine() -> Machine:
+    """Peaks on torch's number of threads; takes about a second."""
+    threads = torch.get_num_threads()
+    peaks = _C.measure_peaks(threads)
+    return Machine(processor_name(), _C.isa(), threads, torch.__version__, **peaks)

@@ -1,0 +1,98 @@
+"""Tables, a JSON file and a plot of measured rows."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from dsmoe_ext.benchmarks.ffn import Row
+from dsmoe_ext.benchmarks.machine import Machine
+
+COLORS = {
+    "dense": "#8a94a3",
+    "loop": "#c58b2a",
+    "plain": "#6aa2d8",
+    "packed": "#2f6fb7",
+    "ours": "#2f6fb7",
+}
+
+
+def table(title: str, rows: list[Row]) -> Table:
+    """One line a method: time, spread, rates, share of the roofline, ratio to dense torch."""
+    out = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in (
+        "T",
+        "active",
+        "method",
+        "ms",
+        "median",
+        "90 %",
+        "TFLOP/s",
+        "GB/s",
+        "roofline",
+        "/ dense",
+    ):
+        out.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+    dense = {}
+    for row in rows:
+        best = row.timing.best
+        if row.method == "dense":
+            dense[row.shape] = best
+        out.add_row(
+            str(row.shape.num_tokens),
+            f"{row.shape.active:.3g}",
+            row.method,
+            *(f"{1e3 * s:.3f}" for s in (best, row.timing.median, row.timing.slow)),
+            f"{row.flops / best / 1e12:.3f}",
+            f"{row.read / best / 1e9:.1f}",
+            f"{row.roofline / best:.0%}",
+            f"{best / dense[row.shape]:.2f}",
+            end_section=row is rows[-1] or rows[rows.index(row) + 1].shape != row.shape,
+        )
+    return out
+
+
+def save_json(path: Path, machine: Machine, rows: list[Row]) -> None:
+    """Everything measured, for later comparison."""
+    content = {"machine": asdict(machine), "rows": [row.record() for row in rows]}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def save_plot(path: Path, machine: Machine, rows: list[Row]) -> None:
+    """Time against active fraction with the ideal line, and rates under the roofline."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    most = max(row.shape.num_tokens for row in rows)
+    for name in dict.fromkeys(row.method for row in rows):
+        mine = [row for row in rows if row.method == name]
+        points = sorted(
+            (r.shape.active, 1e3 * r.timing.best) for r in mine if r.shape.num_tokens == most
+        )
+        left.plot(*zip(*points, strict=True), "o-", label=name, color=COLORS[name], markersize=4)
+        right.loglog(
+            [row.flops / row.read for row in mine],
+            [row.flops / row.timing.best / 1e9 for row in mine],
+            "o", label=name, color=COLORS[name], markersize=4,
+        )  # fmt: skip
+    whole = [
+        1e3 * r.timing.best for r in rows if r.shape.num_tokens == most and r.method == "dense"
+    ]
+    left.plot([0, 1], [0, min(whole)], ":", color="black", label="dense time x active")
+    left.set(xlabel="active fraction", ylabel=f"ms, {most} tokens", xlim=(0, 1.05), ylim=(0, None))
+    intensities = sorted(row.flops / row.read for row in rows)
+    grid = [intensities[0] * (intensities[-1] / intensities[0]) ** (i / 50) for i in range(51)]
+    dtype = rows[0].shape.dtype
+    limit = [i / machine.roofline(i, 1.0, dtype) / 1e9 for i in grid]
+    right.loglog(grid, limit, "-", color="black", label="roofline")
+    right.set(xlabel="operations per byte of weights", ylabel="GFLOP/s")
+    left.legend(frameon=False)
+    right.legend(frameon=False)
+    figure.suptitle(f"{machine.processor}, {machine.threads} thread(s), {machine.isa}", fontsize=10)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

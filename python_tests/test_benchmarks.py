@@ -1,0 +1,63 @@
+"""The benchmarks run, check before they time, and write what they measured. No time is judged."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dsmoe_ext import cli, ops
+from dsmoe_ext.benchmarks import ffn
+from dsmoe_ext.benchmarks.machine import measure_machine
+from dsmoe_ext.benchmarks.timing import interleaved
+
+pytestmark = pytest.mark.quick
+SMALL = ["--shape", "16,32", "--tokens", "3", "--active", "0.5,1", "--budget", "0.01"]
+
+
+@pytest.mark.parametrize("kind", ["ffn", "decode", "train"])
+def test_command_writes_what_it_measured(kind, tmp_path):
+    arguments = ["bench", kind, *SMALL, "--dtype", "bf16", "--out", str(tmp_path)]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    (written,) = tmp_path.glob("*.json")
+    content = json.loads(written.read_text())
+    assert {row["active"] for row in content["rows"]} == {0.5, 1.0}
+    assert all(0 < row["best"] <= row["median"] <= row["slow"] for row in content["rows"])
+    assert content["machine"]["fp32_flops"] > 1e8
+    assert written.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_wrong_kernel_is_not_timed(monkeypatch):
+    monkeypatch.setattr(ops, "sparse_ffn", lambda x, *a, **k: sum(t.sum() for t in a[:4]) + x)
+    shape = ffn.Shape(16, (16, 16), 4, 0.5, torch.float32)
+    with pytest.raises(AssertionError, match=r"y in torch\.float32 is wrong"):
+        list(ffn.measure(measure_machine(), shape, train=False, exact_ste=False, budget=0.01))
+
+
+def test_active_fraction_is_exact():
+    case = ffn.Shape(16, (4,) * 8, 10, 0.5, torch.float32).make(0)
+    assert ((case.gates != 0).sum(1) == 4).all()
+    assert ffn.active_rows(case) == 10 * 4 * 4
+    assert ffn.forward_cost(case)[0] == 6 * 160 * 16
+
+
+def test_methods_take_turns():
+    calls = []
+    methods = {n: [lambda n=n, i=i: calls.append((n, i)) for i in range(2)] for n in "ab"}
+    timings = interleaved(methods, 0.0)
+    assert calls[4:8] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert set(timings) == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--dtype", "int8"], "dtype must be of bf16, fp32, fp16"),
+        (["--shape", "16,30"], "8 experts do not divide 30"),
+    ],
+)
+def test_bad_options(arguments, message):
+    result = CliRunner().invoke(cli.app, ["bench", "ffn", *SMALL, *arguments])
+    assert result.exit_code == 1
+    assert message in result.output
