@@ -1,0 +1,257 @@
+// expert_mlp forward:  y_t = sum_e gates[t,e] * (silu(x_t Wg_e) * (x_t Wu_e)) Wd_e (kernels.h)
+//
+//   row pass      g, u = x Wg, x Wu  [n_e, S_e]     one panel holds 16 gate and 16 up columns, so a
+//   = gate silu(g) u is
+//                                                   formed from one tile's sums and stored as the
+//                                                   next GEMM's operand
+//   column pass   y += a Wd          [T, H]         experts in ascending order inside a chunk of
+//   columns
+//
+// One parallel region with one barrier. Tokens are gathered by pointer in the tile loop; nothing of
+// size [A,H] exists. Large batches go in blocks of tokens, so that a [T, I] stays in the
+// third-level cache. One token takes the same path: its tiles are one row high and stream each
+// active expert's weights once.
+#include "expert_mlp_isa.h"
+#include "passes.h"
+
+namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
+namespace {
+
+constexpr int64_t kTokenBlock = 768;
+constexpr int64_t kScratchBytes = 512 << 10;  // a thread's panels packed on the fly
+
+template <class T>
+struct Forward {
+  using C = CType<T>;
+  using A = AType<T>;
+
+  const ExpertMlpParams& p;
+  Pairs pairs = {};
+  RowShape shape = {};
+  RowItem* items = nullptr;
+  int64_t num_items = 0, chunks = 0, threads = 1;
+  struct Sync {
+    Barrier barrier;
+    alignas(64) int64_t next_item;
+    alignas(64) int64_t next_chunk;
+  }* sync = nullptr;
+  A* x_copy = nullptr;              // [T, H padded]   only if x cannot be read in place
+  A* activated = nullptr;           // per expert [n_e, S padded]
+  int64_t* a_start = nullptr;       // [E]     of each expert in activated
+  int64_t* packed_start = nullptr;  // [E]     of each expert in p.packed
+  int64_t* saved_start = nullptr;   // [E]     of each expert's next pair in p.activations
+  C* sums = nullptr;                // per thread [T, columns of a chunk]
+  T* scratch = nullptr;             // per thread
+  int64_t sums_size = 0, scratch_size = 0;
+
+  static int64_t padded_size(int64_t size) { return round_up(size, kLanes<T>); }
+  int64_t size(int e) const { return p.expert_offsets[e + 1] - p.expert_offsets[e]; }
+  const A* x() const { return needs_copy<T>(p.hidden_size) ? x_copy : (const A*)p.x; }
+  int64_t x_stride() const {
+    return needs_copy<T>(p.hidden_size) ? round_up(p.hidden_size, Compute<T>::kPair) : p.x_stride;
+  }
+  const T* packed_expert(int e) const {
+    return p.packed ? (const T*)p.packed + packed_start[e] : nullptr;
+  }
+
+  void gate_up(const RowItem& item, T* panel_scratch) {
+    const PackedLayout<T> layout{p.hidden_size};
+    for_each_panel(item, shape, pairs, [&](int e, int64_t panel, int64_t low, int64_t high) {
+      const int64_t row = p.expert_offsets[e] + panel * kLanes<T>,
+                    valid = size(e) - panel * kLanes<T>;
+      const T* b = panel_scratch;
+      if (p.packed) {
+        b = packed_expert(e) + panel * layout.gate_up_panel();
+      } else {
+        pack_rows((const T*)p.gate_proj + row * p.hidden_size, valid,
+                  (const T*)p.up_proj + row * p.hidden_size, valid, p.hidden_size, p.hidden_size,
+                  panel_scratch);
+      }
+      row_panel(x(), x_stride(), pairs.of(e), low, high, b, layout.hidden_steps(),
+                [&](int64_t first, int rows, const C(*sums)[kColumns<T>]) {
+                  swiglu(e, panel, int(min_of<int64_t>(valid, kLanes<T>)), first, rows, sums);
+                });
+    });
+  }
+
+  // a = gate silu(g) u, and g, u themselves if the backward will want them.
+  void swiglu(int e, int64_t panel, int valid, int64_t first, int rows,
+              const C (*tile_sums)[kColumns<T>]) {
+    const int64_t stride = padded_size(size(e)), S = size(e);
+    const C* gates = (const C*)p.gates;
+    for (int r = 0; r < rows; ++r) {
+      const Vec<C> g = load(tile_sums[r]), u = load(tile_sums[r] + kLanes<T>);
+      const C gate = gates[int64_t(pairs.of(e)[first + r]) * p.num_experts + e];
+      A* a = activated + a_start[e] + (first + r) * stride + panel * kLanes<T>;
+      store(a, g * sigmoid(g) * u * splat(gate));
+      for (int i = valid; i < kLanes<T>; ++i)
+        a[i] = A{};  // an infinite gate would leave NaN in the padding
+      if (!p.activations) continue;
+      T* saved = (T*)p.activations + saved_start[e] + (first + r) * 2 * S + panel * kLanes<T>;
+      if (valid == kLanes<T>) {
+        store(saved, g);
+        store(saved + S, u);
+      } else {
+        for (int i = 0; i < valid; ++i) narrow(g[i], saved[i]), narrow(u[i], saved[S + i]);
+      }
+    }
+  }
+
+  void down(int64_t chunk, C* chunk_sums, T* thread_scratch) {
+    const PackedLayout<T> layout{p.hidden_size};
+    const int64_t panels = layout.hidden_panels(), begin = panels * chunk / chunks,
+                  end = panels * (chunk + 1) / chunks;
+    memset(chunk_sums, 0, size_t(p.num_tokens * (end - begin) * kColumns<T>) * sizeof(C));
+    for (int e = 0; e < p.num_experts; ++e) {
+      if (pairs.count(e) == 0) continue;
+      Section<T> section;
+      section.tokens = pairs.of(e);
+      section.n = pairs.count(e);
+      section.a = activated + a_start[e];
+      section.a_stride = padded_size(size(e));
+      section.k = size(e);
+      section.matrix =
+          (const T*)p.down_proj_t + (p.packed ? 0 : p.expert_offsets[e] * p.hidden_size);
+      section.packed = p.packed ? packed_expert(e) + layout.down_start(size(e)) : nullptr;
+      add_section(section, p.hidden_size, begin, end, chunk_sums, thread_scratch, scratch_size);
+    }
+    write_columns(chunk_sums, p.num_tokens, p.hidden_size, begin, end, (T*)p.y);
+  }
+
+  void run(int thread, int team_size) {
+    C* thread_sums = sums + thread * sums_size;
+    T* thread_scratch = scratch + thread * scratch_size;
+    if (needs_copy<T>(p.hidden_size)) {
+      copy_rows((const T*)p.x, p.x_stride, p.hidden_size, p.num_tokens * thread / team_size,
+                p.num_tokens * (thread + 1) / team_size, x_copy);
+      barrier_wait(sync->barrier, team_size);
+    }
+    for (int64_t i; (i = draw(sync->next_item)) < num_items;) gate_up(items[i], thread_scratch);
+    barrier_wait(sync->barrier, team_size);
+    for (int64_t i; (i = draw(sync->next_chunk)) < chunks;) down(i, thread_sums, thread_scratch);
+  }
+};
+
+// Enough threads that each has some ten microseconds of work: 256 kB of weights or the flops of
+// that time.
+template <class T>
+int64_t useful_threads(const ExpertMlpParams& p, const Pairs& pairs, int max_size) {
+  int64_t work = 0;
+  for (int e = 0; e < p.num_experts; ++e)
+    if (pairs.count(e))
+      work += (p.expert_offsets[e + 1] - p.expert_offsets[e]) * (pairs.count(e) + 8);
+  work *= 3 * p.hidden_size * int64_t(sizeof(T)) / 8;
+  return max_of<int64_t>(1, min_of<int64_t>(max_size, work / (256 << 10)));
+}
+
+template <class T>
+Status forward_block(const ExpertMlpParams& p, int64_t* saved_start, const Team& team) {
+  Forward<T> f{p};
+  f.saved_start = saved_start;
+  const CType<T>* gates = (const CType<T>*)p.gates;
+  void* lists = list_pairs(
+      p.num_tokens, p.num_experts, 0, p.num_experts, p.expert_offsets,
+      [&](int64_t t, int e) { return gates[t * p.num_experts + e] != 0; }, f.pairs);
+  if (!lists) return Status::kWorkspaceTooSmall;
+  const PackedLayout<T> layout{p.hidden_size};
+  f.threads = useful_threads<T>(p, f.pairs, team.max_size);
+  f.shape = {p.num_tokens,
+             p.num_experts,
+             p.expert_offsets,
+             kLanes<T>,
+             layout.gate_up_panel() * int64_t(sizeof(T)),
+             p.hidden_size * int64_t(sizeof(AType<T>)),
+             p.packed != nullptr};
+  f.num_items = plan_rows(f.shape, f.pairs, int(f.threads), nullptr);
+  f.chunks = column_chunks<T>(p.num_tokens, p.hidden_size, int(f.threads));
+  f.sums_size = p.num_tokens * ceil_div(layout.hidden_panels(), f.chunks) * kColumns<T>;
+  f.scratch_size = 0;
+  int64_t a_size = 0;
+  for (int e = 0; e < p.num_experts; ++e) {
+    a_size += f.pairs.count(e) * f.padded_size(f.size(e));
+    if (!p.packed) f.scratch_size = max_of(f.scratch_size, layout.down_panel(f.size(e)));
+  }
+  if (!p.packed)
+    f.scratch_size =
+        max_of(max_of(f.scratch_size, layout.gate_up_panel()), kScratchBytes / int64_t(sizeof(T)));
+  void* memory = allocate([&](Arena& arena) {
+    arena.take(f.sync, 1);
+    arena.take(f.items, f.num_items);
+    arena.take(f.a_start, p.num_experts);
+    arena.take(f.packed_start, p.num_experts);
+    arena.take(f.x_copy, needs_copy<T>(p.hidden_size) ? p.num_tokens * f.x_stride() : 0);
+    arena.take(f.activated, a_size);
+    arena.take(f.sums, f.sums_size * f.threads);
+    arena.take(f.scratch, f.scratch_size * f.threads);
+  });
+  if (!memory) {
+    workspace_release(lists);
+    return Status::kWorkspaceTooSmall;
+  }
+  *f.sync = {};
+  plan_rows(f.shape, f.pairs, int(f.threads), f.items);
+  int64_t a_next = 0, packed_next = 0;
+  for (int e = 0; e < p.num_experts; ++e) {
+    f.a_start[e] = a_next;
+    f.packed_start[e] = packed_next;
+    a_next += f.pairs.count(e) * f.padded_size(f.size(e));
+    packed_next += layout.expert(f.size(e));
+  }
+  run_team(
+      team, int(f.threads),
+      [](void* arg, int thread, int size) { ((Forward<T>*)arg)->run(thread, size); }, &f);
+  if (p.activations)
+    for (int e = 0; e < p.num_experts; ++e) saved_start[e] += f.pairs.count(e) * 2 * f.size(e);
+  workspace_release(memory);
+  workspace_release(lists);
+  return Status::kOk;
+}
+
+template <class T>
+Status forward(const ExpertMlpParams& p, const Team& team) {
+  if (p.num_tokens == 0 || p.hidden_size == 0) return Status::kOk;
+  int64_t* saved_start = nullptr;
+  void* memory = allocate([&](Arena& arena) { arena.take(saved_start, p.num_experts); });
+  if (!memory) return Status::kWorkspaceTooSmall;
+  const CType<T>* gates = (const CType<T>*)p.gates;
+  int64_t next = 0;
+  for (int e = 0; p.activations && e < p.num_experts;
+       ++e) {  // expert-major over all tokens, whatever the blocks
+    saved_start[e] = next;
+    for (int64_t t = 0; t < p.num_tokens; ++t)
+      next += gates[t * p.num_experts + e] != 0
+                  ? 2 * (p.expert_offsets[e + 1] - p.expert_offsets[e])
+                  : 0;
+  }
+  const int64_t blocks = ceil_div(p.num_tokens, kTokenBlock);
+  Status status = Status::kOk;
+  for (int64_t b = 0; b < blocks && status == Status::kOk; ++b) {
+    const int64_t begin = p.num_tokens * b / blocks;
+    ExpertMlpParams block = p;
+    block.num_tokens = p.num_tokens * (b + 1) / blocks - begin;
+    block.x = (const T*)p.x + begin * p.x_stride;
+    block.gates = gates + begin * p.num_experts;
+    block.y = (T*)p.y + begin * p.hidden_size;
+    status = forward_block<T>(block, saved_start, team);
+  }
+  workspace_release(memory);
+  return status;
+}
+
+}  // namespace
+
+Status expert_mlp_forward(const ExpertMlpParams& p, const Team& team) {
+  switch (p.dtype) {
+    case Dtype::kFloat64:
+      return forward<double>(p, team);
+    case Dtype::kFloat32:
+      return forward<float>(p, team);
+    case Dtype::kBFloat16:
+      return forward<bf16>(p, team);
+    case Dtype::kFloat16:
+      return forward<fp16>(p, team);
+  }
+  return Status::kUnsupported;
+}
+
+}  // namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE

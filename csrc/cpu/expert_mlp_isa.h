@@ -1,0 +1,12 @@
+// Entry points of one ISA's kernels; every ISA has them in its own namespace.
+#pragma once
+
+#include "team.h"
+
+namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
+
+Status expert_mlp_forward(const ExpertMlpParams& p, const Team& team);
+Status expert_mlp_backward(const ExpertMlpBackwardParams& p, const Team& team);
+const Kernels* kernels();
+
+}  // namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE

@@ -1,0 +1,91 @@
+// pack_weights and this ISA's table of entry points. Layout: pack.h, PackedLayout; experts one
+// after another.
+#include "expert_mlp_isa.h"
+#include "pack.h"
+#include "team.h"
+
+namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
+namespace {
+
+template <class T>
+int64_t packed_elements(const PackParams& p) {
+  int64_t elements = 0;
+  for (int e = 0; e < p.num_experts; ++e)
+    elements +=
+        PackedLayout<T>{p.hidden_size}.expert(p.expert_offsets[e + 1] - p.expert_offsets[e]);
+  return elements;
+}
+
+// Experts are drawn by threads; packing happens once and is bound by memory.
+template <class T>
+struct Pack {
+  const PackParams& p;
+  int64_t next = 0;
+
+  void expert(int e, T* out) const {
+    const PackedLayout<T> layout{p.hidden_size};
+    const int64_t size = p.expert_offsets[e + 1] - p.expert_offsets[e], H = p.hidden_size;
+    const T* gate = (const T*)p.gate_proj + p.expert_offsets[e] * H;
+    const T* up = (const T*)p.up_proj + p.expert_offsets[e] * H;
+    const T* down = (const T*)p.down_proj_t + p.expert_offsets[e] * H;
+    for (int64_t i = 0; i < layout.gate_up_panels(size); ++i) {
+      const int64_t row = i * kLanes<T>, valid = size - row;
+      pack_rows(gate + row * H, valid, up + row * H, valid, H, H, out + i * layout.gate_up_panel());
+    }
+    pack_columns([&](int64_t i) { return down + i * H; }, size, 0, H, layout.hidden_panels(),
+                 out + layout.down_start(size));
+  }
+  void run() {
+    for (int64_t e; (e = draw(next)) < p.num_experts;) {
+      T* out = (T*)p.packed;
+      for (int i = 0; i < e; ++i)
+        out += PackedLayout<T>{p.hidden_size}.expert(p.expert_offsets[i + 1] - p.expert_offsets[i]);
+      expert(int(e), out);
+    }
+  }
+};
+
+template <class T>
+Status pack(const PackParams& p, const Team& team) {
+  Pack<T> work{p};
+  run_team(team, team.max_size, [](void* arg, int, int) { ((Pack<T>*)arg)->run(); }, &work);
+  return Status::kOk;
+}
+
+Status pack_weights(const PackParams& p, const Team& team) {
+  switch (p.dtype) {
+    case Dtype::kFloat64:
+      return pack<double>(p, team);
+    case Dtype::kFloat32:
+      return pack<float>(p, team);
+    case Dtype::kBFloat16:
+      return pack<bf16>(p, team);
+    case Dtype::kFloat16:
+      return pack<fp16>(p, team);
+  }
+  return Status::kUnsupported;
+}
+
+int64_t packed_bytes(const PackParams& p) {
+  switch (p.dtype) {
+    case Dtype::kFloat64:
+      return 8 * packed_elements<double>(p);
+    case Dtype::kFloat32:
+      return 4 * packed_elements<float>(p);
+    case Dtype::kBFloat16:
+      return 2 * packed_elements<bf16>(p);
+    case Dtype::kFloat16:
+      return 2 * packed_elements<fp16>(p);
+  }
+  return 0;
+}
+
+}  // namespace
+
+const Kernels* kernels() {
+  static constexpr Kernels table = {expert_mlp_forward, expert_mlp_backward, packed_bytes,
+                                    pack_weights};
+  return &table;
+}
+
+}  // namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE

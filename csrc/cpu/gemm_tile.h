@@ -1,0 +1,111 @@
+// The one inner loop: C[rows, panels x kColumns] (+)= A[rows, K] B[K, panels x kColumns].
+//
+// B is packed in panels of two registers (kColumns columns), K steps after one another, kPair rows
+// of K interleaved:
+//   B[panel][K / kPair][kColumns][kPair]                 one sequential stream, whatever the matrix
+//   was
+// A is broadcast element by element (bf16: pair by pair), so its rows may lie anywhere:
+// kRowPointers takes a pointer per row (gathering tokens costs nothing); kStepMajor takes A[K /
+// kPair][lda][kPair], as weight gradients have it. Sums stay in registers over the whole of K; 12 x
+// 2 of them hide the latency of two multiply-adds per cycle.
+#pragma once
+
+#include "simd.h"
+
+namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
+
+enum AOrder { kRowPointers, kStepMajor };
+
+template <class T>
+struct TileArgs {
+  const AType<T>* a[kMaxRows];  // row pointers; kStepMajor: a[0] only
+  int64_t lda = 0;  // kStepMajor: elements from one k to the next (one pair of k for vdpbf16ps)
+  const T* b;
+  int64_t steps;  // K / kPair, rounded up
+  int64_t panels = 1;
+  CType<T>* c[kMaxRows];  // row pointers
+  bool accumulate;
+};
+
+// Few rows leave few sums in flight, so K is then dealt to several sets of sums.
+template <int R>
+constexpr int kSets = R == 1   ? 4
+                      : R <= 3 ? 2
+                               : 1;
+
+template <class T, int R, AOrder O>
+DSMOE_INLINE void tile_step(Vec<CType<T>> (&acc)[R][2], const AType<T>* const* a, int64_t lda,
+                            int64_t step, const T* b) {
+  using M = Compute<T>;
+  typename M::B b0[M::kSub], b1[M::kSub];
+  M::load_b(b, b0);
+  M::load_b(b + kLanes<T> * M::kPair, b1);
+#pragma GCC unroll 2
+  for (int sub = 0; sub < M::kSub; ++sub) {
+    // Elements of A that one multiplication consumes: a whole pair, or one of them.
+    constexpr int kTaken = M::kPair / M::kSub;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const AType<T>* p = O == kRowPointers ? a[r] + step * M::kPair + sub
+                                            : a[0] + (step * M::kSub + sub) * lda + r * kTaken;
+      const auto value = M::bcast(p);
+      acc[r][0] = M::mac(value, b0[sub], acc[r][0]);
+      acc[r][1] = M::mac(value, b1[sub], acc[r][1]);
+    }
+  }
+}
+
+template <class T, int R, AOrder O>
+__attribute__((noinline)) static void tile(const TileArgs<T>& args) {
+  using C = CType<T>;
+  constexpr int kStep = kColumns<T> * Compute<T>::kPair;  // elements of B per step
+  constexpr int kUnroll = 4, kS = kSets<R>;
+  const AType<T>* a[R];
+  for (int r = 0; r < R; ++r) a[r] = args.a[O == kRowPointers ? r : 0];
+  const int64_t steps = args.steps, lda = args.lda;
+  const T* b = args.b;
+  for (int64_t panel = 0; panel < args.panels; ++panel) {
+    Vec<C> acc[kS][R][2] = {};
+    int64_t s = 0;
+    for (; s + kUnroll <= steps; s += kUnroll, b += kUnroll * kStep) {
+#pragma GCC unroll 4
+      for (int u = 0; u < kUnroll; ++u)
+        tile_step<T, R, O>(acc[u % kS], a, lda, s + u, b + u * kStep);
+    }
+    for (; s < steps; ++s, b += kStep) tile_step<T, R, O>(acc[0], a, lda, s, b);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      C* c = args.c[r] + panel * kColumns<T>;
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        Vec<C> sum = acc[0][r][v];
+#pragma GCC unroll 4
+        for (int k = 1; k < kS; ++k) sum += acc[k][r][v];
+        if (args.accumulate) sum += load(c + v * kLanes<T>);
+        store(c + v * kLanes<T>, sum);
+      }
+    }
+  }
+}
+
+// Run-time row count to compile-time tile.
+template <class T, AOrder O, int R = 1>
+static void run_tile(int rows, const TileArgs<T>& args) {
+  if constexpr (R < kMaxRows) {
+    if (rows != R) return run_tile<T, O, R + 1>(rows, args);
+  }
+  tile<T, R, O>(args);
+}
+
+// Cuts count rows into as few tiles as fit, of nearly equal even height (bf16 pairs never straddle
+// two tiles).
+template <class F>
+DSMOE_INLINE void for_each_tile(int64_t count, F f) {
+  const int64_t pairs = ceil_div(count, 2), tiles = ceil_div(pairs, kMaxRows / 2);
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t begin = pairs * i / tiles * 2, end = min_of(pairs * (i + 1) / tiles * 2, count);
+    f(begin, int(end - begin));
+  }
+}
+
+}  // namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE

@@ -1,0 +1,184 @@
+// Packing matrices into the panels of B that gemm_tile.h streams: B[panel][K /
+// kPair][kColumns][kPair], zero-padded.
+//
+//   pack_rows     columns of B are rows of the matrix   (gate_proj, up_proj for x W;  down_proj_t
+//   for dy V^T) pack_columns  columns of B are its columns          (down_proj_t for a V;
+//   gate_proj, up_proj for dx; x, dy for dW)
+//
+// In the dwords of fp32, or of two neighbouring bf16, pack_rows is a plain transposition, done in
+// registers; in pack_columns bf16 rows are interleaved two by two. Packed once for inference, or
+// panel by panel just before use.
+#pragma once
+
+#include "simd.h"
+
+namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
+
+#if defined(__AVX512F__)
+constexpr int kBlock = 16;
+// dst[j * stride + i] = rows[i][j] for a block of 16 x 16 dwords.
+DSMOE_INLINE void transpose_block(const uint32_t* const* rows, int64_t j0, uint32_t* dst,
+                                  int64_t stride) {
+  __m512i r[16], t[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows[i] + j0);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    _mm512_storeu_si512(dst + i * stride, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+    _mm512_storeu_si512(dst + (i + 4) * stride, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
+    _mm512_storeu_si512(dst + (i + 8) * stride, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+    _mm512_storeu_si512(dst + (i + 12) * stride, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
+  }
+}
+#elif defined(__AVX2__)
+constexpr int kBlock = 8;
+DSMOE_INLINE void transpose_block(const uint32_t* const* rows, int64_t j0, uint32_t* dst,
+                                  int64_t stride) {
+  __m256i r[8], t[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_si256((const __m256i*)(rows[i] + j0));
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_si256((__m256i*)(dst + i * stride),
+                        _mm256_permute2x128_si256(r[i], r[i + 4], 0x20));
+    _mm256_storeu_si256((__m256i*)(dst + (i + 4) * stride),
+                        _mm256_permute2x128_si256(r[i], r[i + 4], 0x31));
+  }
+}
+#else
+constexpr int kBlock = 4;
+DSMOE_INLINE void transpose_block(const uint32_t* const* rows, int64_t j0, uint32_t* dst,
+                                  int64_t stride) {
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 4; ++j) memcpy(dst + j * stride + i, rows[i] + j0 + j, 4);
+}
+#endif
+
+// One register's width of columns: lane i of step s holds rows[i][s * kPair ..]. Lanes from count
+// on are zero. dst moves one whole panel step (kColumns) per step, so that two calls fill a panel.
+template <class T>
+static void pack_rows_half(const T* rows, int64_t stride, int count, int64_t k, T* dst) {
+  constexpr int kPair = Compute<T>::kPair, kL = kLanes<T>, kStep = kColumns<T> * kPair;
+  int64_t s = 0;
+  if constexpr (sizeof(T) * kPair == 4) {
+    static_assert(kL == kBlock);
+    if (count == kL) {
+      const uint32_t* pointers[kBlock];
+      for (int i = 0; i < kBlock; ++i) pointers[i] = (const uint32_t*)(rows + i * stride);
+      for (; (s + kBlock) * kPair <= k; s += kBlock)
+        transpose_block(pointers, s, (uint32_t*)(dst + s * kStep), kColumns<T>);
+    }
+  }
+  for (; s * kPair < k; ++s)
+    for (int i = 0; i < kL; ++i)
+      for (int j = 0; j < kPair; ++j) {
+        const int64_t column = s * kPair + j;
+        dst[s * kStep + i * kPair + j] = i < count && column < k ? rows[i * stride + column] : T{};
+      }
+}
+
+// A panel whose first register are count0 rows at rows0, and whose second are count1 rows at rows1,
+// K = k elements each.
+template <class T>
+static void pack_rows(const T* rows0, int64_t count0, const T* rows1, int64_t count1,
+                      int64_t stride, int64_t k, T* dst) {
+  constexpr int64_t kL = kLanes<T>;
+  pack_rows_half(rows0, stride, int(max_of<int64_t>(0, min_of(count0, kL))), k, dst);
+  pack_rows_half(rows1, stride, int(max_of<int64_t>(0, min_of(count1, kL))), k,
+                 dst + kL * Compute<T>::kPair);
+}
+
+// panels panels of columns column0.. of a matrix with k rows; row(i) points at row i. Only columns
+// below width exist.
+template <class T, class Row>
+DSMOE_INLINE void pack_columns(Row row, int64_t k, int64_t column0, int64_t width, int64_t panels,
+                               T* dst) {
+  constexpr int kPair = Compute<T>::kPair, kL = kLanes<T>;
+  constexpr int64_t kN = kColumns<T>;
+  const int64_t steps = ceil_div(k, kPair);
+  for (int64_t s = 0; s < steps; ++s) {  // rows outside: they are read in long runs
+    const T* first = row(s * kPair);
+    const T* second = s * kPair + 1 < k ? row(s * kPair + 1) : first;
+    const bool is_single = s * kPair + 1 >= k;
+    for (int64_t p = 0; p < panels; ++p) {
+      T* out = dst + (p * steps + s) * kN * kPair;
+      const int64_t column = column0 + p * kN;
+      if (column + kN <= width) {
+        for (int v = 0; v < 2; ++v) {
+          if constexpr (kPair == 2) {
+            VecU32 pair = widen_u16(first + column + v * kL);
+            if (!is_single) pair |= widen_u16(second + column + v * kL) << 16;
+            memcpy(out + v * kL * 2, &pair, sizeof pair);
+          } else {
+            memcpy(out + v * kL, first + column + v * kL, sizeof(T) * kL);
+          }
+        }
+        continue;
+      }
+      for (int64_t i = 0; i < kN; ++i) {
+        const bool exists = column + i < width;
+        out[i * kPair] = exists ? first[column + i] : T{};
+        if (kPair == 2) out[i * kPair + 1] = exists && !is_single ? second[column + i] : T{};
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------- packed
+// weights, per expert
+//
+//   [ceil(S / kLanes) panels of gate | up][ceil(H / kColumns) panels of down], each K rounded up to
+//   kPair
+// A panel of gate and up is one register of gate and one of up columns: SwiGLU finds its two
+// operands side by side.
+
+template <class T>
+struct PackedLayout {
+  int64_t hidden;
+  int64_t hidden_steps() const { return ceil_div(hidden, Compute<T>::kPair); }
+  int64_t hidden_panels() const { return ceil_div(hidden, kColumns<T>); }
+  static int64_t gate_up_panels(int64_t size) { return ceil_div(size, kLanes<T>); }
+  static int64_t size_steps(int64_t size) { return ceil_div(size, Compute<T>::kPair); }
+  // In elements of T:
+  int64_t gate_up_panel() const { return hidden_steps() * Compute<T>::kPair * kColumns<T>; }
+  static int64_t down_panel(int64_t size) {
+    return size_steps(size) * Compute<T>::kPair * kColumns<T>;
+  }
+  int64_t down_start(int64_t size) const { return gate_up_panels(size) * gate_up_panel(); }
+  int64_t expert(int64_t size) const {
+    return down_start(size) + hidden_panels() * down_panel(size);
+  }
+};
+
+}  // namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE
