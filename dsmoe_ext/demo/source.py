@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.error
 import urllib.request
 import zipfile
@@ -120,14 +121,23 @@ def hub_reachable() -> bool:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    request = urllib.request.Request(f"{endpoint}/api/models?limit=1", method="HEAD")
-    try:
-        with urllib.request.urlopen(request, timeout=HUB_TIMEOUT):
-            return True
-    except urllib.error.HTTPError as error:
-        return error.code in (401, 404, 405, 429)
-    except (OSError, ValueError):
-        return False
+    answers: list[bool] = []
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(f"{endpoint}/api/models?limit=1", method="HEAD")
+            with urllib.request.urlopen(request, timeout=HUB_TIMEOUT):
+                answers.append(True)
+        except urllib.error.HTTPError as error:
+            answers.append(error.code in (401, 404, 405, 429))
+        except (OSError, ValueError):
+            pass
+
+    # In a thread, as the timeout does not cover looking up the name.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_TIMEOUT + 1)
+    return bool(answers and answers[0])
 
 
 def _from_hub(model: str, folder: Path, required: bool) -> str | None:
