@@ -12,6 +12,7 @@ from .options import (
     OutArgument,
     OverwriteOption,
     SeedOption,
+    Ste,
     TargetOption,
     WindowOption,
 )
@@ -42,6 +43,19 @@ def train(
     distill: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of the teacher in the loss.")
     ] = 0.5,
+    ste: Annotated[
+        Ste | None,
+        typer.Option(
+            help="What inactive experts tell the router: nothing (active, cheapest), everything "
+            "(exact, as in the paper) or an unbiased part (sampled). Default: the model's own."
+        ), all (exact, as "
+            "in the paper) or an unbiased part (sampled). Default: the model's own."
+        ),
+    ] = None,
+    sparsity_weight: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Weight of the sparsity loss (default: the model's own)."),
+    ] = None,
     precision: Annotated[
         Dtype,
         typer.Option(help="fp32 or bf16 autocast; auto: what is faster here. Weights stay fp32."),
@@ -88,6 +102,8 @@ def train(
         data=data,
         window=window,
         teacher=teacher,
+        ste=ste.value if ste else None,
+        sparsity_weight=sparsity_weight,
         checkpoint_every=checkpoint_every,
         resume=resume,
         overwrite=overwrite,

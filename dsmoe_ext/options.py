@@ -50,6 +50,14 @@ DtypeOption = Annotated[
 ]
 
 
+class Ste(str, enum.Enum):
+    """Straight-through modes (method: what the router learns about inactive experts)."""
+
+    active = "active"
+    exact = "exact"
+    sampled = "sampled"
+
+
 class Router(str, enum.Enum):
     """How the routers start."""
 

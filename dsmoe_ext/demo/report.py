@@ -94,7 +94,8 @@ def draw_report(report: dict, path: Path) -> None:
         "legend.frameon": False,
     }
     with plt.rc_context(style):
-        figure, axes = plt.subplots(2, 2, figsize=(13, 8.2), layout="constrained")
+        figure, axes = plt.subplots(2, 2, figsize=(13, 8.4), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12)
         stages, last = report["stages"], report["last"]
         figure.suptitle(
             f"{report['model']}: {stages[last]['active_ffn']:.0%} of the FFN, "
@@ -209,7 +210,8 @@ def _draw_active(axis, report: dict) -> None:
     right.plot(
         steps, mean, color=CALIBRATED, linewidth=2, label="threshold (mean; range of layers)"
     )
-    right.set_ylabel("threshold")
+    right.set_ylabel("threshold", color=CALIBRATED)
+    right.tick_params(axis="y", colors=CALIBRATED)
     handles = [
         h + r
         for h, r in zip(

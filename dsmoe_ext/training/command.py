@@ -10,8 +10,9 @@ from ..errors import UserError
 from ..files import atomic_directory, check_output, check_space
 from .checkpoint import find_checkpoints
 from .data import read_text, windows_of
+from .evaluate import ffn_layers
 from .log import read_log
-from .loop import TrainSettings, fine_tune, router_parameters
+from .loop import TrainSettings, fine_tune
 
 
 def run_training(
@@ -22,6 +23,8 @@ def run_training(
     data: Path | None,
     window: int,
     teacher: str | None = None,
+    ste: str | None = None,
+    sparsity_weight: float | None = None,
     checkpoint_every: int = 20,
     resume: bool = False,
     overwrite: bool = False,
@@ -39,32 +42,60 @@ def run_training(
         teaching = load_model(teacher, dtype="auto", only="llama")[0].eval() if teacher else None
     if teaching is not None and teaching.config.vocab_size != loaded.config.vocab_size:
         raise UserError(f"{teacher} and {model} have different vocabularies")
-    target = settings.target_active
-    if target is None and router_parameters(loaded):
-        target = getattr(loaded.config, "target_active", None)
-        settings = dataclasses.replace(settings, target_active=target)
+    settings = _adapt(loaded, model, settings, ste, sparsity_weight)
     windows = windows_of(tokenizer, read_text(data), window)
     # Weights and AdamW's two moments in fp32, once more while a checkpoint replaces the one before.
     check_space(out, model_bytes(loaded) * (7 if checkpoint_every else 1))
     first = find_checkpoints(out)[-1][0] if resume and find_checkpoints(out) else 0
     if first:
         console.say(f"resuming after step {first}")
-    with console.progress("Training", settings.steps - first, "steps") as advance:
-        fine_tune(
-            loaded,
-            windows,
-            settings,
-            teacher=teaching,
-            run_dir=out,
-            checkpoint_every=checkpoint_every,
-            resume=resume,
-            identity={"model": str(model), "teacher": str(teacher), "window": window},
-            on_step=lambda row: advance(1, note=describe(row)),
-        )
+    identity = {"model": str(model), "teacher": str(teacher), "window": window}
+    identity |= {"ste": ste, "sparsity_weight": sparsity_weight}
+    try:
+        with console.progress("Training", settings.steps - first, "steps") as advance:
+            fine_tune(
+                loaded,
+                windows,
+                settings,
+                teacher=teaching,
+                run_dir=out,
+                checkpoint_every=checkpoint_every,
+                resume=resume,
+                identity=identity,
+                on_step=lambda row: advance(1, note=describe(row)),
+            )
+    except KeyboardInterrupt:
+        found = find_checkpoints(out)
+        if found:
+            console.say(
+                f"stopped; the same command with --resume goes on after step {found[-1][0]}"
+            )
+        raise
     save_into(loaded, tokenizer, out)
     for _, folder in find_checkpoints(out):
         shutil.rmtree(folder, ignore_errors=True)
     print(f"wrote {out}")
+
+
+def _adapt(loaded, name: str, settings: TrainSettings, ste, sparsity_weight) -> TrainSettings:
+    """Gives a converted model what the options say, and takes from it the target it has."""
+    layers, config = ffn_layers(loaded), loaded.config
+    if not layers:
+        chosen = (settings.target_active, ste, sparsity_weight)
+        if any(value is not None for value in chosen):
+            raise UserError(
+                f"{name} is dense; --target-active, --ste, --sparsity-weight need a converted one"
+            )
+        return settings
+    if ste is not None:
+        config.ste = ste
+        for layer in layers:
+            layer.ste = ste
+    if sparsity_weight is not None:
+        config.sparsity_weight = sparsity_weight
+    if settings.target_active is not None:
+        config.target_active = settings.target_active
+    return dataclasses.replace(settings, target_active=config.target_active)
 
 
 def describe(row: dict) -> str:
