@@ -48,8 +48,6 @@ def train(
         typer.Option(
             help="What inactive experts tell the router: nothing (active, cheapest), everything "
             "(exact, as in the paper) or an unbiased part (sampled). Default: the model's own."
-        ), all (exact, as "
-            "in the paper) or an unbiased part (sampled). Default: the model's own."
         ),
     ] = None,
     sparsity_weight: Annotated[
