@@ -1,5 +1,6 @@
 """Dense LLaMA <-> DSMoELlama: the same neurons, cut into experts, and back again."""
 
+import inspect
 from pathlib import Path
 
 import torch
@@ -33,6 +34,11 @@ def convert_llama(model, num_experts: int = 8, *, permutations=None, dtype=None,
     if not isinstance(model, LlamaForCausalLM):
         raise TypeError(
             f"{type(model).__name__} is no LlamaForCausalLM, and only those can be converted"
+        )
+    known = set(inspect.signature(DSMoELlamaConfig.__init__).parameters) - {"self", "kwargs"}
+    if unknown := sorted(set(options) - known):
+        raise TypeError(
+            f"convert_llama has no option {unknown[0]!r}; it has {', '.join(sorted(known))}"
         )
     dense = model
     config = DSMoELlamaConfig(**_config_fields(dense.config), num_experts=num_experts, **options)
@@ -86,15 +92,16 @@ def load_llama(path, dtype=None):
     """The dense LlamaForCausalLM of a folder or hub id; one clear sentence if it is none."""
     from transformers import AutoConfig, LlamaForCausalLM
 
+    folder = Path(path)
+    looks_like_a_path = folder.is_absolute() or str(path).startswith(".") or folder.exists()
+    if looks_like_a_path and not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{path} has no config.json" if folder.exists() else f"no folder {path}"
+        )
     try:
         config = AutoConfig.from_pretrained(path)
     except OSError as error:
-        reason = (
-            "has no config.json"
-            if Path(path).is_dir()
-            else "is neither a folder nor a reachable hub id"
-        )
-        raise FileNotFoundError(f"{path} {reason}") from error
+        raise FileNotFoundError(f"{path} is neither a folder nor a reachable hub id") from error
     if config.model_type != "llama":
         raise ValueError(
             f"{path} holds a {config.model_type} model, but only llama can be converted"

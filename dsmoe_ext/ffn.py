@@ -237,7 +237,7 @@ class DSMoEFFN(nn.Module):
         any."""
         if self.ste == "active" or not torch.is_grad_enabled() or not gates.requires_grad:
             return None
-        if self.ste == "exact":
+        if self.ste == "exact" or not self.training:  # evaluation draws nothing: its mean is exact
             return torch.ones_like(gates, requires_grad=False)
         draw = self.next_draw() if draw is None else draw
         return draw_weights(self.draw_key, draw, *gates.shape, self.sample_prob).to(gates.dtype)

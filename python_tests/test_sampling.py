@@ -56,7 +56,8 @@ def test_counter_moves_only_with_draws(seed):
     assert ffn.draw_counter == 2
     with torch.no_grad():
         ffn(x)
-    ffn.router.requires_grad_(False)
+    ffn.eval()(x)
+    ffn.train().router.requires_grad_(False)
     ffn(x)
     assert ffn.draw_counter == 2
 

@@ -1,0 +1,387 @@
+"""DSMoELlama in transformers: loss, accumulation, checkpointing, saving, loading, generation."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+import dsmoe_ext
+
+transformers = pytest.importorskip("transformers")
+
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM  # noqa: E402
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.fixture
+def make_sparse(make_llama):
+    """A converted model whose routers are random, so that about half of the pairs are active."""
+
+    def make(num_experts=4, **options):
+        llama = make_llama(**options.pop("llama", {}))
+        model = dsmoe_ext.convert_llama(llama, num_experts, **options)
+        with torch.no_grad():
+            for ffn in model.modules():
+                if isinstance(ffn, dsmoe_ext.DSMoEFFN):
+                    ffn.router.weight.normal_(std=0.3)
+                    if ffn.router.bias is not None:
+                        ffn.router.bias.normal_(std=0.3)
+        return model
+
+    return make
+
+
+def random_batch(rows: int, length: int = 12) -> dict:
+    """Unequal lengths, padded on the right, some labels masked besides the padding."""
+    ids = torch.randint(1, 67, (rows, length))
+    lengths = torch.randint(3, length + 1, (rows, 1))
+    attention_mask = (torch.arange(length) < lengths).long()
+    labels = ids.masked_fill(attention_mask == 0, -100)
+    labels[torch.rand(labels.shape) < 0.2] = -100
+    labels[:, 2] = ids[:, 2]  # at least one label a row
+    return {"input_ids": ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def gradients(model) -> dict:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(ours: dict, theirs: dict, exactly: bool = False) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        if exactly:
+            assert torch.equal(value, theirs[name]), name
+        else:
+            torch.testing.assert_close(value, theirs[name], atol=2e-6, rtol=1e-4)
+
+
+def test_loss_is_lm_loss_plus_sparsity_in_training_only(make_sparse, seed):
+    model = make_sparse(sparsity_weight=0.7)
+    batch = random_batch(4)
+    evaluated = model.eval()(**batch)
+    trained = model.train()(**batch)
+    logits, labels = evaluated.logits[:, :-1], batch["labels"][:, 1:]
+    lm_loss = torch.nn.functional.cross_entropy(logits.reshape(-1, 67), labels.reshape(-1))
+
+    torch.testing.assert_close(evaluated.loss, lm_loss)
+    torch.testing.assert_close(evaluated.lm_loss, lm_loss)
+    torch.testing.assert_close(trained.lm_loss, lm_loss)
+    torch.testing.assert_close(trained.loss, lm_loss + 0.7 * evaluated.sparsity_loss)
+    assert model.eval()(input_ids=batch["input_ids"]).sparsity_loss is None
+    unlabelled = model.train()(batch["input_ids"], attention_mask=batch["attention_mask"])
+    assert unlabelled.loss is None and unlabelled.sparsity_loss > 0
+
+
+@pytest.mark.parametrize("gates", ["scores", "binary"])
+def test_sparsity_loss_by_hooks(make_sparse, gates, seed):
+    """(1/(T·L·E)) sum of G over the tokens that predict a label, layers and routed experts."""
+    model = make_sparse(gates=gates, shared_size=8).train()
+    batch = random_batch(3)
+    seen = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda module, args, output: seen.append(output[1]))
+    out = model(**batch)
+    predicts = torch.nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1)).reshape(-1)
+    if gates == "scores":
+        terms = [r.scores[predicts] * (r.gates[predicts, 1:] != 0) for r in seen]
+    else:
+        terms = [r.scores[predicts] for r in seen]
+    torch.testing.assert_close(out.sparsity_loss, torch.stack(terms).mean())
+
+
+@pytest.mark.parametrize("ste", ["active", "exact"])
+def test_accumulation_equals_one_large_batch(make_sparse, ste, seed):
+    model = make_sparse(ste=ste, sparsity_weight=2.0).train()
+    batch = random_batch(8)
+    loss = model(**batch).loss
+    loss.backward()
+    large = gradients(model)
+    model.zero_grad()
+
+    items = (batch["labels"][:, 1:] != -100).sum()
+    total = 0.0
+    for rows in ([0], [1, 2, 3], [4, 5], [6, 7]):
+        part = {name: value[rows] for name, value in batch.items()}
+        out = model(**part, num_items_in_batch=items)
+        out.loss.backward()
+        total += out.loss.item()
+    assert total == pytest.approx(loss.item(), rel=1e-5)
+    assert_same(gradients(model), large)
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __len__(self):
+        return len(self.batch["input_ids"])
+
+    def __getitem__(self, index):
+        return {name: value[index] for name, value in self.batch.items()}
+
+
+def train(model, batch, folder, micro_batch, accumulate, resume=None, callbacks=(), **options):
+    """transformers.Trainer as it is, plain SGD, so that the weights show the gradients."""
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=micro_batch,
+        per_device_eval_batch_size=2,
+        gradient_accumulation_steps=accumulate,
+        learning_rate=0.5,
+        max_grad_norm=0.0,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=0,
+        **({"save_strategy": "no", "max_steps": 1} | options),
+    )
+    trainer = transformers.Trainer(
+        model,
+        arguments,
+        train_dataset=Rows(batch),
+        eval_dataset=Rows(batch),
+        callbacks=list(callbacks),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def test_trainer_accumulation(make_sparse, tmp_path, seed):
+    model = make_sparse(ste="exact", sparsity_weight=2.0)
+    batch = random_batch(8)
+    other = copy.deepcopy(model)
+    start = copy.deepcopy(model.state_dict())
+    train(model, batch, tmp_path, 8, 1)
+    trainer = train(other, batch, tmp_path, 2, 4)
+    assert_same(
+        {n: v.float() for n, v in other.state_dict().items()},
+        {n: v.float() for n, v in model.state_dict().items()},
+    )
+    name = "model.layers.0.mlp.gate_proj"
+    assert not torch.equal(start[name], other.state_dict()[name])
+
+    lm_loss = sum(
+        other.eval()(**{n: v[i : i + 2] for n, v in batch.items()}).lm_loss.item()
+        for i in range(0, 8, 2)
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(lm_loss / 4, rel=1e-4)
+
+
+def test_trainer_resumes(make_sparse, tmp_path, seed):
+    """Two steps, a kill and two more are four steps: the thresholds and draws come back as well."""
+    batch = random_batch(16)
+    whole = make_sparse(ste="sampled")
+    parts = [copy.deepcopy(whole) for _ in range(2)]
+
+    def run(model, folder, **options):
+        controller = dsmoe_ext.ThresholdController(model, 0.3)
+        train(model, batch, folder, 2, 2, callbacks=[controller.trainer_callback()], **options)
+
+    run(whole, tmp_path / "whole", max_steps=4)
+    saving = dict(save_strategy="steps", save_steps=2)
+    run(parts[0], tmp_path / "parts", max_steps=2, **saving)
+    run(parts[1], tmp_path / "parts", max_steps=4, resume=True, **saving)
+    assert_same(parts[1].state_dict(), whole.state_dict(), exactly=True)
+    assert whole.model.layers[0].mlp.threshold != 0.5
+    assert whole.model.layers[0].mlp.draw_counter == 8
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("ste", ["exact", "sampled"])
+def test_gradient_checkpointing(make_sparse, use_reentrant, ste, seed):
+    """The same bits as without, in every gradient, draws and statistics included."""
+    model = make_sparse(ste=ste, sparsity_weight=3.0).train()
+    batches = [random_batch(3), random_batch(2)]
+
+    def run(model):
+        # Both forwards before both backwards: each recomputation needs its own forward's draw.
+        losses = [model(**batch).loss for batch in batches]
+        for loss in losses:
+            loss.backward()
+        return gradients(model), losses, dsmoe_ext.active_fraction(model)
+
+    checkpointed = copy.deepcopy(model)
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpointed.enable_input_require_grads()
+    want, losses, fraction = run(model)
+    got, other_losses, other_fraction = run(checkpointed)
+    assert_same(got, want, exactly=True)
+    assert losses == other_losses
+    assert fraction == other_fraction
+    assert fraction.num_tokens == sum(batch["attention_mask"].sum() for batch in batches)
+    assert model.model.layers[1].mlp.router.weight.grad.abs().sum() > 0
+
+
+def test_statistics_leave_padding_out(make_sparse, seed):
+    """The share is that of the same text without padding, whichever side it is on."""
+    model = make_sparse().eval()
+    ids = torch.randint(1, 67, (1, 7))
+    model(ids)
+    plain = dsmoe_ext.active_fraction(model)
+    for left in (True, False):
+        pad = (5, 0) if left else (0, 5)
+        padded = torch.nn.functional.pad(ids, pad)
+        mask = torch.nn.functional.pad(torch.ones_like(ids), pad)
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+        for labels in (None, padded):
+            model(padded, attention_mask=mask, position_ids=position_ids, labels=labels)
+            assert dsmoe_ext.active_fraction(model) == plain
+    model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert dsmoe_ext.active_fraction(model).num_tokens == 7 + 3
+
+
+def test_generate_with_and_without_cache(make_sparse, seed):
+    model = make_sparse().eval()
+    ids = torch.randint(1, 67, (2, 9))
+    options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    options["attention_mask"] = torch.ones_like(ids)
+    cached = model.generate(ids, **options)
+    assert cached.shape == (2, 17)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
+    assert torch.equal(cached, model.pack().generate(ids, **options))
+
+    mask = torch.ones(2, 14, dtype=torch.long)
+    mask[:, :5] = 0
+    padded = torch.nn.functional.pad(ids, (5, 0))
+    longer = model.generate(padded, **(options | {"attention_mask": mask}))
+    assert torch.equal(longer[:, 14:], cached[:, 9:])
+
+
+def test_hidden_states_and_attentions(make_sparse, seed):
+    model = make_sparse(llama={"attn_implementation": "eager"}).eval()
+    out = model(torch.randint(1, 67, (2, 5)), output_hidden_states=True, output_attentions=True)
+    assert len(out.hidden_states) == 4 and len(out.attentions) == 3
+    assert out.hidden_states[1].shape == (2, 5, 32)
+    ids = torch.ones(1, 4).long()
+    loss, logits = model.train()(ids, labels=ids, return_dict=False)[:2]
+    assert loss.dim() == 0 and logits.shape == (1, 4, 67)
+
+
+def test_bf16_autocast_training(make_sparse, seed):
+    model = make_sparse(ste="exact").train()
+    batch = random_batch(4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(**batch)
+    out.loss.backward()
+    full = model(**batch)
+    assert out.logits.dtype == torch.bfloat16
+    assert out.sparsity_loss.dtype == torch.float32
+    torch.testing.assert_close(out.loss, full.loss, rtol=0.02, atol=0.02)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.dtype == torch.float32, name
+        assert torch.isfinite(parameter.grad).all()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_save_and_load(make_sparse, tmp_path, tied, seed):
+    """The same bits: sizes, gate mode, rescale, thresholds, permutations, shared part, draws."""
+    permutations = [torch.randperm(48) for _ in range(3)]
+    model = make_sparse(
+        llama={"tie_word_embeddings": tied}, permutations=permutations, expert_sizes=[20, 8, 12],
+        shared_size=8, threshold=0.45, gates="binary", rescale=True, ste="sampled", sample_prob=0.5,
+        sparsity_weight=0.3, target_active=0.6, seed=9,
+    )  # fmt: skip
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.threshold.fill_(0.4 + index / 31)
+        layer.mlp.draw_counter.fill_(index + 5)
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is dsmoe_ext.DSMoELlamaForCausalLM
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert_same(loaded.state_dict(), model.state_dict(), exactly=True)
+    ids = torch.randint(1, 67, (2, 9))
+    assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+    for ours, theirs in zip(loaded.model.layers, model.model.layers, strict=True):
+        for name in ("method", "gates", "rescale", "gate_scale", "ste", "sample_prob", "draw_key"):
+            assert getattr(ours.mlp, name) == getattr(theirs.mlp, name), name
+    for name in ("sparsity_weight", "target_active", "expert_sizes", "shared_size", "seed"):
+        assert getattr(loaded.config, name) == getattr(model.config, name), name
+    assert dsmoe_ext.active_fraction(loaded).mean == dsmoe_ext.active_fraction(model).mean
+
+    loaded.save_pretrained(tmp_path / "again")
+    files = [folder / "model.safetensors" for folder in (tmp_path, tmp_path / "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert not list(tmp_path.glob("*.bin")) and not list(tmp_path.glob("*.pt"))
+
+
+def test_names_and_shapes_on_disk(make_sparse, tmp_path, seed):
+    from safetensors import safe_open
+
+    model = make_sparse(permutations=[torch.randperm(48) for _ in range(3)])
+    merged = dsmoe_ext.merge_to_llama(model)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    for name, weight in merged.state_dict().items():
+        assert shapes.pop(name) == tuple(weight.shape)
+    extra = {"expert_offsets", "permutation", "threshold", "draw_counter", "weight", "bias"}
+    assert {name.rsplit(".", 1)[1] for name in shapes} == extra
+
+    plain = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.randint(1, 67, (2, 9))
+    torch.testing.assert_close(plain(ids).logits, merged.eval()(ids).logits)
+
+    # The trap: a config.json that says "llama" must not skip the conversion.
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    again = dsmoe_ext.DSMoELlamaForCausalLM.from_pretrained(tmp_path)
+    assert_same(again.state_dict(), model.state_dict(), exactly=True)
+
+
+def test_half_precision_loading(make_sparse, tmp_path, seed):
+    model = make_sparse()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    ffn = loaded.model.layers[0].mlp
+    assert ffn.down_proj_t.dtype == torch.bfloat16
+    assert torch.equal(ffn.router.weight, model.model.layers[0].mlp.router.weight)
+    assert loaded.generate(torch.ones(1, 3).long(), max_new_tokens=3, min_new_tokens=3).shape == (
+        1,
+        6,
+    )
+
+
+def test_base_model_and_sharded_folder(make_sparse, tmp_path, seed):
+    model = make_sparse()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_same(loaded.state_dict(), model.state_dict(), exactly=True)
+    base = transformers.AutoModel.from_pretrained(tmp_path)
+    assert_same(base.state_dict(), model.model.state_dict(), exactly=True)
+
+
+def test_missing_weights_are_an_error(make_llama, tmp_path):
+    make_llama().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="convert_llama"):
+        dsmoe_ext.DSMoELlamaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_from_scratch(seed):
+    config = AutoConfig.for_model(
+        "dsmoe_llama", vocab_size=67, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_experts=6, router_init="paper",
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    ffn = model.model.layers[0].mlp
+    assert 0.01 < ffn.down_proj_t.std() < 0.03 and ffn.router.weight.std() > 0.01
+    assert model(torch.ones(1, 4).long(), labels=torch.ones(1, 4).long()).loss > 0
+    assert dsmoe_ext.active_fraction(model).num_tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "gelu"}, "SiLU"),
+        ({"num_experts": 7}, "does not divide"),
+        ({"gates": "hard"}, "scores, binary"),
+    ],
+)
+def test_config_errors(fields, words):
+    with pytest.raises(ValueError, match=words):
+        dsmoe_ext.DSMoELlamaConfig(**({"intermediate_size": 48} | fields))
