@@ -61,3 +61,23 @@ def test_bad_options(arguments, message):
     result = CliRunner().invoke(cli.app, ["bench", "ffn", *SMALL, *arguments])
     assert result.exit_code == 1
     assert message in result.output
+
+
+@pytest.mark.parametrize("layout", ["equal", "calibrated"])
+def test_model_command(layout, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    arguments = ["bench", "model", "--shape", str(tmp_path), "--layout", layout]
+    arguments += ["--tokens", "70", "--budget", "0.01", "--dtype", "fp32"]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    for task in ("decode", "prefill", "train"):
+        assert task in result.output

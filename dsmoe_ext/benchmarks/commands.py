@@ -90,6 +90,48 @@ def train(
     )
 
 
+@app.command()
+def model(
+    shape: Annotated[
+        str, typer.Option(help="smollm2-135m, tinyllama-1.1b, or the folder of a dense LLaMA.")
+    ] = "smollm2-135m",
+    layout: Annotated[
+        str, typer.Option(help="equal: 8 experts; calibrated: a shared quarter and experts of 16.")
+    ] = "equal",
+    active: Annotated[float, typer.Option(help="Active share of the FFN.")] = 0.5,
+    tasks: Annotated[str, typer.Option(help="Of decode, prefill, train.")] = "decode,prefill,train",
+    tokens: Annotated[int, typer.Option(min=65, help="Tokens of a window.")] = 512,
+    dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+    ste: Annotated[str, typer.Option(help="active, exact or sampled, for train.")] = "exact",
+    threads: ThreadsOption = None,
+    budget: Annotated[float, typer.Option(help="Seconds a task.")] = 20.0,
+) -> None:
+    """A whole model, dense in transformers against sparse: tokens a second and their ratio."""
+    import torch
+
+    from dsmoe_ext.benchmarks import report
+    from dsmoe_ext.benchmarks.machine import measure_machine
+    from dsmoe_ext.benchmarks.model import LAYOUTS, SHAPES, dense_model, measure, sparse_model
+    from dsmoe_ext.console import out as console
+    from dsmoe_ext.console import stage
+    from dsmoe_ext.convert import load_llama
+    from dsmoe_ext.errors import UserError
+
+    wanted = tasks.split(",")
+    if layout not in LAYOUTS or not set(wanted) <= {"decode", "prefill", "train"}:
+        raise UserError(f"layout is one of {', '.join(LAYOUTS)}; tasks of decode, prefill, train")
+    if threads:
+        torch.set_num_threads(threads)
+    console.print(measure_machine().describe(), highlight=False)
+    kind = _dtypes(dtype)[0]
+    with stage(f"making {shape} dense and sparse"):
+        dense = dense_model(shape, kind) if shape in SHAPES else load_llama(shape, kind)
+        sparse = sparse_model(dense, layout, active, ste)
+    with stage("timing"):
+        rows = list(measure(dense, sparse, wanted, tokens, budget))
+    console.print(report.model_table(f"{shape}, {dtype}, {layout} experts", rows))
+
+
 def _run(
     kind,
     shape,
@@ -113,10 +155,7 @@ def _run(
     from dsmoe_ext.errors import UserError
     from dsmoe_ext.options import numbers
 
-    names = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-    unknown = [name for name in dtypes.split(",") if name not in names]
-    if unknown:
-        raise UserError(f"dtype must be of {', '.join(names)}, but is {unknown[0]!r}")
+    kinds = _dtypes(dtypes)
     hidden_size, intermediate_size = numbers(shape, int, "--shape")
     sizes = numbers(expert_sizes, int, "--expert-sizes")
     if not sizes:
@@ -132,11 +171,11 @@ def _run(
     cases = [
         (t, r) for t in numbers(tokens, int, "--tokens") for r in numbers(active, float, "--active")
     ]
-    for name in dtypes.split(","):
+    for name, dtype in zip(dtypes.split(","), kinds, strict=True):
         rows = []
         with progress(f"{kind}, {name}", len(cases), "cases") as advance:
             for num_tokens, fraction in cases:
-                case = Shape(hidden_size, tuple(sizes), num_tokens, fraction, names[name])
+                case = Shape(hidden_size, tuple(sizes), num_tokens, fraction, dtype)
                 is_train = kind == "train"
                 rows += measure(machine, case, train=is_train, exact_ste=exact_ste, budget=budget)
                 advance()
@@ -147,6 +186,18 @@ def _run(
             out.mkdir(parents=True, exist_ok=True)
             report.save_json(out / f"{kind}_{name}.json", machine, rows)
             report.save_plot(out / f"{kind}_{name}.png", machine, rows)
+
+
+def _dtypes(text: str) -> list:
+    import torch
+
+    from dsmoe_ext.errors import UserError
+
+    names = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+    unknown = [name for name in text.split(",") if name not in names]
+    if unknown:
+        raise UserError(f"dtype must be of {', '.join(names)}, but is {unknown[0]!r}")
+    return [names[name] for name in text.split(",")]
 
 
 def _layout(sizes: list[int]) -> str:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from dsmoe_ext.benchmarks.ffn import Row
 from dsmoe_ext.benchmarks.machine import Machine
+from dsmoe_ext.benchmarks.model import ModelRow
 
 COLORS = {
     "dense": "#8a94a3",
@@ -50,6 +51,22 @@ def table(title: str, rows: list[Row]) -> Table:
             f"{row.roofline / best:.0%}",
             f"{best / dense[row.shape]:.2f}",
             end_section=row is rows[-1] or rows[rows.index(row) + 1].shape != row.shape,
+        )
+    return out
+
+
+def model_table(title: str, rows: list[ModelRow]) -> Table:
+    """Tokens a second of dense and sparse, best and median, and the ratio of the best."""
+    out = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("task", "dense tok/s", "sparse tok/s", "speed-up", "of medians", "FFN active"):
+        out.add_column(column, justify="left" if column == "task" else "right", no_wrap=True)
+    for row in rows:
+        out.add_row(
+            row.task,
+            *(f"{row.num_tokens / t.best:.1f}" for t in (row.dense, row.sparse)),
+            f"{row.dense.best / row.sparse.best:.2f} x",
+            f"{row.dense.median / row.sparse.median:.2f} x",
+            f"{row.active:.1%}",
         )
     return out
 

@@ -1,0 +1,146 @@
+"""A whole model, dense in transformers against sparse: decoding, prefill, training.
+
+The weights are random unless a model is named: speed needs only the shape. Routers are random too
+(router_init="paper"), and every layer's threshold is set so that the wanted share of the FFN is
+active; which experts run then varies from token to token as in a trained model.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from dsmoe_ext.benchmarks.timing import Timing, interleaved
+
+SHAPES = {
+    "smollm2-135m": dict(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    ),
+    "tinyllama-1.1b": dict(
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        vocab_size=32000,
+        tie_word_embeddings=False,
+    ),
+}
+LAYOUTS = ("equal", "calibrated")
+CONTEXT = 64  # tokens in the KV cache while decoding
+
+
+def dense_model(shape: str, dtype: torch.dtype):
+    """A LlamaForCausalLM of this shape with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=2048, dtype=dtype)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model = model.to(dtype).to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.02)
+    for module in model.modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            module.weight.data.fill_(1.0)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    model.tie_weights()
+    return model
+
+
+def sparse_model(dense, layout: str, active: float, ste: str):
+    """The dense model converted: 8 equal experts, or as calibrate() lays them out."""
+    from dsmoe_ext.convert import convert_llama
+
+    intermediate_size = dense.config.intermediate_size
+    shared_size = intermediate_size // 4 if layout == "calibrated" else 0
+    num_experts = (intermediate_size - shared_size) // 16 if layout == "calibrated" else 8
+    model = convert_llama(
+        copy.deepcopy(dense),
+        num_experts,
+        shared_size=shared_size,
+        gates="binary" if layout == "calibrated" else "scores",
+        router_init="paper",
+        ste=ste,
+    )
+    hold_active(model, active)
+    return model
+
+
+@torch.no_grad()
+def hold_active(model, active: float) -> None:
+    """Sets every layer's threshold so that this share of its FFN is active on random tokens."""
+    from dsmoe_ext.ffn import ffn_layers
+
+    for ffn in ffn_layers(model):
+        scores = ffn.router(torch.randn(512, ffn.hidden_size).to(ffn.gate_proj.dtype)).sigmoid()
+        routed = (active * ffn.intermediate_size - ffn.shared_size) / (
+            ffn.intermediate_size - ffn.shared_size
+        )
+        ffn.threshold.fill_(scores.float().flatten().quantile(1 - routed).item())
+
+
+def prefill(model, ids: torch.Tensor) -> Callable:
+    """Logits of a whole window."""
+    return lambda: model(input_ids=ids, use_cache=False)
+
+
+def decode(model, ids: torch.Tensor) -> Callable:
+    """One more token after CONTEXT tokens in the KV cache."""
+    cache = model(input_ids=ids[:, :CONTEXT], use_cache=True).past_key_values
+
+    def step():
+        model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+        cache.crop(-1)
+
+    return step
+
+
+def train_step(model, ids: torch.Tensor) -> Callable:
+    """Loss and every gradient, no optimiser."""
+
+    def step():
+        model.zero_grad(set_to_none=True)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+    return step
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One task: times of dense and sparse, and the share of the FFN that was active."""
+
+    task: str
+    num_tokens: int
+    dense: Timing
+    sparse: Timing
+    active: float
+
+
+def measure(dense, sparse, tasks: list[str], num_tokens: int, budget: float):
+    """Yields a ModelRow per task: "decode", "prefill", "train"."""
+    from dsmoe_ext.statistics import active_fraction
+
+    ids = torch.randint(dense.config.vocab_size, (1, num_tokens))
+    make = {"decode": decode, "prefill": prefill, "train": train_step}
+    for task in tasks:
+        train = task == "train"
+        for model in (dense, sparse):
+            model.train(train)
+        if not train:
+            sparse.pack()
+        active_fraction(sparse)
+        with torch.set_grad_enabled(train):
+            methods = {"dense": [make[task](dense, ids)], "sparse": [make[task](sparse, ids)]}
+            timing = interleaved(methods, budget)
+        count = 1 if task == "decode" else num_tokens
+        active = active_fraction(sparse).mean
+        yield ModelRow(task, count, timing["dense"], timing["sparse"], active)
