@@ -32,6 +32,7 @@ _install_auto_classes()
 
 # Loaded at first use, so that the ops alone need no transformers and import quickly.
 _LAZY = {
+    "calibrate": "calibration",
     "DSMoEFFN": "ffn",
     "set_threshold": "ffn",
     "active_fraction": "statistics",

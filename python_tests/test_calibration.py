@@ -1,0 +1,254 @@
+"""calibrate() on tiny random LLaMAs, and its parts on plain tensors."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import dsmoe_ext
+from dsmoe_ext.calibration import layerwise
+from dsmoe_ext.calibration.neurons import Layout, expert_norms, group_neurons, switch_off
+from dsmoe_ext.calibration.refit import refit_down_proj
+from dsmoe_ext.calibration.router import InputStatistics, fit_router, quantile_threshold
+from dsmoe_ext.ffn import ffn_layers
+
+pytestmark = pytest.mark.quick
+
+
+def tiny_llama(intermediate_size=96, dtype=torch.float32, layers=2):
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    model = LlamaForCausalLM(config).to(dtype).eval()
+    with torch.no_grad():  # gates that differ from token to token, as in a trained model
+        for layer in model.model.layers:
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                weight = getattr(layer.mlp, name).weight
+                weight.normal_(std=2 * weight.shape[1] ** -0.5)
+    return model
+
+
+def some_text(num_windows=12, length=64):
+    return torch.randint(97, (num_windows, length))
+
+
+def calibrate(model, text, **options):
+    options = {"expert_size": 8, "progress": False, **options}
+    return dsmoe_ext.calibrate(model, text, **options)
+
+
+def logits(model, text):
+    with torch.no_grad():
+        return model(text[:2]).logits
+
+
+def measured_active(model, text):
+    dsmoe_ext.active_fraction(model)
+    with torch.no_grad():
+        model(text)
+    return dsmoe_ext.active_fraction(model)
+
+
+@pytest.mark.parametrize("target", [0.4, 0.5, 0.75, 1.0])
+def test_reaches_the_target(target, seed):
+    model, text = tiny_llama(), some_text(24)
+    sparse = calibrate(model, text, target_active=target)
+    active = measured_active(sparse, text)
+    assert all(abs(share - target) <= 0.03 for share in active.per_layer), active
+    ffn = ffn_layers(sparse)[0]
+    assert ffn.shared_size == 24 and ffn.num_experts == 9 and ffn.gates == "binary"
+    assert not ffn.rescale and sparse.config.target_active == target
+    unseen = measured_active(sparse, some_text(24))
+    assert abs(unseen.mean - target) <= 0.06
+
+
+@pytest.mark.parametrize("size", [96, 100, 95])
+@pytest.mark.parametrize("shared", [0.0, 0.25])
+def test_sizes_that_do_not_divide(size, shared, seed):
+    sparse = calibrate(tiny_llama(size), some_text(), shared=shared)
+    active = measured_active(sparse, some_text(24))
+    assert abs(active.mean - 0.5) <= 0.08
+    for ffn in ffn_layers(sparse):
+        assert ffn.permutation.sort().values.tolist() == list(range(size))
+
+
+def test_deterministic_and_leaves_the_model_alone(seed):
+    model, text = tiny_llama(), some_text()
+    before = copy.deepcopy(model.state_dict())
+    precision = torch.get_float32_matmul_precision()
+    first = calibrate(model, text, seed=7).state_dict()
+    torch.rand(3)
+    second = calibrate(model, text, seed=7).state_dict()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    assert torch.get_float32_matmul_precision() == precision and not model.training
+
+
+def test_without_refit_the_merge_is_exact(seed):
+    model = tiny_llama()
+    merged = dsmoe_ext.merge_to_llama(calibrate(model, some_text(), refit=False))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, merged.state_dict()[name]), name
+
+
+def test_everything_on_is_the_dense_model(seed):
+    """target_active 1 without refit: every gate is 1, so nothing may change."""
+    model, text = tiny_llama(), some_text()
+    sparse = calibrate(model, text, target_active=1.0, refit=False)
+    assert measured_active(sparse, text).mean == 1.0
+    torch.testing.assert_close(logits(sparse, text), logits(model, text))
+
+
+def test_refit_reduces_every_layers_error(seed, monkeypatch):
+    errors = {}
+    fit_layer = layerwise.fit_layer
+
+    def recorded(*args):
+        fit = fit_layer(*args)
+        errors.setdefault(args[4], []).append(fit.error)
+        return fit
+
+    monkeypatch.setattr(layerwise, "fit_layer", recorded)
+    monkeypatch.setattr(layerwise, "CORRECTION", 0.0)
+    model, text = tiny_llama(layers=3), some_text(24)
+    distance = {
+        refit: (logits(calibrate(model, text, refit=refit), text) - logits(model, text)).norm()
+        for refit in (False, True)
+    }
+    assert len(errors[True]) == len(errors[False]) == 3
+    assert all(new < old for new, old in zip(errors[True], errors[False], strict=True)), errors
+    assert distance[True] < distance[False]
+
+
+def test_save_and_load_give_the_same_bits(seed, tmp_path):
+    text = some_text()
+    sparse = calibrate(tiny_llama(), text)
+    sparse.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(sparse)
+    assert torch.equal(logits(sparse, text), logits(loaded, text))
+    state = loaded.state_dict()
+    for name, value in sparse.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+def test_a_converted_model_calibrates_as_the_dense_one(seed):
+    model, text = tiny_llama(), some_text()
+    converted = dsmoe_ext.convert_llama(model, num_experts=4, ste="exact", sparsity_weight=0.3)
+    again = calibrate(converted, text)
+    assert again.config.ste == "exact" and again.config.sparsity_weight == 0.3
+    assert torch.equal(logits(again, text), logits(calibrate(model, text), text))
+    # A calibrated model can be calibrated anew, at another target.
+    assert abs(measured_active(calibrate(again, text, target_active=0.7), text).mean - 0.7) <= 0.03
+
+
+def test_flat_tokens_and_half_precision(seed):
+    model, text = tiny_llama(dtype=torch.bfloat16), some_text()
+    flat = torch.cat([text.flatten(), text[0, :5]])  # a remainder is left out
+    sparse = calibrate(model, flat, window=64)
+    assert sparse.dtype == torch.bfloat16
+    assert torch.equal(logits(sparse, text), logits(calibrate(model, text), text))
+    assert abs(measured_active(sparse, text).mean - 0.5) <= 0.03
+
+
+def test_training_mode_is_kept(seed):
+    assert calibrate(tiny_llama().train(), some_text()).training
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        (torch.zeros(1, 16, dtype=torch.int64), {}, "too few to calibrate on"),
+        (torch.zeros(4, 64), {}, "must be integers"),
+        (torch.zeros(2, 4, 64, dtype=torch.int64), {}, "shape"),
+        (torch.full((4, 64), 97), {}, "0 to 96, got 97"),
+        (None, {"target_active": 0.25}, "counts the shared part"),
+        (None, {"target_active": 1.1}, "1 at most"),
+        (None, {"shared": 0.99}, "less than one expert"),
+        (None, {"expert_size": 97}, "expert_size"),
+    ],
+)
+def test_clear_errors(text, options, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate(tiny_llama(), some_text() if text is None else text, **options)
+
+
+def test_not_a_llama():
+    with pytest.raises(TypeError, match="LlamaForCausalLM"):
+        calibrate(nn.Linear(2, 2), some_text())
+
+
+# -------------------------------------------------------------------------------------------------
+# the parts
+
+
+def test_router_recovers_a_linear_strength(seed):
+    """Norms that are exp of a linear function of x are predicted nearly exactly."""
+    x = torch.randn(400, 16) * torch.linspace(0.5, 2, 16) + 1
+    weight, bias = 0.3 * torch.randn(5, 16), torch.randn(5)
+    strength = x @ weight.T + bias
+    statistics = InputStatistics.of(x)
+    found, free = fit_router(x, strength.exp(), statistics)
+    predicted = x @ found.T + free
+    explained = 1 - (predicted - strength).var() / strength.var()
+    assert explained > 0.98
+
+
+def test_router_survives_silent_experts(seed):
+    x = torch.randn(100, 8)
+    norms = torch.rand(100, 3)
+    norms[:, 1] = 0
+    weight, bias = fit_router(x, norms, InputStatistics.of(x))
+    assert weight.isfinite().all() and bias.isfinite().all()
+    weight, bias = fit_router(0 * x, torch.zeros(100, 3), InputStatistics.of(0 * x))
+    assert weight.isfinite().all() and bias.isfinite().all()
+
+
+@pytest.mark.parametrize("sizes", [[4, 4, 4], [2, 5, 9]])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
+def test_quantile_threshold(sizes, share, seed):
+    strength = torch.randn(500, 3)
+    on = strength > quantile_threshold(strength.clone(), sizes, share)
+    active = (on.double().mean(dim=0) * torch.tensor(sizes)).sum() / sum(sizes)
+    assert abs(active - share) <= 1e-2
+
+
+def test_refit_against_lstsq(seed):
+    """Equal to the ridge regression written as one augmented least-squares problem."""
+    masked = torch.randn(60, 10, dtype=torch.float64) * (torch.rand(60, 10) < 0.6)
+    error = torch.randn(60, 4, dtype=torch.float64)
+    change = refit_down_proj(masked, error, ridge=0.2)
+    penalty = (0.2 * (masked.T @ masked).diagonal().mean()).sqrt()
+    rows = torch.cat([masked, penalty * torch.eye(10, dtype=torch.float64)])
+    wanted = torch.cat([error, torch.zeros(10, 4, dtype=torch.float64)])
+    torch.testing.assert_close(change, torch.linalg.lstsq(rows, wanted).solution)
+
+
+@pytest.mark.parametrize("sizes", [[4, 4], [5, 3]])
+def test_groups_norms_and_masks(sizes, seed):
+    layout = Layout(2, sizes)
+    x = torch.randn(200, 6)
+    contributions = torch.rand(200, 10)
+    contributions[:, [3, 8]] += 5
+    order = group_neurons(contributions, x, InputStatistics.of(x).cholesky, layout, seed=0)
+    assert order[:2].tolist() == [3, 8]  # the strongest are shared
+    assert order.sort().values.tolist() == list(range(10))
+    experts = order[2:].split(sizes)
+    norms = expert_norms(contributions.clone(), order, layout)
+    for index, neurons in enumerate(experts):
+        torch.testing.assert_close(norms[:, index], contributions[:, neurons].norm(dim=1))
+    on = torch.rand(200, 2) < 0.5
+    masked = contributions.clone()
+    switch_off(masked, on, order, layout)
+    assert torch.equal(masked[:, order[:2]], contributions[:, order[:2]])
+    for index, neurons in enumerate(experts):
+        expected = contributions[:, neurons] * on[:, index : index + 1]
+        assert torch.equal(masked[:, neurons], expected)
