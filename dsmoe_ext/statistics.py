@@ -33,15 +33,14 @@ class ActivityCounter(nn.Module):
         self._last_read = None
         self.counts.zero_()
 
-    @torch.no_grad()
     def add(self, gates: Tensor, token_mask: Tensor | None = None) -> None:
         """Counts the pairs of gates [T,E] that are not 0, but not of tokens where token_mask [T] is
         False."""
-        is_small = gates.shape[0] <= MAX_PENDING_TOKENS and gates.device.type == "cpu"
-        if torch.compiler.is_compiling() or not is_small:
+        gates = gates.detach() if gates.requires_grad else gates
+        if torch.compiler.is_compiling() or len(gates) > MAX_PENDING_TOKENS or not gates.is_cpu:
             self._count(gates, token_mask, self.training)
             return
-        self._pending.append((gates.detach(), token_mask, self.training))
+        self._pending.append((gates, token_mask, self.training))
         if len(self._pending) >= MAX_PENDING:
             self._flush()
 
