@@ -2,6 +2,7 @@
 
 DSMOE_TORCH_DIR            folder of the torch package, where the build cannot find it by itself
 DSMOE_CUDA=auto|1|0        CUDA kernels; auto (default): if torch is a CUDA build and nvcc is found
+CUDACXX                    nvcc, if it is not on PATH
 CMAKE_CUDA_ARCHITECTURES   such as "80;90a";  MAX_JOBS  compiler processes at once
 """
 
@@ -37,15 +38,20 @@ def torch_dir() -> Path:
     )
 
 
-def wants_cuda(torch: Path) -> bool:
+def cuda_compiler(torch: Path) -> str:
+    """Path of nvcc, or "" for a build without CUDA."""
     choice = os.environ.get("DSMOE_CUDA", "auto")
     if choice not in ("auto", "1", "0"):
         sys.exit(f"DSMOE_CUDA must be auto, 1 or 0, but is {choice!r}.")
-    return choice == "1" or (
-        choice == "auto"
-        and (torch / "lib/libtorch_cuda.so").exists()
-        and shutil.which("nvcc") is not None
-    )
+    if choice == "0" or (choice == "auto" and not (torch / "lib/libtorch_cuda.so").exists()):
+        return ""
+    nvcc = shutil.which(os.environ.get("CUDACXX", "nvcc"))
+    if nvcc is None and choice == "1":
+        sys.exit(
+            "DSMOE_CUDA=1 needs nvcc (CUDA 12.8 or newer), and there is none: put it on PATH, or "
+            "name it in CUDACXX, or build for the CPU alone with DSMOE_CUDA=0."
+        )
+    return nvcc or ""
 
 
 class CMakeBuild(build_ext):
@@ -53,12 +59,12 @@ class CMakeBuild(build_ext):
         if shutil.which(os.environ.get("CXX", "c++")) is None:
             sys.exit("dsmoe_ext needs a C++20 compiler (GCC 11, Clang 14 or newer): install g++.")
         torch, out = torch_dir(), Path(self.get_ext_fullpath(ext.name)).parent.resolve()
-        architectures = os.environ.get("CMAKE_CUDA_ARCHITECTURES")
+        nvcc, architectures = cuda_compiler(torch), os.environ.get("CMAKE_CUDA_ARCHITECTURES")
         configure = [
             "cmake", "-G", "Ninja", "-S", str(ROOT), "-B", self.build_temp,
             f"-DDSMOE_TORCH_DIR={torch}", f"-DPython_EXECUTABLE={sys.executable}",
             f"-DDSMOE_VERSION={self.distribution.get_version()}",
-            f"-DDSMOE_CUDA={int(wants_cuda(torch))}",
+            f"-DDSMOE_CUDA={int(bool(nvcc))}", *([f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc else []),
             f"-DCMAKE_INSTALL_PREFIX={out.parent}",
             *([f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"] if architectures else []),
         ]  # fmt: skip

@@ -28,6 +28,7 @@ def build(tmp_path, **environment) -> subprocess.CompletedProcess:
         ({"DSMOE_TORCH_DIR": "/nonexistent"}, "there is none in /nonexistent"),
         ({"CXX": "no-such-compiler"}, "needs a C++20 compiler"),
         ({"DSMOE_CUDA": "yes"}, "DSMOE_CUDA must be auto, 1 or 0, but is 'yes'"),
+        ({"DSMOE_CUDA": "1", "CUDACXX": "no-such-nvcc"}, "DSMOE_CUDA=1 needs nvcc"),
     ],
 )
 def test_build_says_what_is_missing(environment, message, tmp_path):

@@ -1,0 +1,24 @@
+# nvcc, those of the wanted architectures that it knows, and the kernels' sources. setup.py names the
+# compiler; by hand: -DCMAKE_CUDA_COMPILER=nvcc. Included before any target: it sets what targets start from.
+if(NOT CMAKE_CUDA_COMPILER)
+  find_program(CMAKE_CUDA_COMPILER nvcc REQUIRED)
+endif()
+
+# Machine code for the chips that people have; the PTX of 80, 90 and 120 serves those between and after.
+if(NOT CMAKE_CUDA_ARCHITECTURES)
+  execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch OUTPUT_VARIABLE known)
+  foreach(architecture 80 86-real 89-real 90 120)
+    string(REPLACE "-real" "" number ${architecture})
+    if(known MATCHES "compute_${number}\n")
+      list(APPEND CMAKE_CUDA_ARCHITECTURES ${architecture})
+    endif()
+  endforeach()
+endif()
+
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+set(DSMOE_CUDA_VERSION "${CMAKE_CUDA_COMPILER_VERSION}")
+file(GLOB cuda_kernels CONFIGURE_DEPENDS csrc/cuda/*.cu)
