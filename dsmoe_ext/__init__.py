@@ -6,16 +6,10 @@ model = dsmoe_ext.convert_llama("path/to/llama", num_experts=8)
 
 import importlib
 import importlib.util
+import sys
 from importlib.metadata import version
 from pathlib import Path
-
-import torch
-
-if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
-    raise ImportError(
-        f"dsmoe_ext needs torch 2.10 or newer, but torch is {torch.__version__}: "
-        "run `pip install torch==2.13.0`."
-    )
+from typing import TYPE_CHECKING
 
 if importlib.util.find_spec("dsmoe_ext._C") is None:
     raise ImportError(
@@ -24,14 +18,21 @@ if importlib.util.find_spec("dsmoe_ext._C") is None:
     )
 
 from dsmoe_ext.models.auto import install as _install_auto_classes
-from dsmoe_ext.ops import PackedWeights, build_info, pack_weights, permute, route, sparse_ffn
 
 __version__ = version("dsmoe_ext")
 
 _install_auto_classes()
 
+# `dsmoe --help` shall not wait two seconds for torch: under that command the ops are lazy, too.
+if TYPE_CHECKING or Path(sys.argv[0] if sys.argv else "").name != "dsmoe":
+    import dsmoe_ext.torch_version  # noqa: F401 # isort: skip
+    from dsmoe_ext.ops import PackedWeights, build_info, pack_weights, permute, route, sparse_ffn
+
+__all__ = ["PackedWeights", "build_info", "pack_weights", "permute", "route", "sparse_ffn"]
+
 # Loaded at first use, so that the ops alone need no transformers and import quickly.
 _LAZY = {
+    **dict.fromkeys(__all__, "ops"),
     "calibrate": "calibration",
     "DSMoEFFN": "ffn",
     "set_threshold": "ffn",
@@ -47,7 +48,7 @@ _LAZY = {
     "DSMoELlamaModel": "models",
 }
 
-__all__ = ["PackedWeights", "build_info", "pack_weights", "permute", "route", "sparse_ffn", *_LAZY]
+__all__ += [name for name in _LAZY if name not in __all__]
 
 
 def __getattr__(name: str):

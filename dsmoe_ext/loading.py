@@ -69,6 +69,7 @@ def load_model(model: str | Path, *, dtype: str = "auto", only: str | None = Non
         wanted = "a dense LLaMA" if only == "llama" else "a converted model (see dsmoe convert)"
         found = "a dense LLaMA" if kind == "llama" else "already converted"
         raise UserError(f"{folder} is {found}; this needs {wanted}")
+    import dsmoe_ext.torch_version  # isort: skip
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -69,6 +69,16 @@ def test_help_and_version():
 
 
 @pytest.mark.quick
+def test_help_waits_for_nothing_heavy(tmp_path):
+    code = (
+        "import sys; sys.argv = ['dsmoe', '--help']; import dsmoe_ext.cli; "
+        "assert not {'torch', 'transformers', 'matplotlib'} & sys.modules.keys(); "
+        "import dsmoe_ext; dsmoe_ext.sparse_ffn"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "arguments",
     [
