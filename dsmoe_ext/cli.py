@@ -11,6 +11,7 @@ from . import console
 from .cli_training import demo, train
 from .options import (
     DataOption,
+    DeviceOption,
     Dtype,
     DtypeOption,
     ModelArgument,
@@ -135,6 +136,7 @@ def calibrate(
     tokens: Annotated[int, typer.Option(min=64, help="Tokens to calibrate on.")] = 8192,
     window: WindowOption = 512,
     dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -149,7 +151,7 @@ def calibrate(
 
     check_output(out, overwrite)
     with console.stage("Loading"):
-        loaded, tokenizer = load_model(model, dtype=dtype.value)
+        loaded, tokenizer = load_model(model, dtype=dtype.value, device=device)
     windows = _tokenizer_and_windows(model, tokenizer, data, window)
     from .steps import calibrate_on
 
@@ -212,6 +214,7 @@ def evaluate_command(
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
     dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
     per_layer: Annotated[bool, typer.Option("--per-layer", help="Active share by layer.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
 ) -> None:
@@ -227,7 +230,7 @@ def evaluate_command(
     from .loading import load_model
 
     with console.stage("Loading"):
-        loaded, tokenizer = load_model(model, dtype=dtype.value)
+        loaded, tokenizer = load_model(model, dtype=dtype.value, device=device)
     windows = _tokenizer_and_windows(model, tokenizer, data, window)
     from .steps import evaluation_rows, print_evaluations
 
@@ -262,6 +265,7 @@ def generate(
         float | None, typer.Option(help="Set every layer's threshold for this run.")
     ] = None,
     dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
     seed: SeedOption = 0,
 ) -> None:
     """Continue a text. The text goes to standard output, the speed to standard error.
@@ -272,7 +276,7 @@ def generate(
 
     text = sys.stdin.read() if prompt == "-" else prompt
     with console.stage("Loading"):
-        loaded, tokenizer = load_model(model, dtype=dtype.value)
+        loaded, tokenizer = load_model(model, dtype=dtype.value, device=device)
     need_tokenizer(tokenizer, model)
     from .steps import generate_text
 

@@ -7,6 +7,7 @@ import typer
 
 from .options import (
     DataOption,
+    DeviceOption,
     Dtype,
     ModelArgument,
     OutArgument,
@@ -58,6 +59,7 @@ def train(
         Dtype,
         typer.Option(help="fp32 or bf16 autocast; auto: what is faster here. Weights stay fp32."),
     ] = Dtype.auto,
+    device: DeviceOption = "auto",
     checkpoint_every: Annotated[
         int, typer.Option(min=0, help="Steps between checkpoints; 0: none.")
     ] = 20,
@@ -102,6 +104,7 @@ def train(
         teacher=teacher,
         ste=ste.value if ste else None,
         sparsity_weight=sparsity_weight,
+        device=device,
         checkpoint_every=checkpoint_every,
         resume=resume,
         overwrite=overwrite,

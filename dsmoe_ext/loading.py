@@ -52,11 +52,13 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-def load_model(model: str | Path, *, dtype: str = "auto", only: str | None = None):
+def load_model(
+    model: str | Path, *, dtype: str = "auto", only: str | None = None, device: str = "cpu"
+):
     """(model, tokenizer or None) from a folder, a .gguf file, a hub id, or the word "smollm2".
 
-    dtype: "auto" (fp32 stays fp32; as saved), "fp32", "bf16", "fp16". only: "llama" refuses a
-    converted model, "dsmoe_llama" a dense one.
+    dtype: "auto" (as saved), "fp32", "bf16", "fp16". only: "llama" refuses a converted model,
+    "dsmoe_llama" a dense one. device: "auto", "cpu", "cuda" or "cuda:N".
     """
     from .demo.source import resolve_model
 
@@ -103,7 +105,25 @@ def load_model(model: str | Path, *, dtype: str = "auto", only: str | None = Non
         if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
             with expect(ValueError, OSError):
                 tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return loaded, tokenizer
+    place = choose_device(device)
+    return (loaded if place == "cpu" else loaded.to(place)), tokenizer
+
+
+def choose_device(device: str) -> str:
+    """The device of --device; for "auto" a GPU that both torch and our kernels can use."""
+    import torch
+
+    from . import build_info
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() and build_info()["cuda"] else "cpu"
+    with expect(RuntimeError):
+        kind = torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        raise UserError(f"--device must be auto, cpu or cuda, not {device}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this torch finds no CUDA device")
+    return device
 
 
 def _loading_error(folder: Path, error: Exception) -> Exception:

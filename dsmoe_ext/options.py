@@ -50,6 +50,16 @@ DtypeOption = Annotated[
 ]
 
 
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="auto|cpu|cuda[:N]",
+        help="Where to compute; auto: on the GPU if the extension was built for one.",
+    ),
+]
+
+
 class Ste(str, enum.Enum):
     """Straight-through modes (method: what the router learns about inactive experts)."""
 

@@ -248,6 +248,9 @@ def test_wrong_kinds_and_sizes(shared, tmp_path):
     assert "dense LLaMA" in fails("merge", shared / "dense", out)
     assert "dense" in fails("eval", shared / "dense", "--thresholds", "0.5")
     assert "no such file" in fails("eval", shared / "dense", "--data", tmp_path / "none.txt")
+    if not torch.cuda.is_available():
+        assert "no CUDA" in fails("eval", shared / "dense", "--device", "cuda")
+    assert "--device must be" in fails("eval", shared / "dense", "--device", "mps")
     options = ("--steps", 1, "--target-active", 0.5)
     assert "is dense" in fails("train", shared / "dense", out, *options)
     assert "windows" in fails("eval", shared / "dense", "--window", 300_000)

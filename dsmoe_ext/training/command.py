@@ -25,6 +25,7 @@ def run_training(
     teacher: str | None = None,
     ste: str | None = None,
     sparsity_weight: float | None = None,
+    device: str = "cpu",
     checkpoint_every: int = 20,
     resume: bool = False,
     overwrite: bool = False,
@@ -37,9 +38,11 @@ def run_training(
         return
     _prepare(out, resume, overwrite)
     with console.stage("Loading"):
-        loaded, tokenizer = load_model(model, dtype="fp32")
+        loaded, tokenizer = load_model(model, dtype="fp32", device=device)
         need_tokenizer(tokenizer, model)
-        teaching = load_model(teacher, dtype="auto", only="llama")[0].eval() if teacher else None
+        teaching = None
+        if teacher:
+            teaching = load_model(teacher, only="llama", device=device)[0].eval()
     if teaching is not None and teaching.config.vocab_size != loaded.config.vocab_size:
         raise UserError(f"{teacher} and {model} have different vocabularies")
     settings = _adapt(loaded, model, settings, ste, sparsity_weight)
