@@ -96,7 +96,7 @@ struct Backward {
                 weight(p.up_proj, e) + row * p.hidden_size, valid, p.hidden_size, p.hidden_size,
                 panel);
       row_panel(copied ? x_copy : (const A*)p.x, copied ? copy_stride() : p.x_stride, pairs.of(e),
-                low, high, panel, steps(),
+                low, high, panel, (const T*)nullptr, steps(),
                 [&](int64_t first, int count, const C(*tile_sums)[kColumns<T>]) {
                   for (int r = 0; r < count; ++r) {
                     T* out = const_cast<T*>(inner(e, is_extra, first + r)) + row;
@@ -137,7 +137,7 @@ struct Backward {
       pack_rows(down, valid, down + kL * p.hidden_size, valid - kL, p.hidden_size, p.hidden_size,
                 panel);
       row_panel(copied ? dy_copy : (const A*)b.dy, copied ? copy_stride() : b.dy_stride,
-                pairs.of(e), low, high, panel, steps(), epilogue);
+                pairs.of(e), low, high, panel, (const T*)nullptr, steps(), epilogue);
     });
   }
 

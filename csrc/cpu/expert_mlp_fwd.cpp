@@ -67,7 +67,8 @@ struct Forward {
                   (const T*)p.up_proj + row * p.hidden_size, valid, p.hidden_size, p.hidden_size,
                   panel_scratch);
       }
-      row_panel(x(), x_stride(), pairs.of(e), low, high, b, layout.hidden_steps(),
+      row_panel(x(), x_stride(), pairs.of(e), low, high, b,
+                p.packed ? b + layout.gate_up_panel() : nullptr, layout.hidden_steps(),
                 [&](int64_t first, int rows, const C(*sums)[kColumns<T>]) {
                   swiglu(e, panel, int(min_of<int64_t>(valid, kLanes<T>)), first, rows, sums);
                 });

@@ -48,6 +48,7 @@ struct Pack {
 template <class T>
 Status pack(const PackParams& p, const Team& team) {
   Pack<T> work{p};
+  prefer_huge_pages(p.packed, size_t(packed_elements<T>(p)) * sizeof(T));
   run_team(team, team.max_size, [](void* arg, int, int) { ((Pack<T>*)arg)->run(); }, &work);
   return Status::kOk;
 }

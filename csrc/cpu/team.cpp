@@ -21,6 +21,14 @@ std::atomic<Block*> slots[kSlots];
 
 }  // namespace
 
+void prefer_huge_pages(void* memory, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 void* workspace_acquire(size_t bytes) {
   const size_t needed = bytes + sizeof(Block);
   for (auto& slot : slots) {
@@ -32,9 +40,7 @@ void* workspace_acquire(size_t bytes) {
   const size_t rounded = (needed + alignment - 1) / alignment * alignment;
   Block* block = static_cast<Block*>(std::aligned_alloc(alignment, rounded));
   if (!block) return nullptr;
-#ifdef MADV_HUGEPAGE
-  if (needed >= kHuge) madvise(block, rounded, MADV_HUGEPAGE);
-#endif
+  prefer_huge_pages(block, rounded);
   block->bytes = rounded;
   return block + 1;
 }

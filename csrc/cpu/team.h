@@ -27,6 +27,10 @@ int64_t draw(int64_t& counter);
 void* workspace_acquire(size_t bytes);
 void workspace_release(void* workspace);
 
+// Asks for huge pages under memory that is about to be written for the first time. Weights that are streamed from them at
+// one token took 0.74 ms instead of 0.97 (bf16, H 2048, I 5632, half active): fewer TLB misses, longer prefetches.
+void prefer_huge_pages(void* memory, size_t bytes);
+
 void run_team(const Team& team, int max_size, void (*body)(void* arg, int thread, int size),
               void* arg);
 
