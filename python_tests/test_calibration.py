@@ -9,7 +9,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import dsmoe_ext
 from dsmoe_ext.calibration import layerwise
-from dsmoe_ext.calibration.neurons import Layout, expert_norms, group_neurons, switch_off
+from dsmoe_ext.calibration.neurons import (
+    Layout,
+    expert_norms,
+    experts_of_neurons,
+    group_neurons,
+    switch_off,
+)
 from dsmoe_ext.calibration.refit import refit_down_proj
 from dsmoe_ext.calibration.router import InputStatistics, fit_router, quantile_threshold
 from dsmoe_ext.ffn import ffn_layers
@@ -224,16 +230,16 @@ def test_quantile_threshold(sizes, share, seed):
 def test_refit_against_lstsq(seed):
     """Equal to the ridge regression written as one augmented least-squares problem."""
     masked = torch.randn(60, 10, dtype=torch.float64) * (torch.rand(60, 10) < 0.6)
-    error = torch.randn(60, 4, dtype=torch.float64)
-    change = refit_down_proj(masked, error, ridge=0.2)
+    wanted, weight = torch.randn(60, 4, dtype=torch.float64), torch.randn(10, 4).double()
+    found = refit_down_proj(masked, wanted, weight, ridge=0.2)
     penalty = (0.2 * (masked.T @ masked).diagonal().mean()).sqrt()
     rows = torch.cat([masked, penalty * torch.eye(10, dtype=torch.float64)])
-    wanted = torch.cat([error, torch.zeros(10, 4, dtype=torch.float64)])
-    torch.testing.assert_close(change, torch.linalg.lstsq(rows, wanted).solution)
+    targets = torch.cat([wanted, penalty * weight])
+    torch.testing.assert_close(found, torch.linalg.lstsq(rows, targets).solution)
 
 
 @pytest.mark.parametrize("sizes", [[4, 4], [5, 3]])
-def test_groups_norms_and_masks(sizes, seed):
+def test_groups_and_masks(sizes, seed):
     layout = Layout(2, sizes)
     x = torch.randn(200, 6)
     contributions = torch.rand(200, 10)
@@ -241,14 +247,15 @@ def test_groups_norms_and_masks(sizes, seed):
     order = group_neurons(contributions, x, InputStatistics.of(x).cholesky, layout, seed=0)
     assert order[:2].tolist() == [3, 8]  # the strongest are shared
     assert order.sort().values.tolist() == list(range(10))
-    experts = order[2:].split(sizes)
-    norms = expert_norms(contributions.clone(), order, layout)
-    for index, neurons in enumerate(experts):
+    experts = experts_of_neurons(order, layout)
+    assert experts[order].tolist() == [2, 2] + [0] * sizes[0] + [1] * sizes[1]
+    norms = expert_norms(contributions / 3, torch.full((10,), 3.0), experts, layout)
+    for index, neurons in enumerate(order[2:].split(sizes)):
         torch.testing.assert_close(norms[:, index], contributions[:, neurons].norm(dim=1))
     on = torch.rand(200, 2) < 0.5
     masked = contributions.clone()
-    switch_off(masked, on, order, layout)
+    switch_off(masked, on, experts)
     assert torch.equal(masked[:, order[:2]], contributions[:, order[:2]])
-    for index, neurons in enumerate(experts):
+    for index, neurons in enumerate(order[2:].split(sizes)):
         expected = contributions[:, neurons] * on[:, index : index + 1]
         assert torch.equal(masked[:, neurons], expected)

@@ -11,10 +11,11 @@ from dsmoe_ext.calibration.neurons import (
     Layout,
     activations,
     expert_norms,
+    experts_of_neurons,
     group_neurons,
     switch_off,
 )
-from dsmoe_ext.calibration.refit import refit_down_proj, relative_error
+from dsmoe_ext.calibration.refit import refit_down_proj
 from dsmoe_ext.calibration.router import SCALE, InputStatistics, fit_router, quantile_threshold
 from dsmoe_ext.calibration.streams import Streams, quick_matmul
 from dsmoe_ext.convert import convert_llama, merge_to_llama
@@ -34,7 +35,6 @@ class LayerFit:
     router_weight: Tensor  # [R,H]
     router_bias: Tensor  # [R]
     down_proj_t: Tensor | None  # [I,H] in that order; None: the dense one
-    active: float  # share of the FFN on, over the calibration tokens
     error: float  # ‖sparse - wanted output‖² / ‖wanted‖²
 
 
@@ -98,55 +98,50 @@ def fit_layer(
     layer = streams.in_working_precision(layer)
     mlp, norm = layer.mlp, layer.post_attention_layernorm
     down_proj_t = mlp.down_proj.weight.T.contiguous()  # [I,H]
-    strength = down_proj_t.norm(dim=1)  # [I]
-    streams.advance(layer)
     num_tokens, hidden_size = streams.dense[..., 0].numel(), streams.dense.shape[-1]
-
-    # The dense stream runs on; the sparse one waits until its FFN is known.
     x = streams.sparse.new_empty(num_tokens, hidden_size)
     hidden = streams.sparse.new_empty(num_tokens, layout.intermediate_size)
+
+    # The dense stream runs on; the sparse one waits in front of the FFN until that is known.
+    streams.advance(layer)
     for chunk, rows in streams.token_rows():
         x[rows] = norm(streams.sparse[chunk]).flatten(0, 1)
         hidden[rows] = activations(mlp, x[rows])
         streams.dense[chunk] += mlp(norm(streams.dense[chunk]))
-
-    statistics = InputStatistics.of(x)
-    sample = slice(None, None, max(1, num_tokens // GROUPING_TOKENS))
-    order = group_neurons(
-        hidden[sample].abs() * strength, x[sample], statistics.cholesky, layout, seed
-    )
-    norms = x.new_empty(num_tokens, len(layout.expert_sizes))
-    for _, rows in streams.token_rows():
-        norms[rows] = expert_norms(hidden[rows].abs() * strength, order, layout)
-    weight, free = fit_router(x, norms, statistics)
-    predicted = torch.addmm(free, x, weight.T)  # [T,R]
-    bias = free - quantile_threshold(predicted, layout.expert_sizes, layout.routed_share(target))
-    on = predicted + (bias - free) > 0
+    order, weight, bias, on = _fit_routing(x, hidden, down_proj_t, layout, target, seed)
 
     # x's memory now takes the wanted output: this layer's own on what it sees, and a part of what
     # is still missing from earlier layers.
-    wanted = x
+    wanted, experts = x, experts_of_neurons(order, layout)
     for chunk, rows in streams.token_rows():
         own = hidden[rows] @ down_proj_t
         missing = (streams.dense[chunk] - streams.sparse[chunk]).flatten(0, 1)
         wanted[rows] = own.lerp_(missing, CORRECTION) if refit else own
-        switch_off(hidden[rows], on[rows], order, layout)
-    error = torch.addmm(wanted, hidden, down_proj_t, alpha=-1)
+        switch_off(hidden[rows], on[rows], experts)
     if refit:
-        change = refit_down_proj(hidden, error)
-        down_proj_t += change
-        error.addmm_(hidden, change, alpha=-1)
-    streams.sparse.flatten(0, 1).add_(wanted).sub_(error)
-    sizes = torch.tensor(layout.expert_sizes, device=on.device, dtype=torch.float64)
+        down_proj_t = refit_down_proj(hidden, wanted, down_proj_t)
+    output = hidden @ down_proj_t
+    streams.sparse += output.view_as(streams.sparse)
+    power = wanted.square().sum().clamp(min=1e-30)
+    error = wanted.sub_(output).square().sum() / power
     return LayerFit(
-        order=order,
-        router_weight=SCALE * weight,
-        router_bias=SCALE * bias,
-        down_proj_t=down_proj_t[order] if refit else None,
-        active=(layout.shared_size + (on.double().mean(dim=0) @ sizes).item())
-        / layout.intermediate_size,
-        error=relative_error(error, wanted),
+        order, SCALE * weight, SCALE * bias, down_proj_t[order] if refit else None, error.item()
     )
+
+
+def _fit_routing(x, hidden, down_proj_t, layout: Layout, target: float, seed: int):
+    """(order [I], router weight [R,H], bias [R], on [T,R] bool) from x [T,H], hidden [T,I]."""
+    statistics = InputStatistics.of(x)
+    strength = down_proj_t.norm(dim=1)  # [I]
+    sample = slice(None, None, max(1, len(x) // GROUPING_TOKENS))
+    order = group_neurons(
+        hidden[sample].abs() * strength, x[sample], statistics.cholesky, layout, seed
+    )
+    norms = expert_norms(hidden, strength, experts_of_neurons(order, layout), layout)
+    weight, bias = fit_router(x, norms, statistics)
+    predicted = torch.addmm(bias, x, weight.T, out=norms)  # [T,R]
+    threshold = quantile_threshold(predicted, layout.expert_sizes, layout.routed_share(target))
+    return order, weight, bias - threshold, predicted > threshold
 
 
 def _assemble(dense, layout: Layout, target: float, fits: list[LayerFit], kept: dict):

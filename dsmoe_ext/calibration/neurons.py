@@ -62,21 +62,29 @@ def group_neurons(
     return torch.cat([shared, routed[order.to(routed.device)]])
 
 
-def expert_norms(contributions: Tensor, order: Tensor, layout: Layout) -> Tensor:
-    """The norm of each routed expert's contributions. [T,I], order [I] -> [T,R]."""
-    routed = contributions[:, order[layout.shared_size :]].square_()
-    sizes = layout.expert_sizes
-    if len(set(sizes)) == 1:
-        sums = routed.view(len(routed), len(sizes), sizes[0]).sum(dim=2)
-    else:
-        sums = torch.stack([part.sum(dim=1) for part in routed.split(sizes, dim=1)], dim=1)
-    return sums.sqrt_()
+def experts_of_neurons(order: Tensor, layout: Layout) -> Tensor:
+    """The routed expert 0..R-1 of every neuron, R for the shared ones. int64 [I]."""
+    sizes = torch.tensor(layout.expert_sizes, device=order.device)
+    number = torch.arange(len(sizes), device=order.device).repeat_interleave(sizes)
+    experts = torch.full_like(order, len(sizes))
+    experts[order[layout.shared_size :]] = number
+    return experts
 
 
-def switch_off(activations: Tensor, on: Tensor, order: Tensor, layout: Layout) -> None:
+def expert_norms(activations: Tensor, strength: Tensor, experts: Tensor, layout: Layout) -> Tensor:
+    """[T,R]: for each routed expert the norm of its neurons' contributions.
+
+    activations [T,I], strength [I] (‖d_i‖), experts [I] as above. As one thin GEMM in chunks.
+    """
+    num_experts = len(layout.expert_sizes)
+    members = F.one_hot(experts, num_experts + 1)[:, :num_experts] * strength.square()[:, None]
+    norms = activations.new_empty(len(activations), members.shape[1])
+    for part, out in zip(activations.split(4096), norms.split(4096), strict=True):
+        torch.mm(part.square(), members, out=out)
+    return norms.sqrt_()
+
+
+def switch_off(activations: Tensor, on: Tensor, experts: Tensor) -> None:
     """Zeroes, in place, the activations [T,I] of neurons whose expert is off. on [T,R] bool."""
-    sizes = torch.tensor(layout.expert_sizes, device=on.device)
-    experts = torch.arange(len(sizes), device=on.device).repeat_interleave(sizes)  # [I - shared]
-    mask = torch.ones_like(activations, dtype=torch.bool)
-    mask[:, order[layout.shared_size :]] = on[:, experts]
-    activations *= mask
+    always = on.new_ones(len(on), 1)
+    activations *= torch.cat([on, always], dim=1)[:, experts]

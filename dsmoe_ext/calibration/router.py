@@ -31,16 +31,17 @@ class InputStatistics:
         """From x [T,H]."""
         mean = x.mean(dim=0)
         centred = x - mean
-        return cls(mean, cholesky_of(centred.T @ centred, RIDGE))
+        return cls(mean, ridge_cholesky(centred.T @ centred, RIDGE)[0])
 
 
-def cholesky_of(gram: Tensor, ridge: float) -> Tensor:
-    """The lower Cholesky factor, float64, of gram [n,n] + ridge · (mean diagonal) · 1."""
+def ridge_cholesky(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """(lower Cholesky factor of gram [n,n] + r · 1, r), float64, r = ridge · mean diagonal."""
     gram = gram.double()
     diagonal = gram.diagonal()
     # The smallest normal number keeps inputs that are all zero (a dead layer) solvable.
-    diagonal += ridge * diagonal.mean() + torch.finfo(torch.float32).tiny
-    return torch.linalg.cholesky(gram)
+    ridge = ridge * diagonal.mean() + torch.finfo(torch.float32).tiny
+    diagonal += ridge
+    return torch.linalg.cholesky(gram), ridge
 
 
 def fit_router(x: Tensor, norms: Tensor, statistics: InputStatistics) -> tuple[Tensor, Tensor]:
