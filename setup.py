@@ -8,6 +8,7 @@ CMAKE_CUDA_ARCHITECTURES   such as "80;90a";  MAX_JOBS  compiler processes at on
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,30 +21,36 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 
 
-def torch_dir() -> Path:
-    """The torch to build against: named, importable, or outside of pip's isolated environment."""
+def torch_places() -> list[Path]:
+    """Where torch may be: named, or importable, or outside of pip's isolated environment."""
     spec = importlib.util.find_spec("torch")
     places = [Path(sysconfig.get_path("purelib")) / "torch"]
     if spec is not None:
         places.insert(0, Path(spec.origin).parent)
     if os.environ.get("DSMOE_TORCH_DIR"):
         places = [Path(os.environ["DSMOE_TORCH_DIR"])]
-    for place in places:
+    return places
+
+
+def torch_dir() -> Path:
+    for place in torch_places():
         if (place / "include/torch/csrc/stable/library.h").exists():
             return place
     sys.exit(
-        f"dsmoe_ext builds against an installed torch 2.10 or newer; there is none in {places[0]}. "
+        "dsmoe_ext builds against an installed torch 2.10 or newer; there is none in "
+        f"{torch_places()[0]}. "
         "Run `pip install torch==2.13.0` first; if torch is elsewhere (uv, python -m build), set "
         "DSMOE_TORCH_DIR to its folder or install with --no-build-isolation."
     )
 
 
-def cuda_compiler(torch: Path) -> str:
+def cuda_compiler() -> str:
     """Path of nvcc, or "" for a build without CUDA."""
     choice = os.environ.get("DSMOE_CUDA", "auto")
     if choice not in ("auto", "1", "0"):
         sys.exit(f"DSMOE_CUDA must be auto, 1 or 0, but is {choice!r}.")
-    if choice == "0" or (choice == "auto" and not (torch / "lib/libtorch_cuda.so").exists()):
+    has_cuda = any((place / "lib/libtorch_cuda.so").exists() for place in torch_places())
+    if choice == "0" or (choice == "auto" and not has_cuda):
         return ""
     nvcc = shutil.which(os.environ.get("CUDACXX", "nvcc"))
     if nvcc is None and choice == "1":
@@ -54,12 +61,21 @@ def cuda_compiler(torch: Path) -> str:
     return nvcc or ""
 
 
+def version_label() -> str:
+    """ "+cu130" if the CUDA kernels are built: pip hides the build's own words, but not this."""
+    if not (nvcc := cuda_compiler()):
+        return ""
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", version)
+    return f"+cu{release[1]}{release[2]}" if release else "+cuda"
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext):
         if shutil.which(os.environ.get("CXX", "c++")) is None:
             sys.exit("dsmoe_ext needs a C++20 compiler (GCC 11, Clang 14 or newer): install g++.")
         torch, out = torch_dir(), Path(self.get_ext_fullpath(ext.name)).parent.resolve()
-        nvcc, architectures = cuda_compiler(torch), os.environ.get("CMAKE_CUDA_ARCHITECTURES")
+        nvcc, architectures = cuda_compiler(), os.environ.get("CMAKE_CUDA_ARCHITECTURES")
         configure = [
             "cmake", "-G", "Ninja", "-S", str(ROOT), "-B", self.build_temp,
             f"-DDSMOE_TORCH_DIR={torch}", f"-DPython_EXECUTABLE={sys.executable}",
@@ -79,4 +95,8 @@ class CMakeBuild(build_ext):
                 )
 
 
-setup(ext_modules=[Extension("dsmoe_ext._C", [])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension("dsmoe_ext._C", [])],
+    cmdclass={"build_ext": CMakeBuild},
+    options={"egg_info": {"tag_build": version_label()}},
+)
