@@ -15,23 +15,17 @@
 // A single pass with look-back would save one read of gates, 4 T E bytes: less than a hundredth of the
 // expert_mlp that follows, for spinning between CTAs. Three launches are simpler and as good in a graph.
 #include "cuda/launch.cuh"
+#include "cuda/permute.cuh"
 
 namespace dsmoe::cuda {
 namespace {
 
-constexpr int kWarps = 8;                      // 256 threads: 8 CTAs fill an SM's 2048 threads
-constexpr int kTokensPerCta = kWarps * kWarp;  // one token per lane
-constexpr int kMaxExperts = 512;               // bounds the masks in shared memory to 16 KiB
-
-struct PermuteTables {
-  int64_t num_chunks;
-  int32_t*
-      counts;  // [E+1, num_chunks]  pairs per expert and chunk, row E: per chunk; then their sums
-  int32_t* totals;  // [E+1]              pairs per expert, then A
-};
+constexpr int kWarps = 8;  // 256 threads: 8 CTAs fill an SM's 2048 threads
+static_assert(kTokensPerChunk == kWarps * kWarp, "one token per lane");
+static_assert(kMaxExperts * kWarps * 4 <= 16 << 10, "the masks in shared memory");
 
 int64_t count_chunks(const PermuteParams& p) {
-  const int64_t chunks = ceil_div<int64_t>(p.num_tokens, kTokensPerCta);
+  const int64_t chunks = ceil_div<int64_t>(p.num_tokens, kTokensPerChunk);
   return chunks > 0 ? chunks : 1;  // without tokens the offsets are still written
 }
 
@@ -49,12 +43,12 @@ __device__ __forceinline__ uint32_t token_mask(const PermuteParams& p, int64_t f
   return mask;
 }
 
-__global__ void __launch_bounds__(kTokensPerCta)
+__global__ void __launch_bounds__(kTokensPerChunk)
     count_kernel(const __grid_constant__ PermuteParams p,
                  const __grid_constant__ PermuteTables tables) {
   __shared__ int32_t counts[kWarps][kMaxExperts];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t first_token = blockIdx.x * int64_t{kTokensPerCta} + warp * kWarp;
+  const int64_t first_token = blockIdx.x * int64_t{kTokensPerChunk} + warp * kWarp;
   for (int expert = lane; expert < p.num_experts + lane; expert += kWarp) {
     const int count = __popc(token_mask(p, first_token, expert));
     if (expert < p.num_experts) counts[warp][expert] = count;
@@ -62,7 +56,7 @@ __global__ void __launch_bounds__(kTokensPerCta)
   __syncthreads();
   __shared__ int32_t warp_totals[kWarps];
   int total = 0;  // of this thread's experts
-  for (int expert = threadIdx.x; expert < p.num_experts; expert += kTokensPerCta) {
+  for (int expert = threadIdx.x; expert < p.num_experts; expert += kTokensPerChunk) {
     int count = 0;
     for (int w = 0; w < kWarps; ++w) count += counts[w][expert];
     tables.counts[expert * tables.num_chunks + blockIdx.x] = count;
@@ -78,7 +72,7 @@ __global__ void __launch_bounds__(kTokensPerCta)
 }
 
 // A warp per row of counts: exclusive sums along the row, in place.
-__global__ void __launch_bounds__(kTokensPerCta)
+__global__ void __launch_bounds__(kTokensPerChunk)
     scan_kernel(const __grid_constant__ PermuteTables tables, int num_rows) {
   const int row = blockIdx.x * kWarps + threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   if (row >= num_rows) return;  // whole warps leave
@@ -114,12 +108,12 @@ __device__ void scan_totals(const int32_t* totals, int num_experts, int32_t* off
   if (lane == 0) offsets[num_experts] = before;
 }
 
-__global__ void __launch_bounds__(kTokensPerCta)
+__global__ void __launch_bounds__(kTokensPerChunk)
     write_kernel(const __grid_constant__ PermuteParams p,
                  const __grid_constant__ PermuteTables tables) {
   __shared__ WriteShared s;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t token = blockIdx.x * int64_t{kTokensPerCta} + threadIdx.x;
+  const int64_t token = blockIdx.x * int64_t{kTokensPerChunk} + threadIdx.x;
   for (int expert = lane; expert < p.num_experts + lane; expert += kWarp) {
     const uint32_t mask = token_mask(p, token - lane, expert);
     if (expert < p.num_experts) s.masks[warp][expert] = mask;
@@ -127,7 +121,7 @@ __global__ void __launch_bounds__(kTokensPerCta)
   if (warp == 0) scan_totals(tables.totals, p.num_experts, s.pair_offsets);
   __syncthreads();
 
-  for (int expert = threadIdx.x; expert < p.num_experts; expert += kTokensPerCta) {
+  for (int expert = threadIdx.x; expert < p.num_experts; expert += kTokensPerChunk) {
     int pair = s.pair_offsets[expert] + tables.counts[expert * tables.num_chunks + blockIdx.x];
     for (int w = 0; w < kWarps; ++w) {
       s.starts[w][expert] = pair;
@@ -144,10 +138,12 @@ __global__ void __launch_bounds__(kTokensPerCta)
 
   int slot = tables.counts[p.num_experts * tables.num_chunks + blockIdx.x] + through - num_active;
   for (int w = 0; w < warp; ++w) slot += s.warp_totals[w];
-  if (token < p.num_tokens) p.token_offsets[token] = slot;
+  if (token < p.num_tokens && p.token_offsets != nullptr) p.token_offsets[token] = slot;
   if (blockIdx.x == 0) {
-    if (threadIdx.x == 0) p.token_offsets[p.num_tokens] = tables.totals[p.num_experts];
-    for (int e = threadIdx.x; e <= p.num_experts; e += kTokensPerCta) {
+    if (threadIdx.x == 0 && p.token_offsets != nullptr) {
+      p.token_offsets[p.num_tokens] = tables.totals[p.num_experts];
+    }
+    for (int e = threadIdx.x; e <= p.num_experts; e += kTokensPerChunk) {
       p.pair_offsets[e] = s.pair_offsets[e];
     }
   }
@@ -157,12 +153,18 @@ __global__ void __launch_bounds__(kTokensPerCta)
     if ((mask >> lane & 1u) == 0) continue;
     const int pair = s.starts[warp][expert] + __popc(mask & lower_lanes);
     if (pair < p.capacity) p.token_idx[pair] = static_cast<int32_t>(token);
-    if (slot < p.capacity) p.slot_idx[slot] = pair;
+    if (slot < p.capacity && p.slot_idx != nullptr) p.slot_idx[slot] = pair;
     ++slot;
   }
 }
 
 }  // namespace
+
+PermuteTables permute_tables(const PermuteParams& p, void* workspace) {
+  PermuteTables tables{count_chunks(p), static_cast<int32_t*>(workspace), nullptr};
+  tables.totals = tables.counts + (p.num_experts + 1) * tables.num_chunks;
+  return tables;
+}
 
 int64_t permute_workspace_bytes(const PermuteParams& p) {
   return (p.num_experts + 1) * (count_chunks(p) + 1) * int64_t{sizeof(int32_t)};
@@ -170,14 +172,13 @@ int64_t permute_workspace_bytes(const PermuteParams& p) {
 
 Status permute(const PermuteParams& p, void* workspace, Stream stream) {
   if (p.gates_dtype != Dtype::kFloat32 || p.num_experts > kMaxExperts) return Status::kUnsupported;
-  PermuteTables tables{count_chunks(p), static_cast<int32_t*>(workspace), nullptr};
-  tables.totals = tables.counts + (p.num_experts + 1) * tables.num_chunks;
+  const PermuteTables tables = permute_tables(p, workspace);
   const auto on = static_cast<cudaStream_t>(stream);
   const unsigned chunks = static_cast<unsigned>(tables.num_chunks);
-  count_kernel<<<chunks, kTokensPerCta, 0, on>>>(p, tables);
-  scan_kernel<<<ceil_div(p.num_experts + 1, kWarps), kTokensPerCta, 0, on>>>(tables,
-                                                                             p.num_experts + 1);
-  write_kernel<<<chunks, kTokensPerCta, 0, on>>>(p, tables);
+  count_kernel<<<chunks, kTokensPerChunk, 0, on>>>(p, tables);
+  scan_kernel<<<ceil_div(p.num_experts + 1, kWarps), kTokensPerChunk, 0, on>>>(tables,
+                                                                               p.num_experts + 1);
+  write_kernel<<<chunks, kTokensPerChunk, 0, on>>>(p, tables);
   return launch_status();
 }
 

@@ -111,13 +111,11 @@ int run_permute(const PermuteParams* p, void* workspace) {
 int64_t permute_workspace(const PermuteParams* p) {
   return cuda::permute_workspace_bytes(*p);
 }
-#ifdef DSMOE_TEST_EXPERT_MLP
 int run_expert_mlp(const ExpertMlpParams* p, void* workspace) {
   return static_cast<int>(cuda::expert_mlp(*p, workspace, nullptr));
 }
 int64_t expert_mlp_workspace(const ExpertMlpParams* p) {
   return cuda::expert_mlp_workspace_bytes(*p);
 }
-#endif
 
 }  // extern "C"

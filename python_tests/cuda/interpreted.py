@@ -11,6 +11,7 @@ import pathlib
 import subprocess
 
 import numpy as np
+import pytest
 import torch
 from nvcc import ROOT, cache_folder, nvcc, sources_digest
 from params import DTYPE, METHOD, STATUS, STRUCTS
@@ -43,10 +44,10 @@ class Callbacks(ctypes.Structure):
 
 
 @functools.cache
-def build(arch):
+def build(arch, *macros):
     """(shared library of the launchers, {kernel name: Program}) for one compute capability."""
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    folder = cache_folder() / f"kernels_{arch}_{sources_digest(arch)}"
+    folder = cache_folder() / f"kernels_{arch}_{sources_digest(arch, *macros)}"
     if not (folder / "done").exists():
         folder.mkdir(exist_ok=True)
         flags = [
@@ -58,7 +59,7 @@ def build(arch):
             f"-code=compute_{arch}",
         ]
         flags += ["-Xcompiler", "-fPIC", "-cudart", "none", "--keep", "--keep-dir", str(folder)]
-        flags += ["-DDSMOE_TEST_EXPERT_MLP"] if any("expert_mlp" in s.name for s in sources) else []
+        flags += [f"-D{macro}" for macro in macros]
         command = [
             nvcc(),
             "-shared",
@@ -69,8 +70,8 @@ def build(arch):
         ]
         command += [str(HERE / "fake_runtime.cpp"), str(ROOT / "csrc" / "common" / "status.cpp")]
         done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+        if done.returncode:  # once is enough for the whole session
+            pytest.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}", returncode=1)
         (folder / "done").touch()
     programs = [Program((folder / f"{s.stem}.ptx").read_text()) for s in sources]
     return ctypes.CDLL(str(folder / "launchers.so")), {k: p for p in programs for k in p.kernels}
@@ -79,51 +80,48 @@ def build(arch):
 class Interpreter:
     """dsmoe_ext's CUDA ops, interpreted. seed: a wild schedule; counters: see ptx.Counters."""
 
-    def __init__(self, seed=None, counters=None, arch="80", multiprocessors=2):
-        self.library, self.programs = build(arch)
+    def __init__(self, seed=None, counters=None, arch="80", multiprocessors=2, macros=()):
+        self.library, self.programs = build(arch, *macros)
         self.seed, self.counters, self.multiprocessors = seed, counters, multiprocessors
         self.launches = []  # (kernel, grid, block, shared bytes)
 
     # -- the device side --
 
-    def _run(self, entry, params, workspace=None):
-        problem = []
-
-        def launch(name, grid, block, shared, args):
-            name = name.decode()
-            grid, block = tuple(grid[0:3]), tuple(block[0:3])
-            kernel = self.programs[name].kernels[name]
-            data = bytearray(kernel.param_bytes)
-            for i, (offset, size) in enumerate(kernel.params.values()):
-                data[offset : offset + size] = ctypes.string_at(args[i], size)
-            self.launches.append((name, grid, block, shared))
-            try:
-                self.device.launch(self.programs[name], name, grid, block, shared, param_bytes=data)
-            except Exception as error:
-                problem.append(error)
-                return 1
-            return 0
-
-        def memset(address, value, count):
-            buffer = self.device.memory.buffers[address >> 40]
-            start = address & (1 << 40) - 1
-            buffer.bytes[start : start + count] = value
-            buffer.initialised[start // 2 : (start + count) // 2] = True
-            return 0
-
+    def _begin(self):
+        self.device, self.problem = Device(self.seed, self.counters), None
         kinds = dict(Callbacks._fields_)
-        callbacks = Callbacks(
-            kinds["launch"](launch), kinds["memset"](memset), self.multiprocessors
-        )
-        self.library.set_callbacks(ctypes.byref(callbacks))
+        launch, memset = kinds["launch"](self._launch), kinds["memset"](self._memset)
+        self._callbacks = Callbacks(launch, memset, self.multiprocessors)  # must outlive the calls
+        self.library.set_callbacks(ctypes.byref(self._callbacks))
+
+    def _launch(self, name, grid, block, shared, args):
+        name = name.decode()
+        grid, block = tuple(grid[0:3]), tuple(block[0:3])
+        kernel = self.programs[name].kernels[name]
+        data = bytearray(kernel.param_bytes)
+        for i, (offset, size) in enumerate(kernel.params.values()):
+            data[offset : offset + size] = ctypes.string_at(args[i], size)
+        self.launches.append((name, grid, block, shared))
+        try:
+            self.device.launch(self.programs[name], name, grid, block, shared, param_bytes=data)
+        except Exception as error:  # it cannot pass through C: _run raises it again
+            self.problem = self.problem or error
+            return 1
+        return 0
+
+    def _memset(self, address, value, count):
+        buffer = self.device.memory.buffers[address >> 40]
+        start = address & (1 << 40) - 1
+        buffer.bytes[start : start + count] = value
+        buffer.initialised[start // 2 : (start + count) // 2] = True
+        return 0
+
+    def _run(self, entry, params, workspace=None):
         status = getattr(self.library, entry)(ctypes.byref(params), ctypes.c_void_p(workspace))
-        if problem:
-            raise problem[0]
+        if self.problem:
+            raise self.problem
         if status:
             raise Failed(next(k for k, v in STATUS.items() if v == status))
-
-    def _begin(self):
-        self.device = Device(self.seed, self.counters)
 
     def _in(self, tensor):
         """Address of a read-only copy; also remembers nothing of the tensor."""
@@ -219,6 +217,31 @@ class Interpreter:
         )
         self._run("run_route_backward", p)
         return torch.from_numpy(out.array.copy())
+
+    def sparse_ffn(self, x, gates, gate_proj, up_proj, down_proj_t, expert_offsets):
+        """x [T,H], gates [T,E], weights [I,H] -> y [T,H]."""
+        self._begin()
+        p = STRUCTS["ExpertMlpParams"](DTYPE[KIND[x.dtype]])
+        p.num_tokens, p.hidden_size = x.shape
+        p.intermediate_size, p.num_experts = len(gate_proj), gates.shape[1]
+        p.x_stride = x.stride(0) if len(x) > 1 else x.shape[1]
+        reach = (len(x) - 1) * p.x_stride + p.hidden_size if len(x) else 0
+        base = x.as_strided((reach,), (1,))  # what lies between the rows belongs to somebody else
+        p.x, p.gates = self._in(base), self._in(gates)
+        p.gate_proj, p.up_proj = self._in(gate_proj), self._in(up_proj)
+        p.down_proj_t, p.expert_offsets = self._in(down_proj_t), self._in(expert_offsets)
+        y = self._out(x.shape, x.dtype)
+        p.y = y.address
+        self._run("run_expert_mlp", p, self._workspace("expert_mlp_workspace", p))
+        out = torch.from_numpy(y.array.copy())
+        return out if x.dtype == torch.float32 else out.view(torch.int16).view(x.dtype)
+
+    def forward_workspace(self, tokens, hidden, intermediate, experts, dtype):
+        """Bytes that expert_mlp asks for."""
+        self._begin()
+        p = STRUCTS["ExpertMlpParams"](DTYPE[KIND[dtype]], tokens, hidden, intermediate, experts)
+        self.library.expert_mlp_workspace.restype = ctypes.c_int64
+        return self.library.expert_mlp_workspace(ctypes.byref(p))
 
 
 def to_numpy(tensor):

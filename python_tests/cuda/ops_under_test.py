@@ -24,6 +24,9 @@ class Gpu:
             for t in self.ops.route(logits.cuda(), threshold, expert_offsets.cuda(), **options)
         )
 
+    def sparse_ffn(self, *inputs):
+        return self.ops.sparse_ffn(*(t.cuda() for t in inputs)).cpu()
+
 
 ON_GPU = torch.cuda.is_available()
 Ops = Gpu if ON_GPU else Interpreter

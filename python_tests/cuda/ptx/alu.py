@@ -254,6 +254,20 @@ def bit_field_extract(ins, kernel):
     )
 
 
+@opcode("bfi")
+def bit_field_insert(ins, kernel):
+    if ins.op[-1] != "b32":
+        raise Trap("bfi other than b32")
+
+    def function(value, base, at, count):
+        at, count = (np.minimum(v & 255, 32).astype(np.uint64) for v in (at, count))
+        field = ((np.uint64(1) << count) - np.uint64(1)) << at
+        value, base = (np.asarray(v).astype(np.uint64) for v in (value, base))
+        return (base & ~field | value << at & field) & np.uint64(0xFFFFFFFF)
+
+    return lanewise(ins, kernel, function)
+
+
 @opcode("prmt")
 def permute_bytes(ins, kernel):
     if len(ins.op) != 2:

@@ -1,0 +1,196 @@
+// gate_up: a[t, e's columns] = G[t,e] * silu(x_t Wg_e) * (x_t Wu_e) for the active pairs       see expert_mlp_fwd.cu
+//
+//   rows     pairs of one expert, x gathered by token_idx      [128, H]
+//   columns  neurons of the expert, rows of Wg and of Wu       [64, H] each
+//   result   activations                                       [128, 64]
+#pragma once
+
+#include "cuda/gemm_tile.cuh"
+#include "cuda/scheduler.cuh"
+
+namespace dsmoe::cuda {
+
+constexpr int kThreads = 128;
+constexpr int kTileM = 128;
+constexpr int kCopyRows =
+    kThreads / kChunksPerRow;  // rows of kTileK numbers that a CTA copies at once
+
+// One pass over a part of the tokens; pointers are to its first token.
+template <class T>
+struct ForwardArgs {
+  int64_t num_tokens;
+  int64_t hidden_size;
+  int32_t num_experts;
+  int64_t x_stride;
+  const T* x;                     // [Tp,H]
+  const float* gates;             // [Tp,E]
+  const T* gate_proj;             // [I,H]
+  const T* up_proj;               // [I,H]
+  const T* down_proj_t;           // [I,H]
+  const int32_t* expert_offsets;  // [E+1]
+  PairLists lists;
+  int64_t width;            // row length of activations: room for aligned experts
+  int32_t* expert_columns;  // [E+1]  first column of an expert, a multiple of kColumnAlign
+  int32_t* row_of_column;   // [width]   row of down_proj_t, -1 in the gaps
+  T* activations;           // [Tp,width]
+  float* strips;            // [CTAs, 256, 128]
+  T* y;                     // [Tp,H]
+};
+
+// How many of this warp's 16-row blocks hold rows; block i of a warp is block i * kWarpsM + warp_m.
+template <int kWarpsM>
+__device__ __forceinline__ int live_blocks(int rows, int warp_m) {
+  return (ceil_div(rows, 16) - warp_m + kWarpsM - 1) / kWarpsM;
+}
+
+template <int kColumns, int kWarpsAlongM>
+struct GateUpTile {
+  static constexpr int kTileN = kColumns;
+  static constexpr int kWarpsM = kWarpsAlongM, kWarpsN = kThreads / kWarp / kWarpsM;
+  static constexpr int kRowBlocks = kTileM / 16 / kWarpsM;  // 16-row blocks per warp
+  static constexpr int kBlocks = kTileN / 8 / kWarpsN;      // 8-column blocks per warp and matrix
+  static constexpr int kRowsBytes = kTileM * kRowBytes, kColumnsBytes = kTileN * kRowBytes;
+  static constexpr int kStageBytes = kRowsBytes + 2 * kColumnsBytes;  // rows of x, of Wg, of Wu
+  static constexpr int kSharedBytes = kStages * kStageBytes;
+  static constexpr int kCopiesA = kTileM / kCopyRows, kCopiesB = 2 * kTileN / kCopyRows;
+  static_assert(kSharedBytes <= 48 << 10, "two CTAs per SM, and no opt-in needed");
+  static_assert(2 * kTileN % kCopyRows == 0);
+};
+
+__device__ __forceinline__ float swiglu(float gate, float up) {
+  return __fdividef(gate, 1.f + __expf(-gate)) * up;
+}
+
+template <class T, class C>
+struct GateUpSums {
+  float gate[C::kRowBlocks][C::kBlocks][4], up[C::kRowBlocks][C::kBlocks][4];
+};
+
+// Adds one stage's products to the sums.
+template <class T, class C>
+__device__ __forceinline__ void gate_up_step(GateUpSums<T, C>& sums, uint32_t stage, int warp_m,
+                                             int warp_n, int live) {
+  using Columns = ColumnTile<C::kBlocks>;
+  const int lane = threadIdx.x % kWarp;
+  const uint32_t gate_tile = stage + C::kRowsBytes, up_tile = gate_tile + C::kColumnsBytes;
+#pragma unroll
+  for (int k_chunk = 0; k_chunk < kChunksPerRow; k_chunk += 2) {
+    uint32_t a[C::kRowBlocks][4];
+#pragma unroll
+    for (int i = 0; i < C::kRowBlocks; ++i) {
+      if (i < live) load_rows(a[i], stage, (i * C::kWarpsM + warp_m) * 16, k_chunk);
+    }
+#pragma unroll
+    for (int j = 0; j < C::kBlocks; j += 2) {
+      // matrices: block j, low and high k; block j + 1, low and high k
+      const int row = warp_n * C::kBlocks * 8 + Columns::row_of(j + lane / 16, lane % 8);
+      const uint32_t at = Columns::offset(row, k_chunk + lane / 8 % 2);
+      uint32_t gate[4], up[4];
+      ldmatrix_x4(gate, gate_tile + at);
+      ldmatrix_x4(up, up_tile + at);
+#pragma unroll
+      for (int i = 0; i < C::kRowBlocks; ++i) {
+        if (i >= live) continue;
+        mma(sums.gate[i][j], a[i], gate[0], gate[1], T());
+        mma(sums.gate[i][j + 1], a[i], gate[2], gate[3], T());
+        mma(sums.up[i][j], a[i], up[0], up[1], T());
+        mma(sums.up[i][j + 1], a[i], up[2], up[3], T());
+      }
+    }
+  }
+}
+
+template <class T, class C, class Tile>
+__device__ __forceinline__ void gate_up_epilogue(const ForwardArgs<T>& args, const Tile& tile,
+                                                 const GateUpSums<T, C>& sums, int warp_m,
+                                                 int warp_n) {
+  constexpr int kMine = 2 * C::kBlocks;  // neighbouring columns of this lane
+  const int lane = threadIdx.x % kWarp, rows = tile.pairs.count();
+  const int column = warp_n * C::kBlocks * 8 + lane % 4 * kMine;
+  // the columns up to the next multiple of 8 belong to the expert too, and are zeros: its weights'
+  // rows there were
+  if (column >= ceil_div(tile.columns, kChunk) * kChunk) return;
+  const int first_column = args.expert_columns[tile.expert] + tile.column + column;
+#pragma unroll
+  for (int i = 0; i < C::kRowBlocks; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = (i * C::kWarpsM + warp_m) * 16 + half * 8 + lane / 4;
+      if (row >= rows) continue;
+      const int64_t token = args.lists.token_idx[tile.pairs.begin + row];
+      const float weight = args.gates[token * args.num_experts + tile.expert];
+      uint32_t packed[C::kBlocks];
+#pragma unroll
+      for (int j = 0; j < C::kBlocks; ++j) {
+        const float* g = &sums.gate[i][j][half * 2];
+        const float* u = &sums.up[i][j][half * 2];
+        packed[j] = pack(weight * swiglu(g[0], u[0]), weight * swiglu(g[1], u[1]), T());
+      }
+      T* out = args.activations + token * args.width + first_column;
+      if constexpr (C::kBlocks == 4) {
+        __stcg(reinterpret_cast<uint4*>(out), uint4{packed[0], packed[1], packed[2], packed[3]});
+      } else {
+        __stcg(reinterpret_cast<uint2*>(out), uint2{packed[0], packed[1]});
+      }
+    }
+  }
+}
+
+template <class T, class C>
+__global__ void __launch_bounds__(kThreads, 2)
+    gate_up_kernel(const __grid_constant__ ForwardArgs<T> args, int min_size, int max_size) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  const uint32_t base = shared_address(shared);
+  const int t = threadIdx.x, warp_m = t / kWarp / C::kWarpsN, warp_n = t / kWarp % C::kWarpsN;
+  const int chunk = t % kChunksPerRow, copy_row = t / kChunksPerRow;
+  const int num_steps = static_cast<int>(ceil_div<int64_t>(args.hidden_size, kTileK));
+
+  TileScheduler<kTileM, C::kTileN> scheduler(args.lists, args.expert_offsets, args.num_experts,
+                                             min_size, max_size);
+  typename TileScheduler<kTileM, C::kTileN>::Tile tile;
+  while (scheduler.next(tile)) {
+    const T*
+        from[C::kCopiesA + C::kCopiesB];  // the rows that this thread copies, null beyond the end
+#pragma unroll
+    for (int i = 0; i < C::kCopiesA; ++i) {
+      const int pair = tile.pairs.begin + copy_row + i * kCopyRows;
+      from[i] =
+          pair < tile.pairs.end ? args.x + args.lists.token_idx[pair] * args.x_stride : nullptr;
+    }
+#pragma unroll
+    for (int i = 0; i < C::kCopiesB; ++i) {
+      const int row = copy_row + i * kCopyRows;
+      const T* weights = row < C::kTileN ? args.gate_proj : args.up_proj;
+      const int within = row % C::kTileN;
+      from[C::kCopiesA + i] =
+          within < tile.columns ? weights + (tile.first_row + within) * args.hidden_size : nullptr;
+    }
+    auto load = [&](int stage, int step) {
+      const uint32_t to = base + stage * C::kStageBytes;
+      const int64_t k = step * int64_t{kTileK} + chunk * kChunk;
+      auto copy = [&](uint32_t at, const T* row) {
+        const bool valid = row != nullptr && k < args.hidden_size;
+        cp_async_16(at, valid ? row + k : args.x, valid);
+      };
+#pragma unroll
+      for (int i = 0; i < C::kCopiesA; ++i) {
+        copy(to + RowTile::offset(copy_row + i * kCopyRows, chunk), from[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < C::kCopiesB; ++i) {
+        const int row = copy_row + i * kCopyRows;
+        const uint32_t matrix = C::kRowsBytes + row / C::kTileN * C::kColumnsBytes;
+        copy(to + matrix + ColumnTile<C::kBlocks>::offset(row % C::kTileN, chunk),
+             from[C::kCopiesA + i]);
+      }
+    };
+    GateUpSums<T, C> sums{};
+    const int live = live_blocks<C::kWarpsM>(tile.pairs.count(), warp_m);
+    pipeline(num_steps, load, [&](int stage) {
+      gate_up_step(sums, base + stage * C::kStageBytes, warp_m, warp_n, live);
+    });
+    gate_up_epilogue<T, C>(args, tile, sums, warp_m, warp_n);
+  }
+}
+
+}  // namespace dsmoe::cuda

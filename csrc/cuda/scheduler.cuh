@@ -1,0 +1,144 @@
+// Ragged experts as iterators: a kernel says `while (scheduler.next(tile))` and never sees the lists.
+#pragma once
+
+#include "cuda/launch.cuh"
+#include "cuda/permute.cuh"
+
+namespace dsmoe::cuda {
+
+// Experts' columns in the activation workspace start at multiples of this: whole sectors of 32 bytes,
+// and copies of 16 bytes, whatever the sizes are. Multiples of 16 as sizes leave no gap.
+constexpr int kColumnAlign = 16;
+
+// The active pairs of one expert, or of one expert within a chunk of tokens.
+struct PairRange {
+  int begin, end;
+  __device__ int count() const { return end - begin; }
+};
+
+__device__ __forceinline__ PairRange chunk_pairs(const PairLists& lists, int expert,
+                                                 int64_t chunk) {
+  const int32_t* before = lists.tables.counts + expert * lists.tables.num_chunks;
+  const int first = lists.pair_offsets[expert];
+  const bool is_last = chunk + 1 == lists.tables.num_chunks;
+  return {first + before[chunk],
+          is_last ? lists.pair_offsets[expert + 1] : first + before[chunk + 1]};
+}
+
+// Tiles of kTileM pairs by kTileN columns over all experts whose size is in (kTileN / 2, max_size],
+// dealt out to the CTAs in turn. Within an expert, eight row tiles share their weights before the next
+// columns begin: their rows of x and those weights stay in L2 together.
+template <int kTileM, int kTileN>
+class TileScheduler {
+ public:
+  struct Tile {
+    int expert;
+    int first_row;    // of the weights
+    int columns;      // columns from here to the expert's end
+    int column;       // first column within the expert
+    PairRange pairs;  // at most kTileM
+  };
+
+  __device__ TileScheduler(const PairLists& lists, const int32_t* expert_offsets, int num_experts,
+                           int min_size, int max_size)
+      : lists_(lists),
+        expert_offsets_(expert_offsets),
+        num_experts_(num_experts),
+        min_size_(min_size),
+        max_size_(max_size),
+        index_(blockIdx.x) {}
+
+  __device__ bool next(Tile& tile) {
+    while (expert_ < num_experts_) {
+      const int first_row = expert_offsets_[expert_];
+      const int size = expert_offsets_[expert_ + 1] - first_row;
+      const PairRange all{lists_.pair_offsets[expert_], lists_.pair_offsets[expert_ + 1]};
+      const int row_tiles = ceil_div(all.count(), kTileM), column_tiles = ceil_div(size, kTileN);
+      const bool mine = size >= min_size_ && size <= max_size_;
+      const int num_tiles = mine ? row_tiles * column_tiles : 0;
+      if (index_ < num_tiles) {
+        const int group = index_ / (kGroup * column_tiles);
+        const int rows_in_group = min(kGroup, row_tiles - group * kGroup);
+        const int within = index_ - group * kGroup * column_tiles;
+        const int row_tile = group * kGroup + within % rows_in_group;
+        tile.expert = expert_;
+        tile.column = within / rows_in_group * kTileN;
+        tile.columns = size - tile.column;
+        tile.first_row = first_row + tile.column;
+        tile.pairs.begin = all.begin + row_tile * kTileM;
+        tile.pairs.end = min(all.end, tile.pairs.begin + kTileM);
+        index_ += gridDim.x;
+        return true;
+      }
+      index_ -= num_tiles;
+      ++expert_;
+    }
+    return false;
+  }
+
+ private:
+  static constexpr int kGroup = 8;
+  const PairLists& lists_;
+  const int32_t* expert_offsets_;
+  int num_experts_, min_size_, max_size_;
+  int index_;  // of the next tile, counted from the current expert's first
+  int expert_ = 0;
+};
+
+// Spans of the down projection's sum for one chunk of tokens, in the order of the experts. A large
+// expert is a span of its own with the tokens that are active for it. Small experts that follow each
+// other form one span over all of the chunk's tokens, with zeros where a pair is inactive: adding to
+// the output after every 16 terms of the sum would cost more than the products with zero.
+class SpanIterator {
+ public:
+  static constexpr int kSmall = 64;
+
+  struct Span {
+    int first_column, end_column;  // of the activation workspace
+    PairRange pairs;               // large: its tokens; small ones: the chunk's tokens themselves
+    bool all_tokens;
+  };
+
+  __device__ SpanIterator(const PairLists& lists, const int32_t* expert_offsets,
+                          const int32_t* expert_columns, int num_experts, int64_t chunk)
+      : lists_(lists),
+        expert_offsets_(expert_offsets),
+        expert_columns_(expert_columns),
+        num_experts_(num_experts),
+        chunk_(chunk) {}
+
+  __device__ bool next(Span& span, int chunk_tokens) {
+    while (expert_ < num_experts_) {
+      const int expert = expert_++;
+      const int size = expert_offsets_[expert + 1] - expert_offsets_[expert];
+      if (size == 0) continue;
+      span.first_column = expert_columns_[expert];
+      span.end_column = span.first_column + size;
+      span.all_tokens = size < kSmall;
+      span.pairs =
+          span.all_tokens ? PairRange{0, chunk_tokens} : chunk_pairs(lists_, expert, chunk_);
+      if (span.pairs.count() == 0) continue;
+      if (span.all_tokens) extend(span);
+      return true;
+    }
+    return false;
+  }
+
+ private:
+  __device__ void extend(Span& span) {
+    for (; expert_ < num_experts_; ++expert_) {
+      const int size = expert_offsets_[expert_ + 1] - expert_offsets_[expert_];
+      if (size >= kSmall) break;
+      if (size > 0) span.end_column = expert_columns_[expert_] + size;
+    }
+  }
+
+  const PairLists& lists_;
+  const int32_t* expert_offsets_;
+  const int32_t* expert_columns_;
+  int num_experts_;
+  int64_t chunk_;
+  int expert_ = 0;
+};
+
+}  // namespace dsmoe::cuda

@@ -1,0 +1,127 @@
+"""expert_mlp's forward on CUDA against dsmoe_ext.reference in float64 (design.md's edge table)."""
+
+import pytest
+import torch
+from interpreted import Failed, Interpreter
+from ops_under_test import ON_GPU, Ops
+from ptx import Counters
+
+from dsmoe_ext import reference
+from dsmoe_ext.testing import random_case
+
+EDGES = {  # name: (T, H, sizes, active)
+    "no token": (0, 16, [8, 8], 0.5),
+    "one token": (1, 64, [32] * 4, 0.5),
+    "one token, all": (1, 64, [32] * 4, 1.0),
+    "none active": (9, 32, [16, 16], 0.0),
+    "all active": (70, 64, [32] * 4, 1.0),
+    "off every tile": (67, 56, [13, 29, 7, 1, 3], 0.5),
+    "unequal": (129, 136, [100, 4, 60, 36], 0.4),
+    "empty experts": (33, 48, [0, 20, 0, 12, 0], 0.6),
+    "shared and fine": (65, 96, [96] + [16] * 18, 0.5),
+    "large between fine": (40, 24, [16, 24, 80, 16, 0, 72, 8], 0.5),
+    "one expert": (40, 32, [72], 1.0),
+    "512 experts": (5, 16, [2] * 512, 0.1),
+    "two chunks": (300, 40, [72, 40, 16], 0.5),
+    "more row tiles than a group": (1100, 8, [40], 1.0),
+    "wide": (20, 264, [72, 16], 0.7),
+}
+
+
+def check(case, ops):
+    y = ops.sparse_ffn(*case.inputs())
+    exact = reference.sparse_ffn(*case.to(torch.float64).inputs())
+    torchs = reference.sparse_ffn(*case.inputs())
+    if not y.numel():
+        return y
+    error, allowed = ((t.double() - exact).abs().max() for t in (y, torchs))
+    eps = torch.finfo(case.x.dtype).eps
+    assert error <= 2 * allowed + eps * exact.abs().max()
+    return y
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_edges(edge):
+    tokens, hidden, sizes, active = EDGES[edge]
+    check(random_case(0, tokens, hidden, sizes, active=active, dtype=torch.bfloat16), Ops())
+
+
+@pytest.mark.parametrize("edge", ["off every tile", "unequal", "shared and fine"])
+def test_edges_in_float16(edge):
+    tokens, hidden, sizes, active = EDGES[edge]
+    check(random_case(1, tokens, hidden, sizes, active=active, dtype=torch.float16), Ops())
+
+
+def test_one_expert_takes_all():
+    case = random_case(1, 140, 40, [16, 72, 8], active=0.0, dtype=torch.bfloat16)
+    case.gates[:, 1] = 0.7
+    check(case, Ops())
+
+
+def test_rows_of_x_further_apart():
+    case = random_case(2, 24, 40, [16, 8, 72], dtype=torch.bfloat16)
+    wide = torch.zeros(24, 96, dtype=torch.bfloat16)
+    wide[:, 16:56] = case.x
+    want = Ops().sparse_ffn(*case.inputs())
+    case.x = wide[:, 16:56]
+    assert torch.equal(Ops().sparse_ffn(*case.inputs()), want)
+
+
+def test_nan_reaches_the_output_of_its_token_only():
+    case = random_case(3, 20, 24, [72, 16, 8], active=1.0, dtype=torch.bfloat16)
+    case.x[7, 3] = float("nan")
+    case.gates[11, 1] = float("nan")
+    rows = Ops().sparse_ffn(*case.inputs()).isnan().any(1).nonzero().flatten()
+    assert rows.tolist() == [7, 11]
+
+
+interpreter_only = pytest.mark.skipif(ON_GPU, reason="asks the interpreter")
+
+
+@interpreter_only
+def test_same_bits_for_any_schedule_and_number_of_multiprocessors():
+    case = random_case(4, 90, 136, [72, 16, 16, 40], dtype=torch.bfloat16)
+    want = Interpreter().sparse_ffn(*case.inputs())
+    for seed, multiprocessors in ((None, 1), (0, 3), (1, 2)):
+        ops = Interpreter(seed=seed, multiprocessors=multiprocessors)
+        assert torch.equal(ops.sparse_ffn(*case.inputs()), want)
+
+
+@interpreter_only
+def test_tokens_in_passes():
+    """With a small workspace tokens go in several passes; nothing changes but the memory."""
+    case = random_case(5, 520, 16, [400, 40], dtype=torch.bfloat16)
+    whole, passes = Interpreter(), Interpreter(macros=("DSMOE_CUDA_WORKSPACE_MIB=1",))
+    want = whole.sparse_ffn(*case.inputs())
+    assert torch.equal(passes.sparse_ffn(*case.inputs()), want)
+    assert sum("down_kernel" in name for name, *_ in passes.launches) > 1
+    assert passes.workspace_bytes < whole.workspace_bytes
+
+
+@interpreter_only
+def test_workspace_of_a_large_model_is_bounded():
+    sizes = [(8, 11008, 4096), (512, 8192, 2048), (8, 28672, 8192)]
+    for experts, intermediate, hidden in sizes:
+        got = Interpreter(multiprocessors=132).forward_workspace(
+            2**20, hidden, intermediate, experts, torch.bfloat16
+        )
+        assert got <= 257 << 20
+
+
+@interpreter_only
+def test_traffic():
+    """No bank conflicts; whole sectors: sizes are multiples of the tiles here."""
+    case = random_case(6, 256, 128, [128, 64, 32, 32, 16, 16], active=1.0, dtype=torch.bfloat16)
+    counters = Counters()
+    Interpreter(counters=counters).sparse_ffn(*case.inputs())
+    assert counters.total(counters.cycles).excess == 0
+    for kind in ("cp", "st"):
+        moved = counters.total({k: v for k, v in counters.sectors.items() if k[1] == kind})
+        assert moved.units <= 1.02 * moved.least, kind
+
+
+@interpreter_only
+@pytest.mark.parametrize("hidden, dtype", [(20, torch.bfloat16), (32, torch.float32)])
+def test_what_is_not_supported_says_so(hidden, dtype):
+    with pytest.raises(Failed, match="kUnsupported"):
+        Interpreter().sparse_ffn(*random_case(7, 4, hidden, [8], dtype=dtype).inputs())
