@@ -1,0 +1,72 @@
+"""The machine code of every kernel: no spills, no stack, and what machine_code.txt says."""
+
+import functools
+
+import machine_code
+import pytest
+from machine_code import TABLE, count, ctas_per_sm, measure, read_report, to_text
+
+
+@functools.cache
+def rows():
+    return measure()
+
+
+def test_no_kernel_spills_or_has_a_stack():
+    wrong = [(f, k, r["arch"]) for f, k, r in rows() if r["stack"] or r["spills"]]
+    assert wrong == []
+
+
+def test_table_is_up_to_date():
+    committed = TABLE.read_text()
+    version = committed.partition("\n")[0].rpartition(" ")[2]
+    if version != machine_code.nvcc_version():
+        pytest.skip(f"the table was made by nvcc {version}")
+    assert to_text(rows()) == committed, "run python python_tests/cuda/machine_code.py --write"
+
+
+def test_tensor_core_kernels_keep_their_pipeline():
+    """A main loop multiplies more often than it loads fragments, and loads by asynchronous copies."""
+    for _, kernel, row in rows():
+        if row["hmma"]:
+            assert row["hmma"] >= 2 * row["ldsm"] > 0, (kernel, row)
+            assert row["ldgsts"] > 0 and row["bar"] > 0, (kernel, row)
+
+
+def test_counts_of_a_loop_by_hand():
+    body = """
+.L_x_0:
+        /*0000*/                   LDSM.16.M88.4 R4, [R2] ;
+        /*0010*/              @!P0 LDGSTS.E.BYPASS.128 [R8], [R2.64] ;
+.L_x_1:
+        /*0020*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ;
+        /*0030*/              @P1 BRA `(.L_x_1) ;
+        /*0040*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0050*/              @P2 BRA `(.L_x_0) ;
+        /*0060*/                   EXIT ;
+.L_x_2:
+        /*0070*/                   BRA `(.L_x_2);
+        /*0080*/                   NOP;
+"""
+    assert count(body) == {
+        "sass": 7, "loop": 2, "hmma": 1, "ldsm": 0, "ldgsts": 0, "bar": 0, "depbar": 0,
+    }  # fmt: skip
+
+
+def test_report_by_hand():
+    text = (
+        "ptxas info    : Compiling entry function '_Z1kv' for 'sm_80'\n"
+        "ptxas info    : Function properties for _Z1kv\n"
+        "    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\n"
+        "ptxas info    : Used 41 registers, used 1 barriers, 34852 bytes smem, 448 bytes cmem[0]\n"
+    )
+    assert read_report(text) == {
+        "_Z1kv": {"registers": 41, "shared": 34852, "stack": 8, "spills": 16}
+    }
+
+
+@pytest.mark.parametrize(
+    "registers, shared, ctas", [(128, 0, 4), (129, 0, 3), (32, 0, 16), (64, 49152, 3)]
+)
+def test_occupancy_by_hand(registers, shared, ctas):
+    assert ctas_per_sm("80", 128, registers, shared) == ctas
