@@ -53,7 +53,10 @@ def train(
     ] = None,
     sparsity_weight: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Weight of the sparsity loss (default: the model's own)."),
+        typer.Option(
+            min=0.0,
+            help="Weight of the sparsity loss (default: 0 if a target is held, else the model's).",
+        ),
     ] = None,
     precision: Annotated[
         Dtype,

@@ -94,10 +94,14 @@ def _adapt(loaded, name: str, settings: TrainSettings, ste, sparsity_weight) -> 
         config.ste = ste
         for layer in layers:
             layer.ste = ste
-    if sparsity_weight is not None:
-        config.sparsity_weight = sparsity_weight
     if settings.target_active is not None:
         config.target_active = settings.target_active
+    if sparsity_weight is not None:
+        config.sparsity_weight = sparsity_weight
+    elif config.target_active is not None:
+        # The thresholds hold the target. A loss that pushes the scores down all the time would only
+        # make them follow, and switch experts for nothing.
+        config.sparsity_weight = 0.0
     return dataclasses.replace(settings, target_active=config.target_active)
 
 
