@@ -3,11 +3,11 @@
     python python_tests/cuda/machine_code.py            compares, says what differs
     python python_tests/cuda/machine_code.py --write    writes the table again
 
-Columns: registers of a thread; static shared bytes (dynamic ones are not in the code); CTAs that the
-registers and the static shared memory let one SM hold; stack and spilled bytes (must be 0); SASS
-instructions in all. Then, of the tightest loop around the tensor-core instructions - the main loop -
-its instructions, and how many are HMMA (mma), LDSM (ldmatrix), LDGSTS (cp.async), BAR and DEPBAR
-(waits for copies). A kernel without tensor-core instructions has zeros there.
+Columns: registers of a thread; static shared bytes (dynamic ones are not in the code); CTAs that
+the registers and the static shared memory let one SM hold; stack and spilled bytes (must be 0);
+SASS instructions in all. Then, of the tightest loop around the tensor-core instructions, the main
+loop, its instructions, and how many are HMMA (mma), LDSM (ldmatrix), LDGSTS (cp.async), BAR and
+DEPBAR (waits for copies). A kernel without tensor-core instructions has zeros there.
 """
 
 import argparse
@@ -23,21 +23,10 @@ from nvcc import ROOT, cache_folder, nvcc, sources_digest
 TABLE = pathlib.Path(__file__).with_suffix(".txt")
 ARCHITECTURES = ("80", "86", "89", "90", "120")
 WHEEL = "nvidia-cuda-nvdisasm==13.5.37"
-COLUMNS = [
-    "arch",
-    "registers",
-    "shared",
-    "ctas",
-    "stack",
-    "spills",
-    "sass",
-    "loop",
-    "hmma",
-    "ldsm",
-    "ldgsts",
-    "bar",
-    "depbar",
-]
+COLUMNS = (
+    "arch", "registers", "shared", "ctas", "stack", "spills", "sass",
+    "loop", "hmma", "ldsm", "ldgsts", "bar", "depbar",
+)  # fmt: skip
 LOOP_COUNTS = {
     "hmma": ("HMMA", "HGMMA"), "ldsm": ("LDSM",), "ldgsts": ("LDGSTS",), "bar": ("BAR",),
     "depbar": ("LDGDEPBAR",),
@@ -155,7 +144,7 @@ def count(body):
 
 
 def ctas_per_sm(arch, threads, registers, shared):
-    """How many CTAs an SM holds at once, by registers (given to warps in eights), threads, memory."""
+    """CTAs that an SM holds at once, by registers (given to warps in eights), threads, memory."""
     of_sm, most_threads, kib = SM[arch]
     by_registers = of_sm // (-(-registers // 8) * 8 * threads)
     return min(by_registers, most_threads // threads, kib * 1024 // (shared + 1024), 32)

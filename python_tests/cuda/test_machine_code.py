@@ -26,7 +26,7 @@ def test_table_is_up_to_date():
 
 
 def test_tensor_core_kernels_keep_their_pipeline():
-    """A main loop multiplies more often than it loads fragments, and loads by asynchronous copies."""
+    """A main loop multiplies more often than it loads fragments, and copies asynchronously."""
     for _, kernel, row in rows():
         if row["hmma"]:
             assert row["hmma"] >= 2 * row["ldsm"] > 0, (kernel, row)
