@@ -17,6 +17,7 @@
 // Tokens go in passes, so that the workspace stays below 256 MiB; lists of pairs are made per pass.
 // Rows beyond a ragged end are zeros in shared memory (cp.async without a source); 16-row blocks with
 // no pair at all are skipped, dealt to the warps in turn so that all skip alike.
+#include "cuda/decode.cuh"
 #include "cuda/gemm_down.cuh"
 #include "cuda/gemm_gate_up.cuh"
 
@@ -83,16 +84,6 @@ int64_t aligned(int64_t bytes) {
   return ceil_div(bytes, kAlign) * kAlign;
 }
 
-int num_ctas() {
-  int device = 0, multiprocessors = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  if (cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) !=
-      cudaSuccess) {
-    return 0;
-  }
-  return multiprocessors * kCtasPerSm;
-}
-
 // Where things lie in the workspace, and how many tokens go in one pass.
 struct Layout {
   int64_t width, tokens;  // of a pass, a multiple of kTokensPerChunk
@@ -142,7 +133,7 @@ void launch_gate_up(const ForwardArgs<T>& args, int min_size, int max_size, int 
 
 template <class T>
 Status forward(const ExpertMlpParams& p, unsigned char* workspace, cudaStream_t on) {
-  const int ctas = num_ctas();
+  const int ctas = multiprocessor_count() * kCtasPerSm;
   if (ctas == 0) return Status::kCudaError;
   const Layout l = layout(p, ctas);
   ForwardArgs<T> args{};
@@ -190,25 +181,24 @@ bool aligned_16(const void* p) {
 }  // namespace
 
 int64_t expert_mlp_workspace_bytes(const ExpertMlpParams& p) {
-  return layout(p, num_ctas()).bytes;
+  if (p.num_tokens <= kDecodeTokens) return decode_workspace_bytes(p);
+  return layout(p, multiprocessor_count() * kCtasPerSm).bytes;
 }
 
 Status expert_mlp(const ExpertMlpParams& p, void* workspace, Stream stream) {
   const auto on = static_cast<cudaStream_t>(stream);
+  const bool is_half = p.dtype == Dtype::kBFloat16 || p.dtype == Dtype::kFloat16;
   const bool copies_fit = p.hidden_size % kChunk == 0 && p.x_stride % kChunk == 0 &&
                           aligned_16(p.x) && aligned_16(p.y) && aligned_16(p.gate_proj) &&
                           aligned_16(p.up_proj) && aligned_16(p.down_proj_t);
-  if (!copies_fit || p.packed != nullptr || p.num_experts > kMaxExperts)
+  if (!is_half || !copies_fit || p.packed != nullptr || p.num_experts > kMaxExperts) {
     return Status::kUnsupported;
-  auto* bytes = static_cast<unsigned char*>(workspace);
-  switch (p.dtype) {
-    case Dtype::kBFloat16:
-      return forward<__nv_bfloat16>(p, bytes, on);
-    case Dtype::kFloat16:
-      return forward<__half>(p, bytes, on);
-    default:
-      return Status::kUnsupported;
   }
+  if (p.num_tokens == 0) return Status::kOk;
+  if (p.num_tokens <= kDecodeTokens) return decode(p, workspace, stream);
+  auto* bytes = static_cast<unsigned char*>(workspace);
+  return p.dtype == Dtype::kBFloat16 ? forward<__nv_bfloat16>(p, bytes, on)
+                                     : forward<__half>(p, bytes, on);
 }
 
 }  // namespace dsmoe::cuda

@@ -21,6 +21,14 @@ inline Status launch_status() {
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kCudaError;
 }
 
+// Of the current device; 0 if it cannot be asked.
+inline int multiprocessor_count() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  const auto what = cudaDevAttrMultiProcessorCount;
+  return cudaDeviceGetAttribute(&count, what, device) == cudaSuccess ? count : 0;
+}
+
 // Sum over the warp, the same in every lane: a butterfly, so the order of the sum is fixed.
 template <class T>
 __device__ __forceinline__ T warp_sum(T value) {

@@ -11,9 +11,7 @@ from dsmoe_ext.testing import random_case
 
 EDGES = {  # name: (T, H, sizes, active)
     "no token": (0, 16, [8, 8], 0.5),
-    "one token": (1, 64, [32] * 4, 0.5),
-    "one token, all": (1, 64, [32] * 4, 1.0),
-    "none active": (9, 32, [16, 16], 0.0),
+    "none active": (19, 32, [16, 16], 0.0),
     "all active": (70, 64, [32] * 4, 1.0),
     "off every tile": (67, 56, [13, 29, 7, 1, 3], 0.5),
     "unequal": (129, 136, [100, 4, 60, 36], 0.4),
@@ -21,10 +19,24 @@ EDGES = {  # name: (T, H, sizes, active)
     "shared and fine": (65, 96, [96] + [16] * 18, 0.5),
     "large between fine": (40, 24, [16, 24, 80, 16, 0, 72, 8], 0.5),
     "one expert": (40, 32, [72], 1.0),
-    "512 experts": (5, 16, [2] * 512, 0.1),
+    "512 experts": (17, 8, [2] * 512, 0.1),
     "two chunks": (300, 40, [72, 40, 16], 0.5),
     "more row tiles than a group": (1100, 8, [40], 1.0),
     "wide": (20, 264, [72, 16], 0.7),
+}
+
+
+DECODE = {  # the same, T <= 16
+    "one token": (1, 64, [32] * 4, 0.5),
+    "one token, all": (1, 64, [32] * 4, 1.0),
+    "one token, none": (1, 64, [32] * 4, 0.0),
+    "two tokens": (2, 200, [72, 40, 16], 0.5),
+    "nine tokens, off every tile": (9, 56, [13, 29, 7, 1, 3], 0.5),
+    "sixteen tokens": (16, 136, [100, 4, 60, 36], 0.4),
+    "empty experts": (7, 8, [0, 20, 0, 12, 0], 0.6),
+    "shared and fine": (5, 96, [96] + [16] * 18, 0.5),
+    "512 experts": (3, 16, [2] * 512, 0.1),
+    "longer than a warp's loads": (4, 1000, [24, 8], 0.7),
 }
 
 
@@ -52,6 +64,24 @@ def test_edges_in_float16(edge):
     check(random_case(1, tokens, hidden, sizes, active=active, dtype=torch.float16), Ops())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("edge", DECODE)
+def test_decode(edge, dtype):
+    tokens, hidden, sizes, active = DECODE[edge]
+    check(random_case(0, tokens, hidden, sizes, active=active, dtype=dtype), Ops())
+
+
+@pytest.mark.parametrize("tokens", [16, 17])
+def test_infinity_at_an_inactive_pair_stays_there(tokens):
+    """Decoding computes inactive pairs of active experts: what they hold must not reach y."""
+    case = random_case(8, tokens, 16, [8, 24], active=1.0, dtype=torch.bfloat16)
+    case.gates[3, 1], case.gates[5] = 0, 0
+    case.up_proj[12] = torch.finfo(torch.bfloat16).max
+    case.x[3] = case.x[5] = 1e30
+    y = Ops().sparse_ffn(*case.inputs())
+    assert y[5].abs().max() == 0
+
+
 def test_one_expert_takes_all():
     case = random_case(1, 140, 40, [16, 72, 8], active=0.0, dtype=torch.bfloat16)
     case.gates[:, 1] = 0.7
@@ -67,8 +97,9 @@ def test_rows_of_x_further_apart():
     assert torch.equal(Ops().sparse_ffn(*case.inputs()), want)
 
 
-def test_nan_reaches_the_output_of_its_token_only():
-    case = random_case(3, 20, 24, [72, 16, 8], active=1.0, dtype=torch.bfloat16)
+@pytest.mark.parametrize("tokens", [16, 20])
+def test_nan_reaches_the_output_of_its_token_only(tokens):
+    case = random_case(3, tokens, 24, [72, 16, 8], active=1.0, dtype=torch.bfloat16)
     case.x[7, 3] = float("nan")
     case.gates[11, 1] = float("nan")
     rows = Ops().sparse_ffn(*case.inputs()).isnan().any(1).nonzero().flatten()
@@ -85,6 +116,31 @@ def test_same_bits_for_any_schedule_and_number_of_multiprocessors():
     for seed, multiprocessors in ((None, 1), (0, 3), (1, 2)):
         ops = Interpreter(seed=seed, multiprocessors=multiprocessors)
         assert torch.equal(ops.sparse_ffn(*case.inputs()), want)
+
+
+@interpreter_only
+@pytest.mark.parametrize("multiprocessors", [1, 3])
+def test_decode_under_any_schedule(multiprocessors):
+    """The parts of a strip are added by whichever CTA comes last, in the same order."""
+    case = random_case(4, 5, 136, [72, 16, 16, 40], dtype=torch.bfloat16)
+    want = Interpreter(multiprocessors=multiprocessors).sparse_ffn(*case.inputs())
+    for seed in range(3):
+        ops = Interpreter(seed=seed, multiprocessors=multiprocessors)
+        assert torch.equal(ops.sparse_ffn(*case.inputs()), want)
+
+
+@interpreter_only
+def test_decode_reads_each_weight_once():
+    sizes = [64, 64, 64, 64]
+    case = random_case(9, 1, 256, sizes, active=1.0, dtype=torch.bfloat16)
+    case.gates[0, 1] = 0
+    counters = Counters()
+    Interpreter(counters=counters).sparse_ffn(*case.inputs())
+    loads = [t for (where, op), t in counters.sectors.items() if op == "ld" and "sm_32" in where]
+    weights = 3 * (64 * 3) * 256 * 2 // 32  # sectors of three active experts
+    x = 256 * 2 // 32 * (64 * 3 // 8)  # x again for every unit of eight neurons
+    assert sum(t.units for t in loads) == weights + x
+    assert counters.total(counters.cycles).excess == 0
 
 
 @interpreter_only

@@ -1,0 +1,13 @@
+// The forward for a handful of tokens, where time is the reading of weights.
+#pragma once
+
+#include "kernels.h"
+
+namespace dsmoe::cuda {
+
+constexpr int kDecodeTokens = 16;  // the rows of one mma
+
+int64_t decode_workspace_bytes(const ExpertMlpParams& params);
+Status decode(const ExpertMlpParams& params, void* workspace, Stream stream);
+
+}  // namespace dsmoe::cuda
