@@ -87,15 +87,20 @@ def route(
         gradient of gates passes straight through the threshold, at inactive pairs too (DSMoE's
         straight-through estimator); the factors are constants for it.
     """
+    options = _route_options(method, top_k, gates, rescale, gate_scale)
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    threshold = torch.as_tensor(threshold, dtype=torch.float32, device=logits.device)
+    return Routing(*_ops.route(logits, threshold, expert_offsets, *options))
+
+
+def _route_options(method: str, top_k: int, gates: str, rescale: bool, gate_scale: float) -> tuple:
+    """As the C++ ops take them."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, but is {method!r}.")
     if gates not in GATES:
         raise ValueError(f"gates must be one of {', '.join(GATES)}, but is {gates!r}.")
-    if logits.dtype != torch.float64:
-        logits = logits.float()
-    threshold = torch.as_tensor(threshold, dtype=torch.float32, device=logits.device)
-    options = (METHODS.index(method), top_k, gates == "binary", rescale, gate_scale)
-    return Routing(*_ops.route(logits, threshold, expert_offsets, *options))
+    return METHODS.index(method), top_k, gates == "binary", rescale, gate_scale
 
 
 @torch.library.register_fake("dsmoe::route")
@@ -230,7 +235,13 @@ torch.library.register_autograd(
 
 
 def _sparse_ffn_packed(x: Tensor, gates: Tensor, packed: PackedWeights) -> Tensor:
-    if torch.is_grad_enabled() and (x.requires_grad or gates.requires_grad):
+    _check_packed(packed, x, gates)
+    sizes = (packed.hidden_size, packed.intermediate_size)
+    return _ops.expert_mlp_packed(x, gates, packed.data, packed.expert_offsets, *sizes)
+
+
+def _check_packed(packed: PackedWeights, x: Tensor, *others: Tensor) -> None:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *others)):
         raise RuntimeError(
             "Packed weights are for inference: use torch.no_grad(), or the weights themselves for "
             "gradients."
@@ -241,8 +252,33 @@ def _sparse_ffn_packed(x: Tensor, gates: Tensor, packed: PackedWeights) -> Tenso
         raise RuntimeError(
             f"The weights were packed for {packed.isa}, but {_C.isa()} is in use: pack them again."
         )
+
+
+def routed_ffn(
+    x: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor | None,
+    threshold: Tensor,
+    packed: PackedWeights,
+    *,
+    method: str = "threshold",
+    top_k: int = 0,
+    gates: str = "scores",
+    rescale: bool = True,
+    gate_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """(y [T,H], gates [T,E]): linear router, `route` and `sparse_ffn` in one call, for inference.
+
+    Args:
+        x: [T,H] in the dtype of the packed weights.
+        router_weight, router_bias: [R,H] and [R] or None, float32 (float64 if x is).
+        threshold: 0-d float32 tensor. The other options are those of `route`.
+    """
+    _check_packed(packed, x, router_weight)
+    options = _route_options(method, top_k, gates, rescale, gate_scale)
     sizes = (packed.hidden_size, packed.intermediate_size)
-    return _ops.expert_mlp_packed(x, gates, packed.data, packed.expert_offsets, *sizes)
+    weights = (packed.data, packed.expert_offsets, *sizes)
+    return _ops.routed_ffn(x, router_weight, router_bias, threshold, *weights, *options)
 
 
 def pack_weights(
@@ -263,3 +299,9 @@ def pack_weights(
 @torch.library.register_fake("dsmoe::expert_mlp_packed")
 def _(x, gates, packed, expert_offsets, hidden_size, intermediate_size):
     return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("dsmoe::routed_ffn")
+def _(x, router_weight, router_bias, threshold, packed, expert_offsets, *options):
+    gates = router_weight.new_empty(x.shape[0], expert_offsets.shape[0] - 1)
+    return x.new_empty(x.shape), gates

@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "binding/device.h"
+#include "binding/ops.h"
 
 namespace dsmoe::binding {
 namespace {
@@ -164,6 +165,8 @@ Tensor pack_weights(const Tensor& gate_proj, const Tensor& up_proj, const Tensor
   return packed;
 }
 
+}  // namespace
+
 Tensor expert_mlp_packed(const Tensor& x, const Tensor& gates, const Tensor& packed,
                          const Tensor& expert_offsets, int64_t hidden_size,
                          int64_t intermediate_size) {
@@ -185,8 +188,6 @@ Tensor expert_mlp_packed(const Tensor& x, const Tensor& gates, const Tensor& pac
   forward(p, in.x);
   return y;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dsmoe, m) {
   m.def(

@@ -1,6 +1,7 @@
 // dsmoe::route and its backward: check, allocate, fill Params, call the device's kernel.
 #include "binding/checks.h"
 #include "binding/device.h"
+#include "binding/ops.h"
 
 namespace dsmoe::binding {
 namespace {
@@ -45,28 +46,6 @@ void check_route(const Tensor& logits, const Tensor& expert_offsets, const Optio
         options.top_k, ".");
 }
 
-std::tuple<Tensor, Tensor> route(const Tensor& logits_in, const Tensor& threshold,
-                                 const Tensor& offsets_in, int64_t method, int64_t top_k,
-                                 bool binary, bool rescale, double gate_scale) {
-  const Options options{method, top_k, binary, rescale, gate_scale};
-  check_route(logits_in, offsets_in, options);
-  check(threshold.numel() == 1 && threshold.scalar_type() == ScalarType::Float &&
-            threshold.device() == logits_in.device(),
-        "threshold must be one float32 number on the device of logits.");
-  const Tensor logits = as_contiguous(logits_in);
-  const Tensor offsets = checked_offsets(offsets_in, offsets_in.size(0) - 1, -1);
-  RouteParams p = route_params(logits, offsets, options);
-  Tensor gates = torch::stable::new_empty(logits, {p.num_tokens, p.num_experts});
-  Tensor scores = torch::stable::empty_like(logits);
-  p.threshold = static_cast<const float*>(threshold.data_ptr());
-  p.gates = gates.data_ptr();
-  p.scores = scores.data_ptr();
-  run(
-      logits, [&](const cpu::Team& team) { cpu::route(p, team); },
-      [&](cuda::Stream stream) { check_status(cuda::route(p, stream)); });
-  return {gates, scores};
-}
-
 Tensor route_backward(const Tensor& dgates_in, std::optional<Tensor> dscores_in,
                       const Tensor& gates_in, const Tensor& scores_in, const Tensor& offsets_in,
                       int64_t method, int64_t top_k, bool binary, bool rescale, double gate_scale) {
@@ -100,6 +79,28 @@ Tensor route_backward(const Tensor& dgates_in, std::optional<Tensor> dscores_in,
 }
 
 }  // namespace
+
+std::tuple<Tensor, Tensor> route(const Tensor& logits_in, const Tensor& threshold,
+                                 const Tensor& offsets_in, int64_t method, int64_t top_k,
+                                 bool binary, bool rescale, double gate_scale) {
+  const Options options{method, top_k, binary, rescale, gate_scale};
+  check_route(logits_in, offsets_in, options);
+  check(threshold.numel() == 1 && threshold.scalar_type() == ScalarType::Float &&
+            threshold.device() == logits_in.device(),
+        "threshold must be one float32 number on the device of logits.");
+  const Tensor logits = as_contiguous(logits_in);
+  const Tensor offsets = checked_offsets(offsets_in, offsets_in.size(0) - 1, -1);
+  RouteParams p = route_params(logits, offsets, options);
+  Tensor gates = torch::stable::new_empty(logits, {p.num_tokens, p.num_experts});
+  Tensor scores = torch::stable::empty_like(logits);
+  p.threshold = static_cast<const float*>(threshold.data_ptr());
+  p.gates = gates.data_ptr();
+  p.scores = scores.data_ptr();
+  run(
+      logits, [&](const cpu::Team& team) { cpu::route(p, team); },
+      [&](cuda::Stream stream) { check_status(cuda::route(p, stream)); });
+  return {gates, scores};
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dsmoe, m) {
   m.def(
