@@ -50,7 +50,6 @@ def convert_llama(model, num_experts: int = 8, *, permutations=None, dtype=None,
         sparse = DSMoELlamaForCausalLM(config)
     _share(dense, sparse)
     for index, (old, new) in enumerate(zip(dense.model.layers, sparse.model.layers, strict=True)):
-        _share_layer(old, new)
         order = None if permutations is None else permutations[index]
         new.mlp = DSMoEFFN.from_llama_mlp(
             old.mlp, permutation=order, seed=0, **_from_mlp_options(config)
@@ -83,7 +82,6 @@ def merge_to_llama(model):
         dense = LlamaForCausalLM(config)
     _share(model, dense)
     for old, new in zip(model.model.layers, dense.model.layers, strict=True):
-        _share_layer(old, new)
         new.mlp = old.mlp.to_llama_mlp(config)
     return dense
 
@@ -127,15 +125,12 @@ def _from_mlp_options(config) -> dict:
 
 
 def _share(old: nn.Module, new: nn.Module) -> None:
-    """Gives new, built on the meta device, everything of old that lies outside the layers."""
-    new.model.embed_tokens = old.model.embed_tokens
-    new.model.norm = old.model.norm
-    new.model.rotary_emb = old.model.rotary_emb
-    new.lm_head = old.lm_head
+    """Gives new, built on the meta device, all parameters and buffers of old but those of MLPs."""
+    tensors = dict(old.named_parameters(remove_duplicate=False))  # tied ones under both names
+    tensors |= old.named_buffers(remove_duplicate=False)
+    for name, tensor in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if ".mlp." not in name:
+            setattr(new.get_submodule(module), leaf, tensor)
     new.generation_config = old.generation_config
     new.train(old.training)
-
-
-def _share_layer(old: nn.Module, new: nn.Module) -> None:
-    for name in ("self_attn", "input_layernorm", "post_attention_layernorm"):
-        setattr(new, name, getattr(old, name))

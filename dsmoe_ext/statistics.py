@@ -74,6 +74,10 @@ class ActivityCounter(nn.Module):
         self._last_read = totals
         return (totals if before is None else totals - before.to(totals.device)).sum(0)
 
+    def _apply(self, fn, recurse=True):
+        self._flush()  # before counts move to another device than the batches in waiting
+        return super()._apply(fn, recurse)
+
     def __getstate__(self):
         self._flush()  # copies and pickles hold numbers, not batches in waiting
         return self.__dict__.copy()

@@ -95,13 +95,20 @@ def test_merge_after_training(make_llama, seed):
     torch.testing.assert_close(model(ids).logits, merged(ids).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_the_shares_weights_of_a_model(make_llama):
+def test_shares_weights_and_nothing_else(make_llama):
     llama = make_llama()
     model = dsmoe_ext.convert_llama(llama)
     ours, theirs = model.model.layers[0], llama.model.layers[0]
     assert ours.mlp.gate_proj.data_ptr() == theirs.mlp.gate_proj.weight.data_ptr()
-    assert ours.self_attn is theirs.self_attn
+    assert ours.self_attn.q_proj.weight is theirs.self_attn.q_proj.weight
+    assert not any(p.is_meta for p in [*model.parameters(), *model.buffers()])
     assert len({layer.mlp.draw_key for layer in model.model.layers}) == 3
+    model.set_attn_implementation("eager")
+    assert ours.self_attn.config._attn_implementation == "eager"
+    assert theirs.self_attn.config._attn_implementation == "sdpa"
+    merged = dsmoe_ext.merge_to_llama(model)
+    assert merged.model.layers[0].self_attn.config is merged.config
+    assert not any(p.is_meta for p in [*merged.parameters(), *merged.buffers()])
 
 
 def test_frozen_weights_stay_frozen(make_llama):

@@ -276,6 +276,19 @@ def test_bf16_autocast_training(make_sparse, seed):
         assert torch.isfinite(parameter.grad).all()
 
 
+def test_compiles_as_one_graph(make_sparse, seed):
+    model = make_sparse(ste="sampled").train()
+    batch = random_batch(2)
+    model(**batch).loss.backward()
+    want = gradients(model)
+    model.zero_grad()
+    for layer in model.model.layers:
+        layer.mlp.draw_counter.zero_()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(**batch).loss.backward()
+    assert_same(gradients(model), want)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_save_and_load(make_sparse, tmp_path, tied, seed):
     """The same bits: sizes, gate mode, rescale, thresholds, permutations, shared part, draws."""

@@ -18,6 +18,7 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaPreTrainedModel,
@@ -29,6 +30,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from dsmoe_ext.ffn import DSMoEFFN, ffn_layers
 from dsmoe_ext.losses import layer_sparsity_sum
+from dsmoe_ext.models.auto import MODEL_TYPE
 from dsmoe_ext.models.configuration import DSMoELlamaConfig
 from dsmoe_ext.routers import LinearRouter
 from dsmoe_ext.statistics import ActivityCounter
@@ -321,6 +323,8 @@ def _register() -> None:
     AutoConfig.register(DSMoELlamaConfig.model_type, DSMoELlamaConfig, exist_ok=True)
     AutoModel.register(DSMoELlamaConfig, DSMoELlamaModel, exist_ok=True)
     AutoModelForCausalLM.register(DSMoELlamaConfig, DSMoELlamaForCausalLM, exist_ok=True)
+    # Trainer's label smoothing and pipeline() look causal models up by class name here.
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MODEL_TYPE] = DSMoELlamaForCausalLM.__name__
 
 
 _register()
