@@ -1,5 +1,6 @@
-// expert_mlp forward: y_t = sum_e G[t,e] * (silu(x_t Wg_e) * (x_t Wu_e)) Wd_e     bf16, fp16; fp32 sums
+// expert_mlp forward: y_t = sum_e G[t,e] * (silu(x_t Wg_e) * (x_t Wu_e)) Wd_e
 //
+// In bf16 and fp16 with fp32 sums; fp32 goes the same way through exact multiply-adds (gemm_ffma.cuh).
 // Two ragged GEMMs around a workspace of activations, both CTA tile / warp tile / mma.m16n8k16 with a
 // three-stage cp.async pipeline, swizzled shared memory and ldmatrix:
 //
@@ -19,6 +20,7 @@
 // no pair at all are skipped, dealt to the warps in turn so that all skip alike.
 #include "cuda/decode.cuh"
 #include "cuda/gemm_down.cuh"
+#include "cuda/gemm_ffma.cuh"
 #include "cuda/gemm_gate_up.cuh"
 
 namespace dsmoe::cuda {
@@ -59,14 +61,15 @@ __global__ void clear_inactive_kernel(const __grid_constant__ ForwardArgs<T> arg
   const int expert = blockIdx.y;
   const int size = args.expert_offsets[expert + 1] - args.expert_offsets[expert];
   if (size == 0 || size >= SpanIterator::kSmall) return;
-  const int chunks = ceil_div(size, kChunk);
+  constexpr int kNumbers = 16 / sizeof(T);
+  const int chunks = ceil_div(size, kNumbers);
   T* activations = args.activations + args.expert_columns[expert];
   const int64_t count = args.num_tokens * chunks;
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
        i += gridDim.x * int64_t{blockDim.x}) {
     const int64_t token = i / chunks;
     if (args.gates[token * args.num_experts + expert] != 0.f) continue;
-    const int64_t column = (i - token * chunks) * kChunk;
+    const int64_t column = (i - token * chunks) * kNumbers;
     __stcg(reinterpret_cast<uint4*>(activations + token * args.width + column), uint4{});
   }
 }
@@ -166,10 +169,15 @@ Status forward(const ExpertMlpParams& p, unsigned char* workspace, cudaStream_t 
 
     const dim3 clear(ceil_div(ctas, 4), p.num_experts);
     clear_inactive_kernel<<<clear, kThreads, 0, on>>>(args);
-    launch_gate_up<T, GateUpTile<16, 4>>(args, 1, 16, ctas, on);
-    launch_gate_up<T, GateUpTile<32, 2>>(args, 17, 32, ctas, on);
-    launch_gate_up<T, GateUpTile<64, 2>>(args, 33, INT32_MAX, ctas, on);
-    down_kernel<<<ctas, kThreads, DownTile::kSharedBytes, on>>>(args);
+    if constexpr (std::is_same_v<T, float>) {
+      gate_up_ffma_kernel<<<2 * ctas, kThreads, 0, on>>>(args);  // half the registers
+      down_ffma_kernel<<<2 * ctas, kThreads, 0, on>>>(args);
+    } else {
+      launch_gate_up<T, GateUpTile<16, 4>>(args, 1, 16, ctas, on);
+      launch_gate_up<T, GateUpTile<32, 2>>(args, 17, 32, ctas, on);
+      launch_gate_up<T, GateUpTile<64, 2>>(args, 33, INT32_MAX, ctas, on);
+      down_kernel<<<ctas, kThreads, DownTile::kSharedBytes, on>>>(args);
+    }
   }
   return launch_status();
 }
@@ -181,22 +189,24 @@ bool aligned_16(const void* p) {
 }  // namespace
 
 int64_t expert_mlp_workspace_bytes(const ExpertMlpParams& p) {
-  if (p.num_tokens <= kDecodeTokens) return decode_workspace_bytes(p);
+  const bool is_decode = p.dtype != Dtype::kFloat32 && p.num_tokens <= kDecodeTokens;
+  if (is_decode) return decode_workspace_bytes(p);
   return layout(p, multiprocessor_count() * kCtasPerSm).bytes;
 }
 
 Status expert_mlp(const ExpertMlpParams& p, void* workspace, Stream stream) {
   const auto on = static_cast<cudaStream_t>(stream);
-  const bool is_half = p.dtype == Dtype::kBFloat16 || p.dtype == Dtype::kFloat16;
   const bool copies_fit = p.hidden_size % kChunk == 0 && p.x_stride % kChunk == 0 &&
                           aligned_16(p.x) && aligned_16(p.y) && aligned_16(p.gate_proj) &&
                           aligned_16(p.up_proj) && aligned_16(p.down_proj_t);
-  if (!is_half || !copies_fit || p.packed != nullptr || p.num_experts > kMaxExperts) {
+  if (p.dtype == Dtype::kFloat64 || !copies_fit || p.packed != nullptr ||
+      p.num_experts > kMaxExperts) {
     return Status::kUnsupported;
   }
   if (p.num_tokens == 0) return Status::kOk;
-  if (p.num_tokens <= kDecodeTokens) return decode(p, workspace, stream);
   auto* bytes = static_cast<unsigned char*>(workspace);
+  if (p.dtype == Dtype::kFloat32) return forward<float>(p, bytes, on);
+  if (p.num_tokens <= kDecodeTokens) return decode(p, workspace, stream);
   return p.dtype == Dtype::kBFloat16 ? forward<__nv_bfloat16>(p, bytes, on)
                                      : forward<__half>(p, bytes, on);
 }

@@ -27,8 +27,10 @@ def test_table_is_up_to_date():
 
 def test_tensor_core_kernels_keep_their_pipeline():
     """A main loop multiplies more often than it loads fragments, and copies asynchronously."""
-    for _, kernel, row in rows():
-        if row["hmma"]:
+    for source, kernel, row in rows():
+        if (
+            row["hmma"] and source != "decode.cu"
+        ):  # there fragments come straight from global memory
             assert row["hmma"] >= 2 * row["ldsm"] > 0, (kernel, row)
             assert row["ldgsts"] > 0 and row["bar"] > 0, (kernel, row)
 

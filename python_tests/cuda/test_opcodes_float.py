@@ -91,6 +91,26 @@ def test_float_arithmetic_is_correctly_rounded(op):
     assert checked > 50
 
 
+def test_fma_at_the_halfway_points():
+    """1 + 2^-24 lies between two floats; a third term far below decides."""
+    tiny = [0.0, 2.0**-60, -(2.0**-60), 2.0**-149]
+    one, half = np.float32(1), np.float32(2.0**-24)
+    x = np.tile(
+        np.float32([one, one + 2 * half]), 16
+    )  # to even: down from the first, up from the other
+    for z in tiny:
+        # x + 2^-24 exactly, as a product, plus z
+        a, b = np.full(32, 2.0**-12, np.float32), np.full(32, 2.0**-12, np.float32)
+        inputs = {"x": ("f32", a), "y": ("f32", b), "z": ("f32", x)}
+        plain = snippets.run("fma.rn.f32 %d, %x, %y, %z;", inputs, {"d": "f32"})["d"]
+        assert plain.tolist() == [rounded(Fraction(float(v)) + Fraction(2) ** -24) for v in x]
+        p, q = np.float32(1 + 2.0**-12), np.float32(1 - 2.0**-12 if z <= 0 else 1 + 2.0**-12)
+        inputs = {"x": ("f32", np.full(32, p)), "y": ("f32", np.full(32, q))}
+        inputs["z"] = ("f32", np.full(32, z))
+        got = snippets.run("fma.rn.f32 %d, %x, %y, %z;", inputs, {"d": "f32"})["d"][0]
+        assert got == rounded(Fraction(float(p)) * Fraction(float(q)) + Fraction(z))
+
+
 @pytest.mark.parametrize("mode", ["rz", "rm", "rp"])
 def test_directed_fma(mode):
     x, y, z = (np.nan_to_num(floats(i), posinf=7, neginf=-7) for i in (1, 2, 3))

@@ -4,7 +4,7 @@ time."""
 import numpy as np
 
 from .machine import Trap, opcode, read, write
-from .numbers import TYPES, fma_exact, perturb, round_f32
+from .numbers import TYPES, fma_exact, fma_f32, perturb, round_f32
 
 SIGNED_OR_BITS = ("s16", "u16", "b16", "s32", "u32", "b32", "s64", "u64", "b64")
 
@@ -105,6 +105,8 @@ def fma(ins, kernel):
     only(ins, "rn", "rz", "rm", "rp", "ftz")
     if ins.op[-1] != "f32":
         raise Trap("fma other than f32")
+    if ins.op[1] == "rn":
+        return lanewise(ins, kernel, flushed(ins, fma_f32))
     return lanewise(ins, kernel, flushed(ins, lambda *xs: round_f32(fma_exact(*xs), ins.op[1])))
 
 

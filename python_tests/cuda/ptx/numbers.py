@@ -63,6 +63,16 @@ def fma_exact(x, y, z):
     return np.where(inexact, bits + towards, bits).view(np.float64)
 
 
+def fma_f32(x, y, z):
+    """x·y + z to nearest even. The float64 sum rounds the same way as the exact one unless it lies
+    halfway between two float32, or among the subnormal ones: only then the long way is needed."""
+    s = x.astype(np.float64) * y + z
+    halfway = np.ascontiguousarray(s).view(np.int64) & 0x1FFFFFFF == 0x10000000
+    if (halfway | (np.abs(s) < 2.0**-126) & (s != 0)).any():
+        return fma_exact(x, y, z).astype(np.float32)
+    return s.astype(np.float32)
+
+
 def round_f32(x, mode):
     """float64 -> float32: rn to nearest even, rz toward zero, rm down, rp up."""
     r = np.asarray(x).astype(np.float32)
