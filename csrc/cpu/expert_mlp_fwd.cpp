@@ -67,9 +67,8 @@ struct Forward {
                   (const T*)p.up_proj + row * p.hidden_size, valid, p.hidden_size, p.hidden_size,
                   panel_scratch);
       }
-      row_panel(x(), x_stride(), pairs.of(e), low, high, b,
-                p.packed ? b + layout.gate_up_panel() : nullptr, layout.hidden_steps(),
-                [&](int64_t first, int rows, const C(*sums)[kColumns<T>]) {
+      row_panel(x(), x_stride(), pairs.of(e), low, high, b, p.packed != nullptr,
+                layout.hidden_steps(), [&](int64_t first, int rows, const C(*sums)[kColumns<T>]) {
                   swiglu(e, panel, int(min_of<int64_t>(valid, kLanes<T>)), first, rows, sums);
                 });
     });
@@ -215,15 +214,17 @@ Status forward(const ExpertMlpParams& p, const Team& team) {
   void* memory = allocate([&](Arena& arena) { arena.take(saved_start, p.num_experts); });
   if (!memory) return Status::kWorkspaceTooSmall;
   const CType<T>* gates = (const CType<T>*)p.gates;
-  int64_t next = 0;
-  for (int e = 0; p.activations && e < p.num_experts;
-       ++e) {  // expert-major over all tokens, whatever the blocks
-    saved_start[e] = next;
+  for (int e = 0; e < p.num_experts; ++e) saved_start[e] = 0;
+  if (p.activations)
     for (int64_t t = 0; t < p.num_tokens; ++t)
-      next += gates[t * p.num_experts + e] != 0
-                  ? 2 * (p.expert_offsets[e + 1] - p.expert_offsets[e])
-                  : 0;
+      for (int e = 0; e < p.num_experts; ++e) saved_start[e] += gates[t * p.num_experts + e] != 0;
+  int64_t next = 0;
+  for (int e = 0; e < p.num_experts; ++e) {  // expert-major over all tokens, whatever the blocks
+    const int64_t kept = saved_start[e] * 2 * (p.expert_offsets[e + 1] - p.expert_offsets[e]);
+    saved_start[e] = next;
+    next += kept;
   }
+  prefer_huge_pages(p.activations, p.activations ? size_t(next) * sizeof(T) : 0);
   const int64_t blocks = ceil_div(p.num_tokens, kTokenBlock);
   Status status = Status::kOk;
   for (int64_t b = 0; b < blocks && status == Status::kOk; ++b) {

@@ -23,8 +23,12 @@ struct TileArgs {
   const T* b;
   int64_t steps;  // K / kPair, rounded up
   int64_t panels = 1;
-  CType<T>* c[kMaxRows];  // row pointers
+  CType<T>* c[kMaxRows];  // kRowPointers: rows of sums
   bool accumulate;
+  T* out = nullptr;  // kStepMajor: rows of the result, rounded straight from the registers
+  int64_t out_stride = 0;
+  int64_t out_width = 0;  // columns that exist in out; the last panel may be wider
+  bool stream = false;  // past the caches: out is aligned and too large to be read from them again
   // What the caller will read next (the next panel of B), to be brought into L2 while this tile
   // multiplies: so many bytes for every kUnroll steps. Tiles of a few rows are bound by memory and
   // look ahead in B by themselves.
@@ -64,6 +68,15 @@ DSMOE_INLINE void tile_step(Vec<CType<T>> (&acc)[R][2], const AType<T>* const* a
   }
 }
 
+template <class T>
+DSMOE_INLINE void store_result(const TileArgs<T>& args, int row, int64_t panel,
+                               const Vec<CType<T>> (&sum)[2]) {
+  T* out = args.out + row * args.out_stride + panel * kColumns<T>;
+  const int64_t width = args.out_width - panel * kColumns<T>;
+  if (width >= kColumns<T>) return store_both(out, sum[0], sum[1], args.stream);
+  for (int i = 0; i < width; ++i) narrow(sum[i / kLanes<T>][i % kLanes<T>], out[i]);
+}
+
 template <class T, int R, AOrder O>
 __attribute__((noinline)) static void tile(const TileArgs<T>& args) {
   using C = CType<T>;
@@ -93,14 +106,16 @@ __attribute__((noinline)) static void tile(const TileArgs<T>& args) {
     for (; s < steps; ++s, b += kStep) tile_step<T, R, O>(acc[0], a, lda, s, b);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      C* c = args.c[r] + panel * kColumns<T>;
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
-        Vec<C> sum = acc[0][r][v];
+      Vec<C> sum[2] = {acc[0][r][0], acc[0][r][1]};
 #pragma GCC unroll 4
-        for (int k = 1; k < kS; ++k) sum += acc[k][r][v];
-        if (args.accumulate) sum += load(c + v * kLanes<T>);
-        store(c + v * kLanes<T>, sum);
+      for (int k = 1; k < kS; ++k) sum[0] += acc[k][r][0], sum[1] += acc[k][r][1];
+      if constexpr (O == kRowPointers) {
+        C* c = args.c[r] + panel * kColumns<T>;
+        if (args.accumulate) sum[0] += load(c), sum[1] += load(c + kLanes<T>);
+        store(c, sum[0]);
+        store(c + kLanes<T>, sum[1]);
+      } else {
+        store_result<T>(args, r, panel, sum);
       }
     }
   }

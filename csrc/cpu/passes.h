@@ -187,36 +187,39 @@ DSMOE_INLINE void for_each_panel(const RowItem& item, const RowShape& s, const P
   }
 }
 
-// Spreads the prefetch of the panel after this one over the tiles of this one.
+// Spreads the prefetch of the panel after this one over the tiles of this one; a single tile looks
+// ahead in the stream that it reads.
 template <class T>
 struct LookAhead {
-  const T* next;  // null: B is scratch that is packed just before use
-  int64_t bytes, done = 0, step;
+  const char* next;
+  int64_t bytes, done = 0, step;  // bytes 0: B is scratch, packed just before use
 
-  LookAhead(const T* next_panel, int64_t panel_size, int64_t steps, int64_t rows)
-      : next(next_panel), bytes(next_panel ? panel_size * int64_t(sizeof(T)) : 0) {
-    const int64_t iterations = max_of<int64_t>(1, steps / kUnroll) * ceil_div(rows, kMaxRows);
-    step = round_up(ceil_div(bytes, iterations), 64);
+  LookAhead(const T* b, bool is_packed, int64_t panel_size, int64_t steps, int64_t rows)
+      : next((const char*)(b + panel_size)),
+        bytes(is_packed ? panel_size * int64_t(sizeof(T)) : 0) {
+    const int64_t tiles = ceil_div(rows, kMaxRows);
+    if (tiles == 1) next = (const char*)b + kLookAhead;
+    step = round_up(ceil_div(bytes, max_of<int64_t>(1, steps / kUnroll) * tiles), 64);
   }
   void apply(TileArgs<T>& args) {
-    args.next = (const char*)next + done;
+    args.next = next + done;
     args.next_bytes = done < bytes ? step : 0;
     done += step * (args.steps / kUnroll);
   }
 };
 
 // One panel: tiles of gathered rows of A times B into a buffer, which epilogue(first row, rows,
-// buffer) consumes. next: the panel after it, or null.
+// buffer) consumes.
 template <class T, class F>
 DSMOE_INLINE void row_panel(const AType<T>* a, int64_t a_stride, const int32_t* tokens, int64_t low,
-                            int64_t high, const T* b, const T* next, int64_t steps, F epilogue) {
+                            int64_t high, const T* b, bool is_packed, int64_t steps, F epilogue) {
   alignas(64) CType<T> buffer[kMaxRows][kColumns<T>];
   TileArgs<T> args;
   args.b = b;
   args.steps = steps;
   args.accumulate = false;
   for (int r = 0; r < kMaxRows; ++r) args.c[r] = buffer[r];
-  LookAhead<T> ahead(next, steps * kColumns<T> * Compute<T>::kPair, steps, high - low);
+  LookAhead<T> ahead(b, is_packed, steps * kColumns<T> * Compute<T>::kPair, steps, high - low);
   for_each_tile(high - low, [&](int64_t begin, int rows) {
     for (int r = 0; r < rows; ++r) args.a[r] = a + tokens[low + begin + r] * a_stride;
     ahead.apply(args);
@@ -265,7 +268,7 @@ static void add_section(const Section<T>& s, int64_t hidden, int64_t panel_begin
     args.panels = all ? panels : 1;
     for (int64_t panel = 0; panel < panels; panel += args.panels) {
       args.b = b + panel * panel_size;
-      LookAhead<T> ahead(s.packed && !all ? args.b + panel_size : nullptr, panel_size, steps, s.n);
+      LookAhead<T> ahead(args.b, s.packed && (!all || s.n <= kMaxRows), panel_size, steps, s.n);
       for_each_tile(s.n, [&](int64_t first, int rows) {
         for (int r = 0; r < rows; ++r) {
           args.a[r] = s.a + (first + r) * s.a_stride;

@@ -339,4 +339,31 @@ DSMOE_INLINE void store_pair(bf16* p, Vec<float> first, Vec<float> second) {
   memcpy(p, &v, sizeof v);
 }
 
+// After streaming stores, before other threads may look.
+DSMOE_INLINE void stream_fence() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
+// Two registers side by side; with stream, around the caches (p aligned to their width).
+template <class T>
+DSMOE_INLINE void store_both(T* p, Vec<CType<T>> first, Vec<CType<T>> second, bool stream) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2) {
+    T both[kColumns<T>];
+    store(both, first);
+    store(both + kLanes<T>, second);
+    const __m512i v = load_raw<__m512i>(both);
+    if (stream) return _mm512_stream_si512((__m512i*)p, v);
+  } else if (stream) {
+    _mm512_stream_si512((__m512i*)p, (__m512i)first);
+    return _mm512_stream_si512((__m512i*)(p + kLanes<T>), (__m512i)second);
+  }
+#endif
+  (void)stream;
+  store(p, first);
+  store(p + kLanes<T>, second);
+}
+
 }  // namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE

@@ -1,0 +1,345 @@
+// expert_mlp backward. With g, u = x Wg, x Wu, s = silu(g), a = s u, h = gate a and dA = dy Wd^T,
+// per active pair:
+//
+//   dgates[t,e] = <a, dA>         dU = gate dA s         dG = gate dA u silu'(g)
+//   dx += dG Wg^T + dU Wu^T       dWg = dG^T x           dWu = dU^T x           dWd = h^T dy
+//
+// and dgates alone, times grad_weight, for the inactive pairs that have one (exact and sampled
+// straight-through).
+//
+//   row pass      g, u           only what the forward did not keep, and the inactive pairs
+//   row pass      dA -> dG, dU, h, and each panel's share of <a, dA>
+//   column pass   dx, experts in ascending order inside a chunk of columns
+//   weight pass   dW [S_e, H] = [S_e, n_e] [n_e, H]   K runs over all tokens of the expert: no sums
+//   are kept between
+//
+// Three barriers in one parallel region; nothing of size [A,H] exists. Experts go in groups, so
+// that what is kept between the phases stays below kGroupBytes whatever T is; with several groups
+// dx is summed in a [T,H] buffer.
+#pragma once
+
+#include "passes.h"
+
+namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
+namespace {
+
+constexpr int64_t kWeightB = 256 << 10;  // gathered x or dy of the weight pass: a quarter of L2
+
+template <class T>
+struct Backward {
+  using C = CType<T>;
+  using A = AType<T>;
+  static constexpr int64_t kL = kLanes<T>, kN = kColumns<T>, kPair = Compute<T>::kPair;
+  // vdpbf16ps wants K in pairs: dG, dU, h are stored by rows for dx and once more, rows paired, for
+  // the weights.
+  static constexpr bool kPaired = kPair == 2 && Compute<T>::kSub == 1;
+
+  const ExpertMlpBackwardParams& b;
+  const ExpertMlpParams& p;
+  int expert_begin = 0, expert_end = 0;
+  bool is_first = true, is_last = true;  // of the groups
+  bool wants_weights = false, wants_inner = false;
+  bool streams_weights = false;  // weight gradients go past the caches
+  Pairs active = {}, extra = {};
+  RowShape gate_up_shape = {}, grad_shape = {};
+  struct Pass {
+    RowItem* items = nullptr;
+    int64_t count = 0;
+  } recompute_active = {}, recompute_extra = {}, grad_active = {}, grad_extra = {};
+  int64_t chunks = 0, weight_pieces = 0;
+  struct Sync {
+    Barrier barrier;
+    struct alignas(64) Counter {
+      int64_t next;
+    } recompute_active, recompute_extra, grad_active, grad_extra, columns, weights;
+  }* sync = nullptr;
+  A *x_copy = nullptr, *dy_copy = nullptr;            // [T, H padded]
+  T *inner_active = nullptr, *inner_extra = nullptr;  // per expert [n_e, 2 S]: g | u
+  A* rows = nullptr;       // per expert [n_e, row_parts * S padded]: dG | dU (| h)
+  A* row_pairs = nullptr;  // per expert [n_e / 2, 3 * S padded, 2]: dG | dU | h
+  C *shares_active = nullptr,
+    *shares_extra = nullptr;  // per expert [n_e, panels]: <a, dA> of a panel's neurons
+  C* dx_sums = nullptr;       // [T, H]  only with several groups
+  struct Starts {
+    int64_t saved, inner_active, inner_extra, rows, row_pairs, shares_active, shares_extra;
+  }* starts = nullptr;   // [E]
+  C* sums = nullptr;     // per thread
+  T* scratch = nullptr;  // per thread
+  int64_t sums_size = 0, scratch_size = 0;
+
+  static constexpr int64_t kRowParts = kPaired ? 2 : 3;
+  static int64_t padded_size(int64_t size) { return round_up(size, kN); }
+  int64_t size(int e) const { return p.expert_offsets[e + 1] - p.expert_offsets[e]; }
+  int64_t steps() const { return ceil_div(p.hidden_size, kPair); }
+  int64_t copy_stride() const { return round_up(p.hidden_size, kPair); }
+  const T* weight(const void* matrix, int e) const {
+    return (const T*)matrix + p.expert_offsets[e] * p.hidden_size;
+  }
+  C gate(int e, int32_t token) const {
+    return ((const C*)p.gates)[int64_t(token) * p.num_experts + e];
+  }
+  const T* inner(int e, bool is_extra, int64_t row) const {
+    if (is_extra) return inner_extra + starts[e].inner_extra + row * 2 * size(e);
+    if (p.activations) return (const T*)p.activations + starts[e].saved + row * 2 * size(e);
+    return inner_active + starts[e].inner_active + row * 2 * size(e);
+  }
+
+  // ------------------------------------------------------------------------------------------ g, u
+  // where not kept
+
+  void recompute(const RowItem& item, bool is_extra, T* panel) {
+    const Pairs& pairs = is_extra ? extra : active;
+    const bool copied = needs_copy<T>(p.hidden_size);
+    for_each_panel(item, gate_up_shape, pairs, [&](int e, int64_t i, int64_t low, int64_t high) {
+      const int64_t row = i * kL, valid = size(e) - row, S = size(e);
+      pack_rows(weight(p.gate_proj, e) + row * p.hidden_size, valid,
+                weight(p.up_proj, e) + row * p.hidden_size, valid, p.hidden_size, p.hidden_size,
+                panel);
+      row_panel(copied ? x_copy : (const A*)p.x, copied ? copy_stride() : p.x_stride, pairs.of(e),
+                low, high, panel, false, steps(),
+                [&](int64_t first, int count, const C(*tile_sums)[kColumns<T>]) {
+                  for (int r = 0; r < count; ++r) {
+                    T* out = const_cast<T*>(inner(e, is_extra, first + r)) + row;
+                    store_part(out, load(tile_sums[r]), valid);
+                    store_part(out + S, load(tile_sums[r] + kL), valid);
+                  }
+                });
+    });
+  }
+  static void store_part(T* out, Vec<C> v, int64_t valid) {
+    if (valid >= kL) return store(out, v);
+    for (int i = 0; i < valid; ++i) narrow(v[i], out[i]);
+  }
+  static Vec<C> load_part(const T* from, int64_t valid) {
+    if (valid >= kL) return load(from);
+    Vec<C> v = {};
+    for (int i = 0; i < valid; ++i) v[i] = widen(from[i]);
+    return v;
+  }
+
+  // -------------------------------------------------------------------------------------- dA, and
+  // all that needs it
+
+  void grad(const RowItem& item, bool is_extra, T* panel) {
+    const Pairs& pairs = is_extra ? extra : active;
+    const bool copied = needs_copy<T>(p.hidden_size);
+    for_each_panel(item, grad_shape, pairs, [&](int e, int64_t i, int64_t low, int64_t high) {
+      const int64_t row = i * kN, valid = size(e) - row;
+      const T* down = weight(p.down_proj_t, e) + row * p.hidden_size;
+      const auto epilogue = [&](int64_t first, int count, const C(*tile_sums)[kColumns<T>]) {
+        inner_grad(e, i, is_extra, first, count, tile_sums);
+      };
+      if (!wants_inner) {  // only dWd: h needs no dA
+        alignas(64) const C zeros[kMaxRows][kColumns<T>] = {};
+        return for_each_tile(
+            high - low, [&](int64_t begin, int count) { epilogue(low + begin, count, zeros); });
+      }
+      pack_rows(down, valid, down + kL * p.hidden_size, valid - kL, p.hidden_size, p.hidden_size,
+                panel);
+      row_panel(copied ? dy_copy : (const A*)b.dy, copied ? copy_stride() : b.dy_stride,
+                pairs.of(e), low, high, panel, false, steps(), epilogue);
+    });
+  }
+
+  struct InnerGrad {
+    Vec<C> dg = {}, du = {}, h = {};
+  };
+  InnerGrad inner_grad_row(int e, int64_t panel, int half, bool is_extra, int64_t row,
+                           const C* da_row, Vec<C>& share) {
+    const int64_t column = panel * kN + half * kL, valid = size(e) - column;
+    const T* from = inner(e, is_extra, row) + column;
+    const Vec<C> g = load_part(from, valid), u = load_part(from + size(e), valid),
+                 da = load(da_row + half * kL);
+    const Vec<C> sig = sigmoid(g), silu = g * sig, a = silu * u;
+    share += a * da;
+    InnerGrad out;
+    if (is_extra) return out;
+    const Vec<C> gate_v = splat(gate(e, active.of(e)[row])), gated = gate_v * da;
+    out.dg = gated * u * sig * (1 + g * (1 - sig));
+    out.du = gated * silu;
+    out.h = gate_v * a;
+    for (int i = int(valid); i < kL; ++i)
+      out.dg[i] = out.du[i] = out.h[i] = 0;  // infinite gates left NaN there
+    return out;
+  }
+
+  void inner_grad(int e, int64_t panel, bool is_extra, int64_t first, int count,
+                  const C (*da)[kColumns<T>]) {
+    const int64_t S = size(e), padded = padded_size(S), panels = ceil_div(S, kN);
+    const bool keeps = !is_extra && (b.dx || wants_weights);
+    Vec<C> share[kMaxRows + 1] = {};
+    for (int half = 0; half < 2 && panel * kN + half * kL < S; ++half) {
+      const int64_t column = panel * kN + half * kL;
+      for (int r = 0; r < count; r += 2) {  // first is even: rows r and r + 1 are a pair
+        InnerGrad v[2];
+        for (int i = 0; i < min_of(2, count - r); ++i)
+          v[i] = inner_grad_row(e, panel, half, is_extra, first + r + i, da[r + i], share[r + i]);
+        if (!keeps) continue;
+        if (kPaired && wants_weights) store_row_pair(e, (first + r) / 2, padded, column, v);
+        if (kPaired && !b.dx) continue;
+        // Without pairs the rows serve the weights too, in steps of kPair: an odd last row gets a
+        // row of zeros after it.
+        const int written = kPaired ? min_of(2, count - r) : kPair == 2 ? 2 : min_of(2, count - r);
+        for (int i = 0; i < written; ++i) {
+          A* out = rows + starts[e].rows + (first + r + i) * kRowParts * padded + column;
+          store(out, v[i].dg);
+          store(out + padded, v[i].du);
+          if (!kPaired) store(out + 2 * padded, v[i].h);
+        }
+      }
+    }
+    if (!b.dgates) return;
+    for (int r = 0; r < count; ++r) {
+      C sum = 0;
+      for (int i = 0; i < kL; ++i) sum += share[r][i];
+      (is_extra ? shares_extra + starts[e].shares_extra
+                : shares_active + starts[e].shares_active)[(first + r) * panels + panel] = sum;
+    }
+  }
+  void store_row_pair(int e, int64_t pair, int64_t padded, int64_t column,
+                      const InnerGrad (&v)[2]) {
+    if constexpr (kPaired) {
+      A* out = row_pairs + starts[e].row_pairs + (pair * 3 * padded + column) * 2;
+      store_pair(out, v[0].dg, v[1].dg);
+      store_pair(out + padded * 2, v[0].du, v[1].du);
+      store_pair(out + padded * 4, v[0].h, v[1].h);
+    }
+  }
+
+  // -------------------------------------------------------------------------------------------
+  // outputs of that
+
+  void write_dgates(int e) {
+    const int64_t panels = ceil_div(size(e), kN);
+    for (int kind = 0; kind < 2; ++kind) {
+      const bool is_extra = kind == 1;
+      const Pairs& pairs = is_extra ? extra : active;
+      const C* share = is_extra ? shares_extra + starts[e].shares_extra
+                                : shares_active + starts[e].shares_active;
+      for (int64_t i = 0; i < pairs.count(e); ++i) {
+        const int64_t at = int64_t(pairs.of(e)[i]) * p.num_experts + e;
+        C sum = 0;
+        for (int64_t j = 0; j < panels; ++j) sum += share[i * panels + j];
+        ((C*)b.dgates)[at] = is_extra ? sum * ((const C*)b.grad_weight)[at] : sum;
+      }
+    }
+  }
+
+  void dx_chunk(int64_t chunk, C* chunk_sums, T* thread_scratch) {
+    const int64_t panels = ceil_div(p.hidden_size, kN), begin = panels * chunk / chunks,
+                  end = panels * (chunk + 1) / chunks;
+    const int64_t stride = (end - begin) * kN, width = min_of(stride, p.hidden_size - begin * kN);
+    if (is_first) memset(chunk_sums, 0, size_t(p.num_tokens * stride) * sizeof(C));
+    for (int64_t t = 0; !is_first && t < p.num_tokens; ++t)
+      memcpy(chunk_sums + t * stride, dx_sums + t * p.hidden_size + begin * kN,
+             size_t(width) * sizeof(C));
+    for (int e = expert_begin; e < expert_end; ++e) {
+      if (active.count(e) == 0) continue;
+      const int64_t padded = padded_size(size(e));
+      for (int part = 0; part < 2; ++part) {
+        const bool is_up = part == 1;
+        Section<T> section;
+        section.tokens = active.of(e);
+        section.n = active.count(e);
+        section.a = rows + starts[e].rows + (is_up ? padded : 0);
+        section.a_stride = kRowParts * padded;
+        section.k = size(e);
+        section.matrix = weight(is_up ? p.up_proj : p.gate_proj, e);
+        section.packed = nullptr;
+        add_section(section, p.hidden_size, begin, end, chunk_sums, thread_scratch, scratch_size);
+      }
+    }
+    if (is_last)
+      return write_columns(chunk_sums, p.num_tokens, p.hidden_size, begin, end, (T*)b.dx);
+    for (int64_t t = 0; t < p.num_tokens; ++t)
+      memcpy(dx_sums + t * p.hidden_size + begin * kN, chunk_sums + t * stride,
+             size_t(width) * sizeof(C));
+  }
+
+  // Columns of the three weight gradients of an expert: piece of weight_pieces.
+  void weight_columns(int e, int64_t piece, T* thread_scratch) {
+    const int64_t all = ceil_div(p.hidden_size, kN), begin = all * piece / weight_pieces;
+    const int64_t end = all * (piece + 1) / weight_pieces, n = active.count(e),
+                  panel = round_up(n, kPair) * kN;
+    const int64_t at_once =
+        max_of<int64_t>(1, kWeightB / int64_t(sizeof(T)) / max_of<int64_t>(panel, 1));
+    const bool has_pairs = n > 0;
+    for (int64_t first = begin; first < end; first += at_once) {
+      const int64_t panels = min_of(at_once, end - first);
+      void* const outputs[3] = {b.dgate_proj, b.dup_proj, b.ddown_proj_t};
+      for (int part = 0; part < 3; ++part) {
+        if (!outputs[part]) continue;
+        if (has_pairs &&
+            (part == 2 || part == 0 || !outputs[0])) {  // gate and up share the packed x
+          const T* matrix = (const T*)(part == 2 ? b.dy : p.x);
+          const int64_t stride = part == 2 ? b.dy_stride : p.x_stride;
+          const int32_t* tokens = active.of(e);
+          pack_columns([&](int64_t i) { return matrix + tokens[i] * stride; }, n, first * kN,
+                       p.hidden_size, panels, thread_scratch);
+        }
+        weight_part(e, part, first, panels, thread_scratch, (T*)outputs[part]);
+      }
+    }
+  }
+
+  void weight_part(int e, int part, int64_t first, int64_t panels, const T* packed, T* out) {
+    const int64_t S = size(e), padded = padded_size(S), n = active.count(e), column = first * kN;
+    const int64_t width = min_of(panels * kN, p.hidden_size - column);
+    out += p.expert_offsets[e] * p.hidden_size + column;
+    if (n == 0) {
+      for (int64_t i = 0; i < S; ++i) memset(out + i * p.hidden_size, 0, size_t(width) * sizeof(T));
+      return;
+    }
+    TileArgs<T> args;
+    args.b = packed;
+    args.steps = ceil_div(n, kPair);
+    args.panels = panels;
+    args.accumulate = false;
+    args.lda = kPaired ? 3 * padded * 2 : 3 * padded;
+    const A* a = kPaired ? row_pairs + starts[e].row_pairs + part * padded * 2
+                         : rows + starts[e].rows + part * padded;
+    args.out_stride = p.hidden_size;
+    args.out_width = width;
+    args.stream = streams_weights;
+    for_each_tile(S, [&](int64_t i, int count) {
+      args.a[0] = a + i * (kPaired ? 2 : 1);
+      args.out = out + i * p.hidden_size;
+      run_tile<T, kStepMajor>(count, args);
+    });
+  }
+
+  void run(int thread, int team_size) {
+    C* thread_sums = sums + thread * sums_size;
+    T* thread_scratch = scratch + thread * scratch_size;
+    const int64_t t0 = p.num_tokens * thread / team_size,
+                  t1 = p.num_tokens * (thread + 1) / team_size;
+    if (x_copy) copy_rows((const T*)p.x, p.x_stride, p.hidden_size, t0, t1, x_copy);
+    if (dy_copy) copy_rows((const T*)b.dy, b.dy_stride, p.hidden_size, t0, t1, dy_copy);
+    if (b.dgates && is_first)
+      memset((C*)b.dgates + t0 * p.num_experts, 0, size_t((t1 - t0) * p.num_experts) * sizeof(C));
+    barrier_wait(sync->barrier, team_size);
+    for (int64_t i; (i = draw(sync->recompute_active.next)) < recompute_active.count;)
+      recompute(recompute_active.items[i], false, thread_scratch);
+    for (int64_t i; (i = draw(sync->recompute_extra.next)) < recompute_extra.count;)
+      recompute(recompute_extra.items[i], true, thread_scratch);
+    barrier_wait(sync->barrier, team_size);
+    for (int64_t i; (i = draw(sync->grad_active.next)) < grad_active.count;)
+      grad(grad_active.items[i], false, thread_scratch);
+    for (int64_t i; (i = draw(sync->grad_extra.next)) < grad_extra.count;)
+      grad(grad_extra.items[i], true, thread_scratch);
+    barrier_wait(sync->barrier, team_size);
+    if (b.dgates)
+      for (int e = expert_begin + thread; e < expert_end; e += team_size) write_dgates(e);
+    if (b.dx)
+      for (int64_t i; (i = draw(sync->columns.next)) < chunks;)
+        dx_chunk(i, thread_sums, thread_scratch);
+    if (!wants_weights) return;
+    const int64_t items = (expert_end - expert_begin) * weight_pieces;
+    for (int64_t i; (i = draw(sync->weights.next)) < items;)
+      weight_columns(expert_begin + int(i / weight_pieces), i % weight_pieces, thread_scratch);
+    stream_fence();
+  }
+};
+
+}  // namespace
+}  // namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE
