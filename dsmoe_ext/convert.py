@@ -1,6 +1,6 @@
 """Dense LLaMA <-> DSMoELlama: the same neurons, cut into experts, and back again."""
 
-import inspect
+import copy
 from pathlib import Path
 
 import torch
@@ -10,17 +10,17 @@ from dsmoe_ext.ffn import DSMoEFFN
 
 
 def convert_llama(model, num_experts: int = 8, *, permutations=None, dtype=None, **options):
-    """A DSMoELlamaForCausalLM from a dense LLaMA. With router_init="dense" (the default) it
-    computes the same function.
+    """A DSMoELlamaForCausalLM from a dense LLaMA, computing the same function at first.
 
-    model: a transformers LlamaForCausalLM, or the folder (or hub id) of one. A model is converted
-    in place of a copy:
-        the result shares its weights, except down_proj, which is stored transposed. The dense model
-        stays usable, but training one of the two then changes the other; deepcopy it first where
-        that matters.
-    num_experts, options: the fields of DSMoELlamaConfig (expert_sizes, shared_size, threshold,
-    method, gates, ste, ...). permutations: per layer, the order of the neurons [I] (see
-    partition.py); None keeps LLaMA's. dtype: of a model that is loaded from a folder.
+    Args:
+        model: a transformers LlamaForCausalLM, or the folder or hub id of one. A model's weights
+            are used, not copied, except down_proj, which is stored transposed. The dense model
+            stays usable, but training one then changes the other: deepcopy it where that matters.
+        num_experts: routed experts of equal size; or expert_sizes among the options.
+        permutations: per layer, the order of the neurons [I] (partition.py); None: LLaMA's.
+        dtype: of a model that is loaded from a folder; None: as stored.
+        options: the fields of DSMoELlamaConfig: expert_sizes, shared_size, threshold, method,
+            gates, ste, ... With router_init="paper" the function is not the same.
     """
     from transformers import LlamaForCausalLM
 
@@ -35,11 +35,9 @@ def convert_llama(model, num_experts: int = 8, *, permutations=None, dtype=None,
         raise TypeError(
             f"{type(model).__name__} is no LlamaForCausalLM, and only those can be converted"
         )
-    known = set(inspect.signature(DSMoELlamaConfig.__init__).parameters) - {"self", "kwargs"}
-    if unknown := sorted(set(options) - known):
-        raise TypeError(
-            f"convert_llama has no option {unknown[0]!r}; it has {', '.join(sorted(known))}"
-        )
+    if unknown := sorted(set(options) - DSMoELlamaConfig.own_fields()):
+        fields = ", ".join(sorted(DSMoELlamaConfig.own_fields()))
+        raise TypeError(f"convert_llama has no option {unknown[0]!r}; it has {fields}")
     dense = model
     config = DSMoELlamaConfig(**_config_fields(dense.config), num_experts=num_experts, **options)
     num_layers = config.num_hidden_layers
@@ -55,13 +53,11 @@ def convert_llama(model, num_experts: int = 8, *, permutations=None, dtype=None,
             old.mlp, permutation=order, seed=0, **_from_mlp_options(config)
         )
         new.mlp.set_seed(config.seed, index)
-    config.gate_scale = sparse.model.layers[0].mlp.gate_scale
     return sparse
 
 
 def merge_to_llama(model):
-    """The plain LlamaForCausalLM with the weights of a DSMoELlamaForCausalLM, neurons in LLaMA's
-    order.
+    """The plain LlamaForCausalLM of a DSMoELlamaForCausalLM, neurons in LLaMA's order.
 
     Undoes convert_llama bit for bit. Routers and thresholds are left out: the result uses every
     neuron for every token. Everything but the FFNs is shared with model.
@@ -75,9 +71,8 @@ def merge_to_llama(model):
             f"{type(model).__name__} is no DSMoELlamaForCausalLM, so there is nothing to merge"
         )
     fields = _config_fields(model.config)
-    config = LlamaConfig(
-        **{name: value for name, value in fields.items() if hasattr(LlamaConfig(), name)}
-    )
+    own = model.config.own_fields()
+    config = LlamaConfig(**{name: value for name, value in fields.items() if name not in own})
     with torch.device("meta"):
         dense = LlamaForCausalLM(config)
     _share(model, dense)
@@ -108,8 +103,7 @@ def load_llama(path, dtype=None):
 
 
 def _config_fields(config) -> dict:
-    """The fields of a config that another LLaMA config takes over: not its class, nor how it was
-    stored (GGUF)."""
+    """What another LLaMA config takes over: not the class, nor how it was stored (GGUF)."""
     dropped = ("model_type", "architectures", "transformers_version", "quantization_config")
     fields = {name: value for name, value in config.to_dict().items() if name not in dropped}
     fields["attn_implementation"] = config._attn_implementation
@@ -117,11 +111,8 @@ def _config_fields(config) -> dict:
 
 
 def _from_mlp_options(config) -> dict:
-    return {
-        n: v
-        for n, v in config.ffn_options().items()
-        if n not in ("hidden_size", "intermediate_size")
-    }
+    given = ("hidden_size", "intermediate_size")  # by the MLP
+    return {name: v for name, v in config.ffn_options().items() if name not in given}
 
 
 def _share(old: nn.Module, new: nn.Module) -> None:
@@ -132,5 +123,5 @@ def _share(old: nn.Module, new: nn.Module) -> None:
         module, _, leaf = name.rpartition(".")
         if ".mlp." not in name:
             setattr(new.get_submodule(module), leaf, tensor)
-    new.generation_config = old.generation_config
+    new.generation_config = copy.deepcopy(old.generation_config)
     new.train(old.training)

@@ -2,9 +2,8 @@
 
     h = sum over experts e of gate_e * (silu(x Wgate_e) * (x Wup_e)) Wdown_e
 
-The experts are slices of one dense FFN; with every gate at 1 the sum is exactly that FFN. The
-pipeline is router -> ops.route (scores, mask, gates) -> ops.sparse_ffn (only what the gates ask
-for).
+The experts are slices of one dense FFN: with every gate at 1 the sum is exactly that FFN. Three
+steps: router -> ops.route (scores, mask, gates) -> ops.sparse_ffn (only what the gates ask for).
 """
 
 import math
@@ -24,7 +23,7 @@ from dsmoe_ext.llama_mlp import (
 from dsmoe_ext.ops import Routing
 from dsmoe_ext.reference import GATES, METHODS
 from dsmoe_ext.routers import ROUTERS, LinearRouter, without_half_casts
-from dsmoe_ext.sampling import draw_weights, mix_key
+from dsmoe_ext.sampling import MIN_PROB, draw_weights, mix_key
 from dsmoe_ext.statistics import ActivityCounter
 
 STE_MODES = ("active", "exact", "sampled")
@@ -38,8 +37,7 @@ def check_choice(name: str, value: str, choices) -> None:
 
 
 def dense_start(method: str, threshold: float, num_experts: int, top_k: int) -> tuple[float, float]:
-    """The logit that every expert starts with under router_init="dense", and its gate before
-    scaling."""
+    """Logit and unscaled gate that every expert starts with under router_init="dense"."""
     if method == "threshold":
         if not 0 <= threshold < 1:
             raise ValueError(f"router_init='dense' needs a threshold in [0, 1), got {threshold}")
@@ -102,8 +100,8 @@ class DSMoEFFN(nn.Module):
         check_choice("ste", ste, STE_MODES)
         check_choice("router", router, ROUTERS)
         check_choice("router_init", router_init, ROUTER_INITS)
-        if not 0 < sample_prob <= 1:
-            raise ValueError(f"sample_prob must lie in (0, 1], got {sample_prob}")
+        if not MIN_PROB <= sample_prob <= 1:
+            raise ValueError(f"sample_prob must lie in [{MIN_PROB:.0e}, 1], got {sample_prob}")
         dtype = dtype or torch.get_default_dtype()
         if not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating point type, got {dtype}")
@@ -124,17 +122,14 @@ class DSMoEFFN(nn.Module):
         self.set_seed(torch.randint(2**62, (), device="cpu").item() if seed is None else seed)
 
         shape = (intermediate_size, hidden_size)
-        for index, name in enumerate(WEIGHTS):
-            weight = (
-                torch.empty(shape, device=device, dtype=dtype)
-                if weights is None
-                else weights[index]
-            )
+        is_new = weights is None
+        if is_new:
+            weights = [torch.empty(shape, device=device, dtype=dtype) for _ in WEIGHTS]
+        for name, weight in zip(WEIGHTS, weights, strict=True):
             if weight.shape != shape:
                 raise ValueError(f"{name} must have shape {list(shape)}, got {list(weight.shape)}")
-            self.register_parameter(
-                name, nn.Parameter(weight, requires_grad=weight.requires_grad or weights is None)
-            )
+            parameter = nn.Parameter(weight, requires_grad=is_new or weight.requires_grad)
+            self.register_parameter(name, parameter)
         self._init_router(router, router_init, router_bias, gate_scale, threshold, device, dtype)
 
         offsets = torch.tensor([0, *sizes], device=device).cumsum(0, dtype=torch.int32)
@@ -146,12 +141,11 @@ class DSMoEFFN(nn.Module):
         self.register_buffer("draw_counter", torch.zeros((), dtype=torch.int64, device=device))
         self.activity = ActivityCounter(len(sizes), device)
         self._packed: ops.PackedWeights | None = None
-        if weights is None:
+        if is_new:
             self.reset_parameters()
 
     def _init_router(self, router, router_init, bias, gate_scale, threshold, device, dtype) -> None:
-        """Builds the router, and the constant that turns its start scores into gates of 1
-        (router_init="dense")."""
+        """Builds the router, and for a dense start the factor that makes its first gates 1."""
         logit, scale = None, 1.0
         if router_init == "dense":
             logit, score = dense_start(self.method, threshold, self.num_experts, self.top_k)
@@ -167,18 +161,14 @@ class DSMoEFFN(nn.Module):
 
     def reset_parameters(self) -> None:
         """Random expert weights as in nn.Linear."""
-        bound = self.hidden_size**-0.5
-        for weight in (self.gate_proj, self.up_proj):
-            nn.init.uniform_(weight, -bound, bound)
-        nn.init.uniform_(
-            self.down_proj_t, -(self.intermediate_size**-0.5), self.intermediate_size**-0.5
-        )
+        for name in WEIGHTS:
+            fan_in = self.intermediate_size if name == "down_proj_t" else self.hidden_size
+            nn.init.uniform_(getattr(self, name), -(fan_in**-0.5), fan_in**-0.5)
 
     def set_seed(self, *parts: int) -> None:
         """Picks the stream of draws of ste="sampled". Layers must differ: pass (seed, layer).
 
-        Draws shared between layers would correlate one layer's router gradient with the next one's
-        and bias both.
+        Draws shared between layers would correlate, and so bias, their router gradients.
         """
         self.draw_key = mix_key(*parts)
 
@@ -193,11 +183,14 @@ class DSMoEFFN(nn.Module):
     ) -> Tensor | tuple[Tensor, Routing]:
         """x [..., H] -> y [..., H], or (y, Routing) with return_routing.
 
-        token_mask [...] (bool, False = padding) only tells the statistics what to leave out. With
-        return_routing the caller counts (`activity.add`), because it may run this call twice
-        (gradient checkpointing). draw: an earlier result of next_draw(), for callers that run the
-        same forward twice.
+        Args:
+            token_mask: [...] bool, False = padding, which the statistics leave out.
+            draw: an earlier result of next_draw(), for callers that run the same forward twice.
+            return_routing: return the routing instead of counting it; a caller that runs the same
+                forward twice (gradient checkpointing) counts once itself, with activity.add.
         """
+        if x.shape[-1:] != (self.hidden_size,):
+            raise ValueError(f"x must have shape [..., {self.hidden_size}], got {list(x.shape)}")
         tokens = x.reshape(-1, self.hidden_size)
         if self._can_run_packed(tokens) and not return_routing:
             y, gates = ops.routed_ffn(
@@ -231,8 +224,7 @@ class DSMoEFFN(nn.Module):
         }
 
     def _can_run_packed(self, tokens: Tensor) -> bool:
-        """Whether router, routing and experts can be one call: 10 to 20 µs a token and layer less
-        than the three steps."""
+        """Whether router, routing and experts can be one call, which saves 10 to 20 µs a token."""
         return (
             self._packed is not None
             and not torch.is_grad_enabled()
@@ -258,8 +250,7 @@ class DSMoEFFN(nn.Module):
         return ops.sparse_ffn(tokens, gates, *weights, self.expert_offsets, grad_weight=grad_weight)
 
     def _grad_weight(self, gates: Tensor, draw: Tensor | None) -> Tensor | None:
-        """The weight [T,E] that each inactive pair's gradient gets; None: none of them gives
-        any."""
+        """The weights [T,E] of the inactive pairs' gradients; None: none of them has any."""
         if self.ste == "active" or not torch.is_grad_enabled() or not gates.requires_grad:
             return None
         if self.ste == "exact" or not self.training:  # evaluation draws nothing: its mean is exact
@@ -282,8 +273,7 @@ class DSMoEFFN(nn.Module):
     # ------------------------------------------------------------ packing
 
     def pack(self) -> "DSMoEFFN":
-        """Packs the weights for inference (eval mode, no gradients). Dropped by train(), loading
-        and moves."""
+        """Packs the weights for inference without gradients; train(), loading and moves undo it."""
         if self.training:
             raise RuntimeError("pack() is for inference; call eval() first")
         weights = (self.gate_proj.detach(), self.up_proj.detach(), self.down_proj_t.detach())
@@ -310,11 +300,9 @@ class DSMoEFFN(nn.Module):
         for name in ("gate_proj", "up_proj", "down_proj"):
             weight = state_dict.pop(f"{prefix}{name}.weight", None)
             if weight is not None:
-                rows = weight.t() if name == "down_proj" else weight
-                target = "down_proj_t" if name == "down_proj" else name
-                state_dict[prefix + target] = (
-                    rows if is_permuted else rows[self.permutation.to(rows.device)]
-                )
+                rows = weight.t().contiguous() if name == "down_proj" else weight
+                rows = rows if is_permuted else rows[self.permutation.to(rows.device)]
+                state_dict[prefix + name.replace("down_proj", "down_proj_t")] = rows
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self):
@@ -334,8 +322,10 @@ class DSMoEFFN(nn.Module):
     ) -> "DSMoEFFN":
         """The sparse FFN of a LlamaMLP (SiLU, no biases).
 
-        permutation [I]: neuron permutation[i] of the MLP becomes row i. Without one, gate_proj and
-        up_proj share the MLP's memory. options: as for DSMoEFFN.
+        Args:
+            permutation: [I], neuron permutation[i] of the MLP becomes row i. Without one, gate_proj
+                and up_proj share the MLP's memory.
+            options: as for DSMoEFFN.
         """
         check_llama_mlp(mlp)
         intermediate_size, hidden_size = mlp.gate_proj.weight.shape

@@ -1,6 +1,8 @@
 """Losses and controllers that decide how sparse training makes a model (formulas: DSMoE, XMoE,
 MoDSE, ReMoE)."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -90,8 +92,7 @@ class _Controller:
         self._seen = [ffn.activity.totals()[1] for ffn in self.ffns]
 
     def _shares(self) -> list[Tensor]:
-        """Each layer's active share since the last call (fp64 0-d, on the layer's device), over all
-        ranks."""
+        """Each layer's active share since the last call, over all ranks; fp64 0-d on its device."""
         shares = []
         for index, ffn in enumerate(self.ffns):
             totals = ffn.activity.totals()[1]
@@ -110,8 +111,7 @@ class _Controller:
         return optimizer.register_step_post_hook(lambda *_: self.step())
 
     def trainer_callback(self):
-        """The same for transformers.Trainer: Trainer(...,
-        callbacks=[controller.trainer_callback()])."""
+        """The same for transformers: Trainer(..., callbacks=[controller.trainer_callback()])."""
         from transformers import TrainerCallback
 
         class ControllerCallback(TrainerCallback):
@@ -122,15 +122,14 @@ class _Controller:
 
 
 class ThresholdController(_Controller):
-    """Holds every layer at target_active by integral feedback: tau_l += eta (active_l -
-    target_active).
+    """Holds every layer at its target by integral feedback: tau_l += eta (active_l - target).
 
-    The state is the layers' threshold buffers, so that saving the model saves it. Works in both
-    directions and for any gates. active_l counts the shared expert, so that target_active is a
-    share of the whole FFN. tau stays in [0, 1], beyond which nothing would change any more.
+    The state is the layers' threshold buffers: saving the model saves it. Works in both directions
+    and for any gates. active_l counts the shared expert, so that target_active is a share of the
+    whole FFN. tau stays in [0, 1], beyond which nothing would change any more.
 
-    eta: 0.05 moves tau by 0.01 a step at 20 % too many. From a dense start, where all scores are
-    equal at first, a much larger one switches all experts off at once.
+    eta: 0.05 moves tau by 0.01 a step where the share is 0.2 too high. From a dense start, where
+    all scores are equal at first, a much larger one switches all experts off at once.
     """
 
     def __init__(self, model: nn.Module, target_active: float, eta: float = 0.05):
@@ -143,19 +142,18 @@ class ThresholdController(_Controller):
     @torch.no_grad()
     def step(self) -> None:
         for ffn, share in zip(self.ffns, self._shares(), strict=True):
-            sign = (
-                1.0 if ffn.method == "threshold" else -1.0
-            )  # more probability mass means more experts
-            move = (sign * self.eta) * (share - self.target_active)
+            error = share - self.target_active
+            if ffn.method == "top_p":  # there, a higher threshold means more experts
+                error = -error
+            move = self.eta * error
             ffn.threshold.add_(torch.nan_to_num(move)).clamp_(0.0, 1.0)  # NaN: no tokens, no move
 
 
 class LambdaController(_Controller):
-    """ReMoE's controller of the sparsity weight: lambda *= alpha ** sign(active - target_active),
-    over all layers.
+    """ReMoE's controller of the sparsity weight: lambda *= alpha ** sign(active - target).
 
-    Acts on model.config.sparsity_weight, which is saved with the model. Reads one number on the
-    host a step.
+    active is the mean over all layers. Acts on model.config.sparsity_weight, which is saved with
+    the model. Reads one number on the host a step.
     """
 
     def __init__(
@@ -168,11 +166,9 @@ class LambdaController(_Controller):
 
     @torch.no_grad()
     def step(self) -> None:
-        error = (
-            torch.stack([share.cpu() for share in self._shares()]).mean().item()
-            - self.target_active
-        )
-        if error == error:  # NaN: no tokens
+        shares = torch.stack([share.cpu() for share in self._shares()])
+        error = shares.mean().item() - self.target_active
+        if not math.isnan(error):  # NaN: no tokens
             self.model.config.sparsity_weight *= self.alpha ** ((error > 0) - (error < 0))
 
 

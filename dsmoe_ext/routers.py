@@ -1,5 +1,4 @@
-"""Routers: x [T,H] -> logits [T,R] in float32 (float64 for a float64 layer), whatever the dtype of
-x.
+"""Routers: x [T,H] of any dtype -> logits [T,R] in float32 (float64 in a float64 layer).
 
 A logit decides over an expert, so routers keep their parameters and arithmetic in float32 under
 autocast and when the model around them is moved to a half type.
@@ -18,8 +17,7 @@ def at_least_float32(dtype: torch.dtype | None) -> torch.dtype:
 
 
 def without_half_casts(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The function given to Module._apply with its device moves, but without its casts to half
-    types."""
+    """What Module._apply is given, with its device moves but without casts to half types."""
 
     def moved(tensor: Tensor) -> Tensor:
         out = fn(tensor)
@@ -39,8 +37,7 @@ class LinearRouter(nn.Linear):
         super().__init__(hidden_size, num_experts, bias, device, at_least_float32(dtype))
 
     def start_at(self, logit: float | None) -> None:
-        """Initialises for constant logits (router_init="dense"), or at random for None
-        (router_init="paper")."""
+        """Initialises for constant logits (router_init="dense"); None: at random ("paper")."""
         self.start_logit = logit
         self.reset_parameters()
 
@@ -67,8 +64,7 @@ class LinearRouter(nn.Linear):
 
 
 class NoisyRouter(LinearRouter):
-    """MoDSE: logits = x Wg + RMSNorm(softplus(x Wn)) * gain; noise_weight [R,H], noise_gain [R]
-    learnable."""
+    """MoDSE: logits = x Wg + RMSNorm(softplus(x Wn)) * gain; noise_weight [R,H], noise_gain [R]."""
 
     def __init__(
         self, hidden_size: int, num_experts: int, bias: bool = True, *, device=None, dtype=None

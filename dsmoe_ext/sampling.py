@@ -10,6 +10,8 @@ from torch import Tensor
 
 # SplitMix64's increment, 2^64 / golden ratio: consecutive states differ in many bits.
 GOLDEN = 0x9E3779B97F4A7C15
+# A draw compares 24 random bits, exact in fp32, with the probability.
+MIN_PROB = 2.0**-24
 _FACTOR_1 = 0xBF58476D1CE4E5B9
 _FACTOR_2 = 0x94D049BB133111EB
 
@@ -44,14 +46,13 @@ def _mix(bits: Tensor) -> Tensor:
 
 
 def draw_weights(key: int, draw: Tensor, num_tokens: int, num_experts: int, prob: float) -> Tensor:
-    """Weights [T,E] fp32 for sparse_ffn's grad_weight: 1/prob with probability prob, else 0, all
-    pairs independent.
+    """grad_weight [T,E] fp32 for sparse_ffn: 1/prob with probability prob, else 0, independently.
 
     key picks the stream (seed and layer); draw, an int64 0-d tensor, the position in it (step and
     micro-batch).
     """
     start = _mix(_mix(draw * _signed(GOLDEN) + key))
     pair = torch.arange(num_tokens * num_experts, device=draw.device)
-    bits = _shift(_mix(start + pair * _signed(GOLDEN)), 40)  # 24 bits: every value is exact in fp32
+    bits = _shift(_mix(start + pair * _signed(GOLDEN)), 40)
     kept = bits < round(prob * 2**24)
     return (kept.to(torch.float32) * (2**24 / round(prob * 2**24))).view(num_tokens, num_experts)

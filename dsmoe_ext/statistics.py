@@ -12,8 +12,7 @@ MAX_PENDING_TOKENS = 16
 
 
 class ActivityCounter(nn.Module):
-    """Counts, for every expert, the tokens that used it. Counts only grow; readers keep what they
-    saw last.
+    """Counts the tokens that used each expert. Counts only grow; readers keep what they saw last.
 
     counts [2,E+1] int64: row 0 in evaluation, row 1 in training; the last column is the number of
     tokens. Never read on the host while the model runs.
@@ -34,8 +33,7 @@ class ActivityCounter(nn.Module):
         self.counts.zero_()
 
     def add(self, gates: Tensor, token_mask: Tensor | None = None) -> None:
-        """Counts the pairs of gates [T,E] that are not 0, but not of tokens where token_mask [T] is
-        False."""
+        """Counts gates [T,E] that are not 0, but not of tokens whose token_mask [T] is False."""
         gates = gates.detach() if gates.requires_grad else gates
         if torch.compiler.is_compiling() or len(gates) > MAX_PENDING_TOKENS or not gates.is_cpu:
             self._count(gates, token_mask, self.training)
@@ -84,8 +82,10 @@ class ActivityCounter(nn.Module):
 
 
 def active_share(counts: Tensor, expert_offsets: Tensor) -> Tensor:
-    """Share of the neurons that the average token used, fp64 0-d, from counts [E+1]; NaN if no
-    token was counted."""
+    """Share of the neurons that the average token used, fp64 0-d, from counts [E+1].
+
+    NaN if no token was counted.
+    """
     sizes = expert_offsets.diff().to(counts)
     return (counts[:-1] * sizes).sum().double() / (counts[-1] * sizes.sum()).double()
 
@@ -100,11 +100,10 @@ class ActiveFraction:
 
 
 def active_fraction(model: nn.Module) -> ActiveFraction:
-    """The share of the FFNs that was used since this function last looked; NaN where nothing ran
-    since.
+    """The share of the FFNs that was used since this function last looked at them.
 
-    Padding is excluded. `per_layer` follows the order of model.modules(), which is that of the
-    layers.
+    Padding is excluded. `per_layer` follows model.modules(), which is the order of the layers. NaN
+    where no token was seen.
     """
     from dsmoe_ext.ffn import ffn_layers  # ffn.py builds on this module
 

@@ -312,6 +312,15 @@ def test_errors(options, words):
         DSMoEFFN(24, 40, **({"num_experts": 8} | options))
 
 
+def test_input_errors():
+    ffn = random_ffn()
+    for x in (torch.randn(3, 48), torch.randn(24, 3), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match=r"shape \[..., 24\]"):
+            ffn(x)
+    with pytest.raises(RuntimeError, match="dtype"):
+        ffn(torch.randn(3, 24, dtype=torch.float64))
+
+
 def test_mlp_errors(make_llama):
     biased = make_llama(mlp_bias=True).model.layers[0].mlp
     with pytest.raises(ValueError, match="bias"):

@@ -1,5 +1,7 @@
 """DSMoELlamaConfig: LlamaConfig plus how its FFNs are cut and routed."""
 
+import inspect
+
 from transformers import LlamaConfig
 
 from dsmoe_ext.ffn import GATES, METHODS, ROUTER_INITS, STE_MODES, check_choice
@@ -87,6 +89,11 @@ class DSMoELlamaConfig(LlamaConfig):
             )
         if self.mlp_bias:
             raise ValueError("mlp_bias=True: the sparse FFN does not support biases")
+
+    @classmethod
+    def own_fields(cls) -> set[str]:
+        """The names of the fields that LlamaConfig does not have."""
+        return set(inspect.signature(cls.__init__).parameters) - {"self", "kwargs"}
 
     def ffn_options(self) -> dict:
         """The keyword arguments of DSMoEFFN, but for device, dtype and seed."""

@@ -40,8 +40,7 @@ IGNORE_INDEX = -100
 
 @dataclass
 class DSMoEModelOutput(BaseModelOutputWithPast):
-    """sparsity_sum: sum over loss_mask's tokens and over layers of the sparsity term, 0-d, or
-    None."""
+    """sparsity_sum: 0-d, the sparsity terms of loss_mask's tokens in all layers; or None."""
 
     sparsity_sum: Tensor | None = None
 
@@ -77,8 +76,7 @@ class DSMoELlamaDecoderLayer(GradientCheckpointingLayer):
         draw: Tensor | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(hidden_states [B,T,H], sparsity sum 0-d, gates [B·T,E]); the last two only if loss_mask
-        [B·T] is given."""
+        """hidden_states [B,T,H]; if loss_mask [B·T] is given also sparsity sum 0-d, gates [B·T,E]."""
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         x = self.post_attention_layernorm(hidden_states)
@@ -109,8 +107,7 @@ class DSMoELlamaPreTrainedModel(LlamaPreTrainedModel):
             super()._init_weights(module)
 
     def pack(self):
-        """Packs all FFNs for inference on the CPU (DSMoEFFN.pack): faster, for their memory
-        again."""
+        """Packs all FFNs for inference on the CPU: faster, for their memory once more."""
         for ffn in ffn_layers(self):
             ffn.pack()
         return self
@@ -134,8 +131,7 @@ class DSMoELlamaPreTrainedModel(LlamaPreTrainedModel):
 
 
 class DSMoELlamaModel(DSMoELlamaPreTrainedModel):
-    """transformers' LlamaModel with DSMoEFFN layers; its loop also adds up the sparsity term and
-    the statistics."""
+    """LlamaModel with DSMoEFFN layers, whose loop also adds up sparsity terms and statistics."""
 
     def __init__(self, config: DSMoELlamaConfig):
         super().__init__(config)
@@ -146,6 +142,8 @@ class DSMoELlamaModel(DSMoELlamaPreTrainedModel):
             DSMoELlamaDecoderLayer(config, layer_idx)
             for layer_idx in range(config.num_hidden_layers)
         )
+        if config.gate_scale is None:  # from here on a constant, wherever tau moves
+            config.gate_scale = self.layers[0].mlp.gate_scale
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -279,6 +277,7 @@ class DSMoELlamaForCausalLM(DSMoELlamaPreTrainedModel, GenerationMixin):
             num_items = kwargs.get("num_items_in_batch")
             if num_items is None:
                 num_items = self._num_items(loss_mask, attention_mask, outputs.last_hidden_state)
+            num_items = torch.as_tensor(num_items, device=logits.device)
             sparsity_loss = outputs.sparsity_sum / num_items / self.config.num_hidden_layers
         if labels is not None:
             vocab_size = self.config.vocab_size
