@@ -89,6 +89,12 @@ __attribute__((noinline)) static void tile(const TileArgs<T>& args) {
   const char* next = args.next;
   for (int64_t panel = 0; panel < args.panels; ++panel) {
     Vec<C> acc[kS][R][2] = {};
+    if (O == kRowPointers && args.accumulate) {  // at the end of a short K they would stall
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+        for (int i = 0; i < 2 * kVecBytes; i += 64)
+          __builtin_prefetch((const char*)(args.c[r] + panel * kColumns<T>) + i, 1, 3);
+    }
     int64_t s = 0;
     for (; s + kUnroll <= steps; s += kUnroll, b += kUnroll * kStep) {
       if constexpr (R <= kStreamRows) {

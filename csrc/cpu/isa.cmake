@@ -9,6 +9,7 @@ function(add_isa name)
   # GCC 12 takes the undefined operands inside its own intrinsics for uninitialised variables.
   target_compile_options(dsmoe_${name} PRIVATE -Wno-maybe-uninitialized -Wno-psabi ${ARGN})
   target_sources(dsmoe_kernels INTERFACE $<TARGET_OBJECTS:dsmoe_${name}>)
+  set(DSMOE_ISAS ${DSMOE_ISAS} ${name} PARENT_SCOPE)
 endfunction()
 
 add_isa(portable)
