@@ -339,8 +339,8 @@ class DSMoEFFN(nn.Module):
             ffn.permutation.copy_(permutation)
         return ffn.train(mlp.training)
 
-    def to_llama_mlp(self, config) -> nn.Module:
-        """A LlamaMLP of a LlamaConfig: from_llama_mlp undone, bit for bit."""
+    def to_llama_mlp(self, config=None) -> nn.Module:
+        """The LlamaMLP (of a LlamaConfig, if given): from_llama_mlp undone, bit for bit."""
         weights = [getattr(self, name) for name in WEIGHTS]
         return llama_mlp_from_weights(config, weights, self.permutation).train(self.training)
 

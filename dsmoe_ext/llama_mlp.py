@@ -47,9 +47,14 @@ def weights_from_llama_mlp(mlp: nn.Module, permutation: Tensor | None) -> list[T
 
 
 def llama_mlp_from_weights(config, weights: list[Tensor], permutation: Tensor) -> nn.Module:
-    """A LlamaMLP of a LlamaConfig from [I,H] weights whose row i is neuron permutation[i]."""
+    """A LlamaMLP (of config, if given) from [I,H] weights whose row i is neuron permutation[i]."""
+    from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaMLP
 
+    if config is None:
+        intermediate_size, hidden_size = weights[0].shape
+        sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size}
+        config = LlamaConfig(**sizes, num_attention_heads=1)
     with torch.device("meta"):
         mlp = LlamaMLP(config)
     check_llama_mlp(mlp)

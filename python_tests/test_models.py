@@ -206,7 +206,6 @@ def test_gradient_checkpointing(make_sparse, use_reentrant, ste, seed):
 
     checkpointed = copy.deepcopy(model)
     checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    checkpointed.enable_input_require_grads()
     want, losses, fraction = run(model)
     got, other_losses, other_fraction = run(checkpointed)
     assert_same(got, want, exactly=True)

@@ -76,7 +76,7 @@ class DSMoELlamaDecoderLayer(GradientCheckpointingLayer):
         draw: Tensor | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """hidden_states [B,T,H]; if loss_mask [B·T] is given also sparsity sum 0-d, gates [B·T,E]."""
+        """hidden_states [B,T,H]; with loss_mask [B·T] also the sparsity sum, gates [B·T,E]."""
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         x = self.post_attention_layernorm(hidden_states)

@@ -1,0 +1,57 @@
+"""Routers: their formulas, and that they stay in float32."""
+
+import pytest
+import torch
+
+from dsmoe_ext.routers import ROUTERS, LinearRouter, NoisyRouter
+
+pytestmark = pytest.mark.quick
+
+
+def test_linear(seed):
+    router = LinearRouter(12, 5, dtype=torch.float64).requires_grad_()
+    torch.nn.init.normal_(router.bias)
+    x = torch.randn(7, 12, dtype=torch.float64)
+    torch.testing.assert_close(router(x), x @ router.weight.t() + router.bias)
+
+
+def test_modse(seed):
+    """H(x) = x Wg + RMSNorm(softplus(x Wn)), with a learnable gain."""
+    router = NoisyRouter(12, 5, bias=False, dtype=torch.float64)
+    router.start_at(None)
+    torch.nn.init.normal_(router.noise_gain)
+    x = torch.randn(7, 12, dtype=torch.float64)
+    noise = torch.log1p(torch.exp(x @ router.noise_weight.t()))
+    noise = noise / noise.square().mean(1, keepdim=True).sqrt() * router.noise_gain
+    torch.testing.assert_close(router(x), x @ router.weight.t() + noise)
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+@pytest.mark.parametrize("logit", [0.0, 1.25, None])
+def test_start(kind, logit, seed):
+    router = ROUTERS[kind](12, 5)
+    router.start_at(logit)
+    logits = router(torch.randn(30, 12))
+    if logit is None:
+        assert logits.std() > 0.01
+    else:
+        assert torch.equal(logits, torch.full((30, 5), logit))
+        router(torch.randn(3, 12)).square().sum().backward()
+        if logit:  # it learns from there
+            assert all(
+                p.grad.abs().sum() > 0 for n, p in router.named_parameters() if n != "noise_weight"
+            )
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_throughout(kind, dtype, seed):
+    router = ROUTERS[kind](12, 5, dtype=dtype)
+    router.start_at(None)
+    assert {p.dtype for p in router.to(dtype).parameters()} == {torch.float32}
+    x = torch.randn(7, 12)
+    with torch.autocast("cpu", dtype=dtype):
+        logits = router(x)
+    assert torch.equal(logits, router(x)) and logits.dtype == torch.float32
+    assert torch.equal(router(x.to(dtype)), router(x.to(dtype).float()))
+    assert {p.dtype for p in router.double().parameters()} == {torch.float64}
