@@ -150,13 +150,19 @@ def train(model, batch, folder, micro_batch, accumulate, resume=None, callbacks=
     return trainer
 
 
-def test_trainer_accumulation(make_sparse, tmp_path, seed):
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+def test_trainer_accumulation(make_sparse, tmp_path, use_reentrant, seed):
+    """Four micro-batches are one large batch, with and without gradient checkpointing."""
     model = make_sparse(ste="exact", sparsity_weight=2.0)
     batch = random_batch(8)
     other = copy.deepcopy(model)
     start = copy.deepcopy(model.state_dict())
     train(model, batch, tmp_path, 8, 1)
-    trainer = train(other, batch, tmp_path, 2, 4)
+    options = {}
+    if use_reentrant is not None:
+        options["gradient_checkpointing"] = True
+        options["gradient_checkpointing_kwargs"] = {"use_reentrant": use_reentrant}
+    trainer = train(other, batch, tmp_path, 2, 4, **options)
     assert_same(
         {n: v.float() for n, v in other.state_dict().items()},
         {n: v.float() for n, v in model.state_dict().items()},
