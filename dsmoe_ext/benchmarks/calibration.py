@@ -54,7 +54,7 @@ def main() -> None:
         module = importlib.import_module(f"dsmoe_ext.calibration.{file}")
         if not hasattr(module, constant):
             raise SystemExit(f"dsmoe_ext.calibration.{file} has no constant {constant}")
-        setattr(module, constant, float(value))
+        setattr(module, constant, type(getattr(module, constant))(value))
     dense, tokenizer = load_model(options.model, dtype="fp32", only="llama")
     windows = windows_of(tokenizer, read_text(options.data), options.window)
     train, measured = windows.train, windows.held_out

@@ -15,8 +15,10 @@ from dsmoe_ext.calibration.router import ridge_cholesky
 RIDGE = 0.1
 
 
-def refit_down_proj(masked: Tensor, wanted: Tensor, weight: Tensor, ridge: float = RIDGE) -> Tensor:
+def refit_down_proj(
+    masked: Tensor, wanted: Tensor, weight: Tensor, ridge: float | None = None
+) -> Tensor:
     """masked [T,I], wanted [T,H], the dense weight [I,H] -> the new weight [I,H]."""
-    system, ridge = ridge_cholesky(masked.T @ masked, ridge)
+    system, ridge = ridge_cholesky(masked.T @ masked, RIDGE if ridge is None else ridge)
     moment = (masked.T @ wanted).double() + ridge * weight.double()
     return torch.cholesky_solve(moment, system).to(weight.dtype)
