@@ -3,14 +3,17 @@
 //   rows     tokens that are active for the expert, gathered   [128, S_e]
 //   columns  of Wd_e, the sum running down its rows            [S_e, 128]
 //   result   added to a strip that only this CTA touches       [256, 128] fp32
+//
+// The backward uses it for dx = dg Wg + du Wu: two sources, one after the other.
 #pragma once
 
-#include "cuda/gemm_gate_up.cuh"
+#include "cuda/gemm_gate_up.cuh"  // live_blocks
 
 namespace dsmoe::cuda {
 
 struct DownTile {
-  static constexpr int kTileN = DepthTile::kColumns;
+  static constexpr int kTileN = 128;
+  using Depth = DepthTile<kTileN>;
   static constexpr int kWarpsM = 2, kWarpsN = 2;
   static constexpr int kRowBlocks = kTileM / 16 / kWarpsM;  // 4
   static constexpr int kBlocks = kTileN / 8 / kWarpsN;      // 8
@@ -45,7 +48,8 @@ __device__ __forceinline__ void down_step(DownSums& sums, uint32_t stage, int wa
       // matrices: block j, low and high k; block j + 1, low and high k
       const int k = k_chunk * kChunk + lane % 16;
       uint32_t b[4];
-      ldmatrix_x4_trans(b, depth_tile + DepthTile::offset(k, warp_n * C::kBlocks + j + lane / 16));
+      ldmatrix_x4_trans(
+          b, depth_tile + DownTile::Depth::offset(k, warp_n * C::kBlocks + j + lane / 16));
 #pragma unroll
       for (int i = 0; i < C::kRowBlocks; ++i) {
         if (i >= live) continue;
@@ -65,7 +69,7 @@ struct DownUnit {
 
 // Row of a span's tile -> token within the chunk, or -1.
 template <class T>
-__device__ __forceinline__ int token_of_row(const ForwardArgs<T>& args, const DownUnit& unit,
+__device__ __forceinline__ int token_of_row(const PassArgs<T>& args, const DownUnit& unit,
                                             const SpanIterator::Span& span, int row) {
   const int pair = span.pairs.begin + row;
   if (pair >= span.pairs.end) return -1;
@@ -75,20 +79,20 @@ __device__ __forceinline__ int token_of_row(const ForwardArgs<T>& args, const Do
 
 // Adds the products of 128 rows of a span to the strip.
 template <class T>
-__device__ void down_tile(const ForwardArgs<T>& args, const DownUnit& unit,
+__device__ void down_tile(const PassArgs<T>& args, const SumSource<T>& source, const DownUnit& unit,
                           const SpanIterator::Span& span, int first_row, uint32_t base,
                           float* strip) {
   using C = DownTile;
   const int t = threadIdx.x, lane = t % kWarp;
   const int warp_m = t / kWarp / C::kWarpsN, warp_n = t / kWarp % C::kWarpsN;
-  const T* activations = args.activations + unit.chunk * kTokensPerChunk * args.width;
+  const T* rows = source.rows + unit.chunk * kTokensPerChunk * args.width;
 
   const T* from[C::kCopiesA];  // the rows that this thread copies, null beyond the end
   const int chunk = t % kChunksPerRow, copy_row = t / kChunksPerRow;
 #pragma unroll
   for (int i = 0; i < C::kCopiesA; ++i) {
     const int token = token_of_row(args, unit, span, first_row + copy_row + i * kCopyRows);
-    from[i] = token >= 0 ? activations + token * args.width + span.first_column : nullptr;
+    from[i] = token >= 0 ? rows + token * args.width + span.first_column : nullptr;
   }
   const int depth_chunk = t % C::kChunksPerDepth;
   const int column = unit.first_column + depth_chunk * kChunk;
@@ -110,15 +114,15 @@ __device__ void down_tile(const ForwardArgs<T>& args, const DownUnit& unit,
     for (int i = 0; i < C::kCopiesA; ++i) {
       const bool valid = in_expert && from[i] != nullptr;
       cp_async_16(to + RowTile::offset(copy_row + i * kCopyRows, chunk),
-                  valid ? from[i] + k + chunk * kChunk : args.activations, valid);
+                  valid ? from[i] + k + chunk * kChunk : source.rows, valid);
     }
 #pragma unroll
     for (int i = 0; i < C::kCopiesB; ++i) {
       const int term = t / C::kChunksPerDepth + i * (kThreads / C::kChunksPerDepth);
       const int64_t weights_row = __shfl_sync(kAllLanes, row, term);
       const bool valid = weights_row >= 0 && has_column;
-      cp_async_16(to + C::kRowsBytes + DepthTile::offset(term, depth_chunk),
-                  args.down_proj_t + (valid ? weights_row * args.hidden_size + column : 0), valid);
+      cp_async_16(to + C::kRowsBytes + DownTile::Depth::offset(term, depth_chunk),
+                  source.weights + (valid ? weights_row * args.hidden_size + column : 0), valid);
     }
   };
 
@@ -150,7 +154,7 @@ __device__ void down_tile(const ForwardArgs<T>& args, const DownUnit& unit,
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
-    down_kernel(const __grid_constant__ ForwardArgs<T> args) {
+    down_kernel(const __grid_constant__ PassArgs<T> args) {
   using C = DownTile;
   extern __shared__ __align__(128) unsigned char shared[];
   const uint32_t base = shared_address(shared);
@@ -169,12 +173,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int num_quads = unit.tokens * kQuads;
     float4* quads = reinterpret_cast<float4*>(strip);
     for (int i = threadIdx.x; i < num_quads; i += kThreads) quads[i] = float4{};
-    SpanIterator spans(args.lists, args.expert_offsets, args.expert_columns, args.num_experts,
-                       unit.chunk);
-    SpanIterator::Span span;
-    while (spans.next(span, unit.tokens)) {
-      for (int row = 0; row < span.pairs.count(); row += kTileM) {
-        down_tile(args, unit, span, row, base, strip);
+    for (int s = 0; s < args.num_sources; ++s) {
+      const SumSource<T> source = args.sources[s];
+      SpanIterator spans(args.lists, args.expert_offsets, args.expert_columns, args.num_experts,
+                         unit.chunk);
+      SpanIterator::Span span;
+      while (spans.next(span, unit.tokens)) {
+        for (int row = 0; row < span.pairs.count(); row += kTileM) {
+          down_tile(args, source, unit, span, row, base, strip);
+        }
       }
     }
     __syncthreads();

@@ -95,7 +95,7 @@ __device__ __forceinline__ void ffma_pipeline(int num_steps, Fetch fetch, Store 
 }
 
 static __global__ void __launch_bounds__(kThreads)
-    gate_up_ffma_kernel(const __grid_constant__ ForwardArgs<float> args) {
+    gate_up_ffma_kernel(const __grid_constant__ PassArgs<float> args) {
   using C = FfmaTile;
   __shared__ __align__(16) float shared[2][3][C::kMatrixFloats];  // rows of x, of Wg, of Wu
   const int num_steps = static_cast<int>(ceil_div<int64_t>(args.hidden_size, C::kTerms));
@@ -157,7 +157,7 @@ static __global__ void __launch_bounds__(kThreads)
 
 // y itself is the strip that the CTA adds to.
 static __global__ void __launch_bounds__(kThreads)
-    down_ffma_kernel(const __grid_constant__ ForwardArgs<float> args) {
+    down_ffma_kernel(const __grid_constant__ PassArgs<float> args) {
   using C = FfmaTile;
   __shared__ __align__(16) float shared[2][2][C::kMatrixFloats];  // rows of a, columns of Wd
   constexpr int kQuads = C::kTileN / 4;
@@ -170,7 +170,7 @@ static __global__ void __launch_bounds__(kThreads)
     const int64_t left = args.num_tokens - first_token;
     const int tokens = static_cast<int>(left < kTokensPerChunk ? left : kTokensPerChunk);
     float* y = args.y + first_token * args.hidden_size + first_output;
-    const float* activations = args.activations + first_token * args.width;
+    const float* activations = args.sources[0].rows + first_token * args.width;
     for (int i = t; i < tokens * kQuads; i += kThreads) {
       if (first_output + i % kQuads * 4 >= args.hidden_size) continue;
       *reinterpret_cast<float4*>(y + i / kQuads * args.hidden_size + i % kQuads * 4) = float4{};
@@ -210,7 +210,8 @@ static __global__ void __launch_bounds__(kThreads)
                 const int own = term + t / kQuads + i * (kThreads / kQuads);
                 const int64_t row = row_of_column(span.first_column + own);
                 const bool valid = row >= 0 && first_output + column < args.hidden_size;
-                const float* at = args.down_proj_t + row * args.hidden_size + first_output + column;
+                const float* at =
+                    args.sources[0].weights + row * args.hidden_size + first_output + column;
                 ahead[i] = valid ? *reinterpret_cast<const float4*>(at) : float4{};
               }
             },

@@ -5,37 +5,9 @@
 //   result   activations                                       [128, 64]
 #pragma once
 
-#include "cuda/gemm_tile.cuh"
-#include "cuda/scheduler.cuh"
+#include "cuda/token_pass.cuh"
 
 namespace dsmoe::cuda {
-
-constexpr int kThreads = 128;
-constexpr int kTileM = 128;
-constexpr int kCopyRows =
-    kThreads / kChunksPerRow;  // rows of kTileK numbers that a CTA copies at once
-
-// One pass over a part of the tokens; pointers are to its first token.
-template <class T>
-struct ForwardArgs {
-  int64_t num_tokens;
-  int64_t hidden_size;
-  int32_t num_experts;
-  int64_t x_stride;
-  const T* x;                     // [Tp,H]
-  const float* gates;             // [Tp,E]
-  const T* gate_proj;             // [I,H]
-  const T* up_proj;               // [I,H]
-  const T* down_proj_t;           // [I,H]
-  const int32_t* expert_offsets;  // [E+1]
-  PairLists lists;
-  int64_t width;            // row length of activations: room for aligned experts
-  int32_t* expert_columns;  // [E+1]  first column of an expert, a multiple of kColumnAlign
-  int32_t* row_of_column;   // [width]   row of down_proj_t, -1 in the gaps
-  T* activations;           // [Tp,width]
-  float* strips;            // [CTAs, 256, 128]
-  T* y;                     // [Tp,H]
-};
 
 // How many of this warp's 16-row blocks hold rows; block i of a warp is block i * kWarpsM + warp_m.
 template <int kWarpsM>
@@ -101,7 +73,7 @@ __device__ __forceinline__ void gate_up_step(GateUpSums<T, C>& sums, uint32_t st
 }
 
 template <class T, class C, class Tile>
-__device__ __forceinline__ void gate_up_epilogue(const ForwardArgs<T>& args, const Tile& tile,
+__device__ __forceinline__ void gate_up_epilogue(const PassArgs<T>& args, const Tile& tile,
                                                  const GateUpSums<T, C>& sums, int warp_m,
                                                  int warp_n) {
   constexpr int kMine = 2 * C::kBlocks;  // neighbouring columns of this lane
@@ -138,7 +110,7 @@ __device__ __forceinline__ void gate_up_epilogue(const ForwardArgs<T>& args, con
 
 template <class T, class C>
 __global__ void __launch_bounds__(kThreads, 2)
-    gate_up_kernel(const __grid_constant__ ForwardArgs<T> args, int min_size, int max_size) {
+    gate_up_kernel(const __grid_constant__ PassArgs<T> args, int min_size, int max_size) {
   extern __shared__ __align__(128) unsigned char shared[];
   const uint32_t base = shared_address(shared);
   const int t = threadIdx.x, warp_m = t / kWarp / C::kWarpsN, warp_n = t / kWarp % C::kWarpsN;

@@ -40,11 +40,14 @@ struct ColumnTile {
   }
 };
 
-// kTileK rows of 128 numbers, the sum running over the rows: read transposed, eight rows in a row.
+// kTileK rows of 64 or 128 numbers, the sum running over the rows: read transposed, eight rows in a row.
+template <int kNumbers>
 struct DepthTile {
-  static constexpr int kColumns = 128;
+  static constexpr int kColumns = kNumbers, kChunks = kNumbers / kChunk;
+  static constexpr int kBytes = kTileK * kNumbers * 2;
+  static_assert(kChunks % 8 == 0, "a row fills whole rows of banks");
   static __device__ __forceinline__ uint32_t offset(int row, int chunk) {
-    return row * kColumns * 2 + (chunk ^ (row & 7)) * 16;
+    return row * kNumbers * 2 + (chunk ^ (row & 7)) * 16;
   }
 };
 

@@ -85,6 +85,50 @@ class TileScheduler {
   int expert_ = 0;
 };
 
+// Tiles of kTileM neurons of one expert by kTileN columns of H, for all experts, dealt out in turn.
+template <int kTileM, int kTileN>
+class NeuronTiles {
+ public:
+  struct Tile {
+    int expert;
+    int neuron;     // first neuron within the expert
+    int neurons;    // at most kTileM
+    int first_row;  // of the weights
+    int column;     // first column
+  };
+
+  __device__ NeuronTiles(const int32_t* expert_offsets, int num_experts, int64_t hidden_size)
+      : expert_offsets_(expert_offsets),
+        num_experts_(num_experts),
+        column_tiles_(static_cast<int>(ceil_div<int64_t>(hidden_size, kTileN))),
+        index_(blockIdx.x) {}
+
+  __device__ bool next(Tile& tile) {
+    for (; expert_ < num_experts_; ++expert_) {
+      const int first_row = expert_offsets_[expert_];
+      const int size = expert_offsets_[expert_ + 1] - first_row;
+      const int num_tiles = ceil_div(size, kTileM) * column_tiles_;
+      if (index_ < num_tiles) {
+        tile.expert = expert_;
+        tile.neuron = index_ / column_tiles_ * kTileM;
+        tile.neurons = min(kTileM, size - tile.neuron);
+        tile.first_row = first_row + tile.neuron;
+        tile.column = index_ % column_tiles_ * kTileN;
+        index_ += gridDim.x;
+        return true;
+      }
+      index_ -= num_tiles;
+    }
+    return false;
+  }
+
+ private:
+  const int32_t* expert_offsets_;
+  int num_experts_, column_tiles_;
+  int index_;  // of the next tile, counted from the current expert's first
+  int expert_ = 0;
+};
+
 // Spans of the down projection's sum for one chunk of tokens, in the order of the experts. A large
 // expert is a span of its own with the tokens that are active for it. Small experts that follow each
 // other form one span over all of the chunk's tokens, with zeros where a pair is inactive: adding to

@@ -117,5 +117,11 @@ int run_expert_mlp(const ExpertMlpParams* p, void* workspace) {
 int64_t expert_mlp_workspace(const ExpertMlpParams* p) {
   return cuda::expert_mlp_workspace_bytes(*p);
 }
+int run_expert_mlp_backward(const ExpertMlpBackwardParams* p, void* workspace) {
+  return static_cast<int>(cuda::expert_mlp_backward(*p, workspace, nullptr));
+}
+int64_t expert_mlp_backward_workspace(const ExpertMlpBackwardParams* p) {
+  return cuda::expert_mlp_backward_workspace_bytes(*p);
+}
 
 }  // extern "C"

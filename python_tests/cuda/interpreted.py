@@ -218,23 +218,44 @@ class Interpreter:
         self._run("run_route_backward", p)
         return torch.from_numpy(out.array.copy())
 
-    def sparse_ffn(self, x, gates, gate_proj, up_proj, down_proj_t, expert_offsets):
-        """x [T,H], gates [T,E], weights [I,H] -> y [T,H]."""
-        self._begin()
+    def _rows(self, x):
+        """(address of a matrix whose rows may lie apart, elements between rows)."""
+        stride = x.stride(0) if len(x) > 1 else x.shape[1]
+        reach = (len(x) - 1) * stride + x.shape[1] if len(x) else 0
+        return self._in(x.as_strided((reach,), (1,))), stride
+
+    def _mlp_params(self, x, gates, gate_proj, up_proj, down_proj_t, expert_offsets):
         p = STRUCTS["ExpertMlpParams"](DTYPE[KIND[x.dtype]])
         p.num_tokens, p.hidden_size = x.shape
         p.intermediate_size, p.num_experts = len(gate_proj), gates.shape[1]
-        p.x_stride = x.stride(0) if len(x) > 1 else x.shape[1]
-        reach = (len(x) - 1) * p.x_stride + p.hidden_size if len(x) else 0
-        base = x.as_strided((reach,), (1,))  # what lies between the rows belongs to somebody else
-        p.x, p.gates = self._in(base), self._in(gates)
+        (p.x, p.x_stride), p.gates = self._rows(x), self._in(gates)
         p.gate_proj, p.up_proj = self._in(gate_proj), self._in(up_proj)
         p.down_proj_t, p.expert_offsets = self._in(down_proj_t), self._in(expert_offsets)
-        y = self._out(x.shape, x.dtype)
+        return p
+
+    def sparse_ffn(self, *inputs):
+        """x [T,H], gates [T,E], three weights [I,H], expert_offsets [E+1] -> y [T,H]."""
+        self._begin()
+        p = self._mlp_params(*inputs)
+        y = self._out(inputs[0].shape, inputs[0].dtype)
         p.y = y.address
         self._run("run_expert_mlp", p, self._workspace("expert_mlp_workspace", p))
-        out = torch.from_numpy(y.array.copy())
-        return out if x.dtype == torch.float32 else out.view(torch.int16).view(x.dtype)
+        return to_torch(y.array, inputs[0].dtype)
+
+    def sparse_ffn_backward(self, *inputs, dy, grad_weight=None, without=()):
+        """Gradients by name, dx, dgates, dgate_proj, dup_proj, ddown_proj_t, but for `without`."""
+        self._begin()
+        p = STRUCTS["ExpertMlpBackwardParams"](self._mlp_params(*inputs))
+        p.dy, p.dy_stride = self._rows(dy)
+        p.grad_weight = 0 if grad_weight is None else self._in(grad_weight)
+        names = ("dx", "dgates", "dgate_proj", "dup_proj", "ddown_proj_t")
+        like = {n: t for n, t in zip(names, inputs, strict=False) if n not in without}
+        out = {n: self._out(t.shape, t.dtype) for n, t in like.items()}
+        for name, buffer in out.items():
+            setattr(p, name, buffer.address)
+        workspace = self._workspace("expert_mlp_backward_workspace", p)
+        self._run("run_expert_mlp_backward", p, workspace)
+        return {n: to_torch(b.array, like[n].dtype) for n, b in out.items()}
 
     def forward_workspace(self, tokens, hidden, intermediate, experts, dtype):
         """Bytes that expert_mlp asks for."""
@@ -249,3 +270,8 @@ def to_numpy(tensor):
     if tensor.dtype in (torch.bfloat16, torch.float16):
         return tensor.view(torch.int16).numpy().view(np.uint16)
     return tensor.numpy()
+
+
+def to_torch(array, dtype):
+    tensor = torch.from_numpy(array.copy())
+    return tensor if dtype == torch.float32 else tensor.view(torch.int16).view(dtype)

@@ -1,0 +1,228 @@
+// The backward per neuron: from x_t and dy_t to what every gradient is made of.        see expert_mlp_bwd.cu
+//
+//   g = x_t Wg,  u = x_t Wu,  da = dy_t Wd^T          three products over H, rows gathered by token_idx
+//   a = silu(g) u,  s = sigmoid(g)
+//   gated [t,i] = G a              dgate [t,i] = G da u s (1 + g (1 - s))         dup [t,i] = G da silu(g)
+//   partial [t, tile] = sum over the tile's neurons of a da                       its sum is dgates
+//
+// 128 pairs x 32 neurons: three sums of 32 registers each leave room for two CTAs per SM. Four warps of
+// 32 rows each see all of a tile's neurons, so that a row's part of dgates stays in four lanes.
+#pragma once
+
+#include "cuda/gemm_gate_up.cuh"
+
+namespace dsmoe::cuda {
+
+template <class T>
+struct NeuronsArgs {
+  PassArgs<T> pass;
+  PairLists listed;  // active pairs, and those that want dgates all the same
+  int64_t dy_stride;
+  const T* dy;               // [Tp,H]
+  const T* down_proj_t;      // [I,H]
+  T* gated;                  // [Tp,width]
+  T* dgate;                  // [Tp,width]
+  T* dup;                    // [Tp,width]
+  float* partial;            // [Tp,width/16]   at a tile's first column / 16
+  const float* grad_weight;  // [Tp,E] or null
+  float* dgates;             // [Tp,E] or null
+};
+
+struct NeuronsTile {
+  static constexpr int kTileN = 32;
+  static constexpr int kWarpsM = 4;
+  static constexpr int kRowBlocks = kTileM / 16 / kWarpsM;  // 2
+  static constexpr int kBlocks = kTileN / 8;                // 4
+  static constexpr int kRowsBytes = kTileM * kRowBytes, kColumnsBytes = kTileN * kRowBytes;
+  static constexpr int kStageBytes = 2 * kRowsBytes + 3 * kColumnsBytes;  // x, dy, Wg, Wu, Wd
+  static constexpr int kSharedBytes = kStages * kStageBytes;              // 66 KiB
+  static constexpr int kCopiesA = kTileM / kCopyRows;
+  static_assert(kTileN == kCopyRows, "a thread copies one row of each weight matrix");
+};
+
+struct NeuronsSums {
+  float gate[NeuronsTile::kRowBlocks][NeuronsTile::kBlocks][4];
+  float up[NeuronsTile::kRowBlocks][NeuronsTile::kBlocks][4];
+  float da[NeuronsTile::kRowBlocks][NeuronsTile::kBlocks][4];
+};
+
+template <class T>
+__device__ __forceinline__ void neurons_step(NeuronsSums& sums, uint32_t stage, int warp_m,
+                                             int live) {
+  using C = NeuronsTile;
+  using Columns = ColumnTile<C::kBlocks>;
+  const int lane = threadIdx.x % kWarp;
+  const uint32_t columns = stage + 2 * C::kRowsBytes;
+#pragma unroll
+  for (int k_chunk = 0; k_chunk < kChunksPerRow; k_chunk += 2) {
+    uint32_t x[C::kRowBlocks][4], dy[C::kRowBlocks][4];
+#pragma unroll
+    for (int i = 0; i < C::kRowBlocks; ++i) {
+      if (i >= live) continue;
+      load_rows(x[i], stage, (i * C::kWarpsM + warp_m) * 16, k_chunk);
+      load_rows(dy[i], stage + C::kRowsBytes, (i * C::kWarpsM + warp_m) * 16, k_chunk);
+    }
+#pragma unroll
+    for (int j = 0; j < C::kBlocks; j += 2) {
+      const int row = Columns::row_of(j + lane / 16, lane % 8);
+      const uint32_t at = columns + Columns::offset(row, k_chunk + lane / 8 % 2);
+      uint32_t gate[4], up[4], down[4];
+      ldmatrix_x4(gate, at);
+      ldmatrix_x4(up, at + C::kColumnsBytes);
+      ldmatrix_x4(down, at + 2 * C::kColumnsBytes);
+#pragma unroll
+      for (int i = 0; i < C::kRowBlocks; ++i) {
+        if (i >= live) continue;
+#pragma unroll
+        for (int b = 0; b < 2; ++b) {
+          mma(sums.gate[i][j + b], x[i], gate[2 * b], gate[2 * b + 1], T());
+          mma(sums.up[i][j + b], x[i], up[2 * b], up[2 * b + 1], T());
+          mma(sums.da[i][j + b], dy[i], down[2 * b], down[2 * b + 1], T());
+        }
+      }
+    }
+  }
+}
+
+template <class T, class Tile>
+__device__ __forceinline__ void neurons_epilogue(const NeuronsArgs<T>& args, const Tile& tile,
+                                                 const NeuronsSums& sums, int warp_m) {
+  using C = NeuronsTile;
+  const PassArgs<T>& pass = args.pass;
+  const int lane = threadIdx.x % kWarp;
+  const int column = lane % 4 * 2 * C::kBlocks;  // the lane's 8 neighbouring neurons
+  // up to the next multiple of 8 neurons are zeros, as the weights' rows there were
+  const bool has_column = column < ceil_div(tile.columns, kChunk) * kChunk;
+  const int64_t tile_column = pass.expert_columns[tile.expert] + tile.column;
+#pragma unroll
+  for (int i = 0; i < C::kRowBlocks; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = (i * C::kWarpsM + warp_m) * 16 + half * 8 + lane / 4;
+      const bool exists = row < tile.pairs.count();
+      const int64_t token = exists ? args.listed.token_idx[tile.pairs.begin + row] : 0;
+      const float weight = exists ? pass.gates[token * pass.num_experts + tile.expert] : 0.f;
+      uint32_t gated[C::kBlocks], dgate[C::kBlocks], dup[C::kBlocks];
+      float dot = 0.f;
+#pragma unroll
+      for (int j = 0; j < C::kBlocks; ++j) {
+        float v[3][2];
+#pragma unroll
+        for (int b = 0; b < 2; ++b) {
+          const float g = sums.gate[i][j][half * 2 + b], u = sums.up[i][j][half * 2 + b];
+          const float da = sums.da[i][j][half * 2 + b];
+          const float s = __fdividef(1.f, 1.f + __expf(-g)), silu = g * s;
+          dot += silu * u * da;
+          // not products with a gate of 0: what an inactive pair computed may be infinite
+          const bool is_active = weight != 0.f;
+          v[0][b] = is_active ? weight * silu * u : 0.f;
+          v[1][b] = is_active ? weight * da * u * (s * (1.f + g * (1.f - s))) : 0.f;
+          v[2][b] = is_active ? weight * da * silu : 0.f;
+        }
+        gated[j] = pack(v[0][0], v[0][1], T());
+        dgate[j] = pack(v[1][0], v[1][1], T());
+        dup[j] = pack(v[2][0], v[2][1], T());
+      }
+      dot += __shfl_xor_sync(kAllLanes, dot, 1);
+      dot += __shfl_xor_sync(kAllLanes, dot, 2);
+      if (!exists) continue;
+      if (lane % 4 == 0) args.partial[(token * pass.width + tile_column) / kColumnAlign] = dot;
+      if (!has_column) continue;
+      const int64_t at = token * pass.width + tile_column + column;
+      auto store = [at](T* matrix, const uint32_t (&v)[C::kBlocks]) {
+        __stcg(reinterpret_cast<uint4*>(matrix + at), uint4{v[0], v[1], v[2], v[3]});
+      };
+      store(args.gated, gated);
+      store(args.dgate, dgate);
+      store(args.dup, dup);
+    }
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2)
+    neurons_backward_kernel(const __grid_constant__ NeuronsArgs<T> args) {
+  using C = NeuronsTile;
+  extern __shared__ __align__(128) unsigned char shared[];
+  const uint32_t base = shared_address(shared);
+  const PassArgs<T>& pass = args.pass;
+  const int t = threadIdx.x, warp_m = t / kWarp;
+  const int chunk = t % kChunksPerRow, copy_row = t / kChunksPerRow;
+  const int num_steps = static_cast<int>(ceil_div<int64_t>(pass.hidden_size, kTileK));
+  TileScheduler<kTileM, C::kTileN> scheduler(args.listed, pass.expert_offsets, pass.num_experts, 1,
+                                             INT32_MAX);
+  typename TileScheduler<kTileM, C::kTileN>::Tile tile;
+  while (scheduler.next(tile)) {
+    const T* x_rows[C::kCopiesA];  // null beyond the end
+    const T* dy_rows[C::kCopiesA];
+#pragma unroll
+    for (int i = 0; i < C::kCopiesA; ++i) {
+      const int pair = tile.pairs.begin + copy_row + i * kCopyRows;
+      const bool exists = pair < tile.pairs.end;
+      const int64_t token = exists ? args.listed.token_idx[pair] : 0;
+      x_rows[i] = exists ? pass.x + token * pass.x_stride : nullptr;
+      dy_rows[i] = exists ? args.dy + token * args.dy_stride : nullptr;
+    }
+    const bool has_weights = copy_row < tile.columns;
+    const int64_t weights = (tile.first_row + copy_row) * pass.hidden_size;
+    const T* const columns[3] = {pass.gate_proj, pass.up_proj, args.down_proj_t};
+    auto load = [&](int stage, int step) {
+      const uint32_t to = base + stage * C::kStageBytes;
+      const int64_t k = step * int64_t{kTileK} + chunk * kChunk;
+      const bool in_row = k < pass.hidden_size;
+#pragma unroll
+      for (int i = 0; i < C::kCopiesA; ++i) {
+        const uint32_t at = to + RowTile::offset(copy_row + i * kCopyRows, chunk);
+        const bool valid = in_row && x_rows[i] != nullptr;
+        cp_async_16(at, valid ? x_rows[i] + k : pass.x, valid);
+        cp_async_16(at + C::kRowsBytes, valid ? dy_rows[i] + k : args.dy, valid);
+      }
+      const uint32_t at = to + 2 * C::kRowsBytes + ColumnTile<C::kBlocks>::offset(copy_row, chunk);
+      const bool valid = in_row && has_weights;
+#pragma unroll
+      for (int m = 0; m < 3; ++m) {
+        cp_async_16(at + m * C::kColumnsBytes, columns[m] + (valid ? weights + k : 0), valid);
+      }
+    };
+    NeuronsSums sums{};
+    const int live = live_blocks<C::kWarpsM>(tile.pairs.count(), warp_m);
+    pipeline(num_steps, load, [&](int stage) {
+      neurons_step<T>(sums, base + stage * C::kStageBytes, warp_m, live);
+    });
+    neurons_epilogue(args, tile, sums, warp_m);
+  }
+}
+
+// dgates [t,e]: the sum of a listed pair's parts, times grad_weight where it is inactive. A thread per pair.
+template <class T>
+__global__ void sum_dgates_kernel(const __grid_constant__ NeuronsArgs<T> args) {
+  const PassArgs<T>& pass = args.pass;
+  const int64_t count = pass.num_tokens * pass.num_experts;
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
+       i += gridDim.x * int64_t{blockDim.x}) {
+    const int64_t token = i / pass.num_experts;
+    const int expert = static_cast<int>(i - token * pass.num_experts);
+    const bool is_active = pass.gates[i] != 0.f;
+    const float weight = is_active ? 1.f : args.grad_weight != nullptr ? args.grad_weight[i] : 0.f;
+    float sum = 0.f;
+    if (weight != 0.f) {
+      const int size = pass.expert_offsets[expert + 1] - pass.expert_offsets[expert];
+      const float* parts =
+          args.partial + (token * pass.width + pass.expert_columns[expert]) / kColumnAlign;
+      for (int c = 0; c < size; c += NeuronsTile::kTileN) sum += parts[c / kColumnAlign];
+      sum *= weight;
+    }
+    args.dgates[i] = sum;
+  }
+}
+
+// 1 where a pair is active or wants its dgates, else 0: gates for the second list of pairs.
+static __global__ void list_pairs_kernel(int64_t count, const float* gates,
+                                         const float* grad_weight, float* listed) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
+       i += gridDim.x * int64_t{blockDim.x}) {
+    listed[i] = gates[i] != 0.f || grad_weight[i] != 0.f ? 1.f : 0.f;
+  }
+}
+
+}  // namespace dsmoe::cuda

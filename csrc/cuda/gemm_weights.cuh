@@ -1,0 +1,151 @@
+// A weight gradient: dW[i, :] = sum over the active tokens t of e of p[t,i] q_t       see expert_mlp_bwd.cu
+//
+//   left     neurons of one expert, columns of p               [64, tokens]
+//   right    q = x or dy, rows gathered                        [tokens, 128]
+//   result   rows of dW                                        [64, 128]
+//
+// The sum runs down the rows of both operands, so both are read transposed from shared memory. An
+// expert without tokens gets zeros by the same loop, run no times.
+#pragma once
+
+#include "cuda/gemm_gate_up.cuh"
+
+namespace dsmoe::cuda {
+
+template <class T>
+struct WeightsArgs {
+  PassArgs<T> pass;
+  const T* p;  // [Tp,width]
+  int64_t q_stride;
+  const T* q;       // [Tp,H]
+  T* result;        // [I,H]
+  bool accumulate;  // a later pass over tokens adds to the earlier ones' result
+};
+
+struct WeightsTile {
+  static constexpr int kTileM = 64, kTileN = 128;
+  static constexpr int kWarpsM = 2, kWarpsN = 2;
+  static constexpr int kRowBlocks = kTileM / 16 / kWarpsM;  // 2
+  static constexpr int kBlocks = kTileN / 8 / kWarpsN;      // 8
+  using Left = DepthTile<kTileM>;
+  using Right = DepthTile<kTileN>;
+  static constexpr int kStageBytes = Left::kBytes + Right::kBytes;  // 12 KiB
+  static constexpr int kSharedBytes = kStages * kStageBytes;
+  static constexpr int kCopiesLeft = Left::kBytes / 16 / kThreads;    // 2
+  static constexpr int kCopiesRight = Right::kBytes / 16 / kThreads;  // 4
+  static_assert(kTileK == kWarp, "a lane per term of the sum");
+};
+
+using WeightsSums = float[WeightsTile::kRowBlocks][WeightsTile::kBlocks][4];
+
+template <class T>
+__device__ __forceinline__ void weights_step(WeightsSums& sums, uint32_t stage, int warp_m,
+                                             int warp_n) {
+  using C = WeightsTile;
+  const int lane = threadIdx.x % kWarp;
+  const uint32_t right = stage + C::Left::kBytes;
+#pragma unroll
+  for (int k = 0; k < kTileK; k += 16) {
+    uint32_t a[C::kRowBlocks][4];
+#pragma unroll
+    for (int i = 0; i < C::kRowBlocks; ++i) {
+      // matrices: low and high neurons of the low terms, then of the high terms
+      const int chunk = (warp_m * C::kRowBlocks + i) * 2 + lane / 8 % 2;
+      ldmatrix_x4_trans(a[i], stage + C::Left::offset(k + lane / 16 * 8 + lane % 8, chunk));
+    }
+#pragma unroll
+    for (int j = 0; j < C::kBlocks; j += 2) {
+      uint32_t b[4];
+      const int chunk = warp_n * C::kBlocks + j + lane / 16;
+      ldmatrix_x4_trans(b, right + C::Right::offset(k + lane % 16, chunk));
+#pragma unroll
+      for (int i = 0; i < C::kRowBlocks; ++i) {
+        mma(sums[i][j], a[i], b[0], b[1], T());
+        mma(sums[i][j + 1], a[i], b[2], b[3], T());
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ void unpack(uint32_t v, float& low, float& high, __nv_bfloat16) {
+  low = __uint_as_float(v << 16);
+  high = __uint_as_float(v & 0xffff0000u);
+}
+__device__ __forceinline__ void unpack(uint32_t v, float& low, float& high, __half) {
+  const float2 f = __half22float2(reinterpret_cast<const __half2&>(v));
+  low = f.x;
+  high = f.y;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 3)
+    weights_kernel(const __grid_constant__ WeightsArgs<T> args) {
+  using C = WeightsTile;
+  extern __shared__ __align__(128) unsigned char shared[];
+  const uint32_t base = shared_address(shared);
+  const PassArgs<T>& pass = args.pass;
+  const int t = threadIdx.x, lane = t % kWarp;
+  const int warp_m = t / kWarp / C::kWarpsN, warp_n = t / kWarp % C::kWarpsN;
+  NeuronTiles<C::kTileM, C::kTileN> tiles(pass.expert_offsets, pass.num_experts, pass.hidden_size);
+  typename NeuronTiles<C::kTileM, C::kTileN>::Tile tile;
+  while (tiles.next(tile)) {
+    const PairRange pairs{pass.lists.pair_offsets[tile.expert],
+                          pass.lists.pair_offsets[tile.expert + 1]};
+    const int first_column = pass.expert_columns[tile.expert] + tile.neuron;
+    const int left_end = ceil_div(tile.neurons, kChunk) * kChunk;
+
+    // Lane l holds the token of term l, one step ahead of the copies that need it.
+    auto token_of_term = [&](int term) {
+      return pairs.begin + term < pairs.end ? pass.lists.token_idx[pairs.begin + term] : -1;
+    };
+    int token_ahead = token_of_term(lane);
+    auto load = [&](int stage, int step) {
+      const uint32_t to = base + stage * C::kStageBytes;
+      const int token = token_ahead;
+      token_ahead = token_of_term((step + 1) * kTileK + lane);
+      auto copy = [&](auto layout, int i, uint32_t at, const T* matrix, int64_t stride, int first,
+                      int64_t end) {
+        using Layout = decltype(layout);
+        const int term = (t + i * kThreads) / Layout::kChunks;
+        const int chunk = (t + i * kThreads) % Layout::kChunks;
+        const int64_t row = __shfl_sync(kAllLanes, token, term);
+        const bool valid = row >= 0 && first + chunk * kChunk < end;
+        cp_async_16(at + Layout::offset(term, chunk),
+                    matrix + (valid ? row * stride + first + chunk * kChunk : 0), valid);
+      };
+#pragma unroll
+      for (int i = 0; i < C::kCopiesLeft; ++i) {
+        copy(typename C::Left(), i, to, args.p, pass.width, first_column, first_column + left_end);
+      }
+#pragma unroll
+      for (int i = 0; i < C::kCopiesRight; ++i) {
+        copy(typename C::Right(), i, to + C::Left::kBytes, args.q, args.q_stride, tile.column,
+             pass.hidden_size);
+      }
+    };
+    WeightsSums sums{};
+    pipeline(ceil_div(pairs.count(), kTileK), load, [&](int stage) {
+      weights_step<T>(sums, base + stage * C::kStageBytes, warp_m, warp_n);
+    });
+#pragma unroll
+    for (int i = 0; i < C::kRowBlocks; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int neuron = (warp_m * C::kRowBlocks + i) * 16 + half * 8 + lane / 4;
+        if (neuron >= tile.neurons) continue;
+        const int64_t row = tile.first_row + neuron;
+#pragma unroll
+        for (int j = 0; j < C::kBlocks; ++j) {
+          const int64_t column = tile.column + (warp_n * C::kBlocks + j) * 8 + lane % 4 * 2;
+          if (column >= pass.hidden_size) continue;
+          auto* out = reinterpret_cast<uint32_t*>(args.result + row * pass.hidden_size + column);
+          float low = 0.f, high = 0.f;
+          if (args.accumulate) unpack(*out, low, high, T());
+          *out = pack(low + sums[i][j][half * 2], high + sums[i][j][half * 2 + 1], T());
+        }
+      }
+    }
+  }
+}
+
+}  // namespace dsmoe::cuda

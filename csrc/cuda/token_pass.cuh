@@ -1,0 +1,162 @@
+// A pass over a part of the tokens: what its kernels share, and the workspace it lives in.
+#pragma once
+
+#include "cuda/gemm_tile.cuh"
+#include "cuda/scheduler.cuh"
+
+namespace dsmoe::cuda {
+
+constexpr int kThreads = 128;
+constexpr int kTileM = 128;
+constexpr int kCopyRows =
+    kThreads / kChunksPerRow;  // rows of kTileK numbers that a CTA copies at once
+constexpr int kCtasPerSm = 2;
+
+// What `down` sums over neurons: a row of the workspace times rows of a weight matrix.
+template <class T>
+struct SumSource {
+  const T* rows;     // [Tp,width]
+  const T* weights;  // [I,H]
+};
+
+// Pointers are to the pass's first token.
+template <class T>
+struct PassArgs {
+  int64_t num_tokens;
+  int64_t hidden_size;
+  int32_t num_experts;
+  int64_t x_stride;
+  const T* x;                     // [Tp,H]
+  const float* gates;             // [Tp,E]
+  const T* gate_proj;             // [I,H]
+  const T* up_proj;               // [I,H]
+  const int32_t* expert_offsets;  // [E+1]
+  PairLists lists;
+  int64_t width;            // row length of the workspace's matrices: room for aligned experts
+  int32_t* expert_columns;  // [E+1]  first column of an expert, a multiple of kColumnAlign
+  int32_t* row_of_column;   // [width]   row of the weights, -1 in the gaps
+  T* activations;           // [Tp,width]   the forward's result of gate_up
+  int num_sources;
+  SumSource<T> sources[2];
+  float* strips;  // [CTAs, 256, 128]
+  T* y;           // [Tp,H]   what `down` writes
+};
+
+// One CTA: where experts' columns begin (an exclusive sum of sizes rounded up), and which row of
+// down_proj_t stands behind a column.
+template <class T>
+__global__ void __launch_bounds__(kMaxExperts)
+    place_columns_kernel(const __grid_constant__ PassArgs<T> args) {
+  __shared__ int warp_totals[kMaxExperts / kWarp];
+  const int expert = threadIdx.x, warp = expert / kWarp, lane = expert % kWarp;
+  const bool exists = expert < args.num_experts;
+  const int first = exists ? args.expert_offsets[expert] : 0;
+  const int size = exists ? args.expert_offsets[expert + 1] - first : 0;
+  const int padded = ceil_div(size, kColumnAlign) * kColumnAlign;
+  int end = warp_inclusive_sum(padded);
+  if (lane == kWarp - 1) warp_totals[warp] = end;
+  __syncthreads();
+  for (int w = 0; w < warp; ++w) end += warp_totals[w];
+  if (exists) args.expert_columns[expert] = end - padded;
+  if (expert == args.num_experts - 1) args.expert_columns[args.num_experts] = end;
+  // a warp writes the columns of its 32 experts, one expert after the other
+  for (int other = 0; other < kWarp; ++other) {
+    const int column = __shfl_sync(kAllLanes, end - padded, other);
+    const int columns = __shfl_sync(kAllLanes, padded, other);
+    const int row = __shfl_sync(kAllLanes, first, other),
+              rows = __shfl_sync(kAllLanes, size, other);
+    for (int i = lane; i < columns; i += kWarp) {
+      args.row_of_column[column + i] = i < rows ? row + i : -1;
+    }
+  }
+}
+
+// Zeros in a matrix [Tp,width] at inactive pairs of small experts, which `down` reads. A thread per 16
+// bytes.
+template <class T>
+__global__ void clear_inactive_kernel(const __grid_constant__ PassArgs<T> args, T* matrix) {
+  const int expert = blockIdx.y;
+  const int size = args.expert_offsets[expert + 1] - args.expert_offsets[expert];
+  if (size == 0 || size >= SpanIterator::kSmall) return;
+  constexpr int kNumbers = 16 / sizeof(T);
+  const int chunks = ceil_div(size, kNumbers);
+  T* rows = matrix + args.expert_columns[expert];
+  const int64_t count = args.num_tokens * chunks;
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
+       i += gridDim.x * int64_t{blockDim.x}) {
+    const int64_t token = i / chunks;
+    if (args.gates[token * args.num_experts + expert] != 0.f) continue;
+    const int64_t column = (i - token * chunks) * kNumbers;
+    __stcg(reinterpret_cast<uint4*>(rows + token * args.width + column), uint4{});
+  }
+}
+
+// ---------------------------------------------------------------------------------------- the host
+
+#ifndef DSMOE_CUDA_WORKSPACE_MIB  // tests make it small
+#define DSMOE_CUDA_WORKSPACE_MIB 256
+#endif
+constexpr int64_t kWorkspaceLimit = int64_t{DSMOE_CUDA_WORKSPACE_MIB} << 20;
+
+inline bool aligned_16(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
+// Hands out places in the workspace, one after the other.
+struct Carver {
+  int64_t bytes = 0;
+  int64_t place(int64_t size) {
+    const int64_t at = bytes;
+    bytes += ceil_div<int64_t>(size, 256) * 256;
+    return at;
+  }
+};
+
+inline int64_t matrix_width(const ExpertMlpParams& p) {
+  const int64_t most = p.intermediate_size + int64_t{kColumnAlign - 1} * p.num_experts;
+  return ceil_div<int64_t>(most, kColumnAlign) * kColumnAlign;
+}
+
+// Tokens of a pass, a multiple of kTokensPerChunk: as many as fit, and passes of equal length.
+inline int64_t tokens_per_pass(int64_t num_tokens, int64_t bytes_per_token, int64_t bytes_taken) {
+  const int64_t room = (kWorkspaceLimit - bytes_taken) / bytes_per_token / kTokensPerChunk;
+  const int64_t chunks = ceil_div<int64_t>(num_tokens, kTokensPerChunk);
+  const int64_t passes = ceil_div(chunks, room > 0 ? room : 1);
+  return passes > 0 ? ceil_div(chunks, passes) * kTokensPerChunk : 0;
+}
+
+// The lists of a pass's pairs in the workspace.
+struct ListsLayout {
+  int64_t tables, pair_offsets, token_idx;
+};
+
+inline PermuteParams pass_permute(const ExpertMlpParams& p, int64_t tokens) {
+  PermuteParams q{};
+  q.gates_dtype = Dtype::kFloat32;
+  q.num_tokens = tokens;
+  q.num_experts = p.num_experts;
+  q.capacity = tokens * p.num_experts;
+  return q;
+}
+
+inline ListsLayout place_lists(Carver& carver, const ExpertMlpParams& p, int64_t tokens) {
+  ListsLayout l{};
+  l.tables = carver.place(permute_workspace_bytes(pass_permute(p, tokens)));
+  l.pair_offsets = carver.place((p.num_experts + 1) * 4);
+  l.token_idx = carver.place(tokens * p.num_experts * 4);
+  return l;
+}
+
+// Launches permute over a pass's gates; token_offsets and slot_idx are not wanted.
+inline Status make_lists(const ExpertMlpParams& p, int64_t tokens, const float* gates,
+                         const ListsLayout& l, unsigned char* workspace, cudaStream_t on,
+                         PairLists& lists) {
+  PermuteParams q = pass_permute(p, tokens);
+  q.gates = gates;
+  q.pair_offsets = reinterpret_cast<int32_t*>(workspace + l.pair_offsets);
+  q.token_idx = reinterpret_cast<int32_t*>(workspace + l.token_idx);
+  lists = {permute_tables(q, workspace + l.tables), q.pair_offsets, q.token_idx};
+  return permute(q, workspace + l.tables, on);
+}
+
+}  // namespace dsmoe::cuda

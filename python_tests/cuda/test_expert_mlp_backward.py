@@ -1,0 +1,143 @@
+"""expert_mlp's backward on CUDA against dsmoe_ext.reference in float64 (design.md's edge table)."""
+
+import pytest
+import torch
+from interpreted import Failed, Interpreter
+from ops_under_test import ON_GPU, Ops
+from ptx import Counters
+
+from dsmoe_ext import reference
+from dsmoe_ext.testing import random_case, run_case
+
+EDGES = {  # name: (T, H, sizes, active)
+    "no token": (0, 16, [8, 8], 0.5),
+    "one token": (1, 64, [32] * 4, 0.5),
+    "none active": (9, 32, [16, 16], 0.0),
+    "all active": (70, 64, [32] * 4, 1.0),
+    "off every tile": (67, 56, [13, 29, 7, 1, 3], 0.5),
+    "unequal": (129, 136, [100, 4, 60, 36], 0.4),
+    "empty experts": (33, 48, [0, 20, 0, 12, 0], 0.6),
+    "shared and fine": (65, 96, [96] + [16] * 18, 0.5),
+    "large between fine": (40, 24, [16, 24, 80, 16, 0, 72, 8], 0.5),
+    "one expert": (40, 32, [72], 1.0),
+    "two chunks": (300, 40, [72, 40, 16], 0.5),
+}
+
+
+def gradients(case, ops, **options):
+    return ops.sparse_ffn_backward(
+        *case.inputs(), dy=case.dy, grad_weight=case.grad_weight, **options
+    )
+
+
+def check(case, ops=None):
+    """Rule 5: at most twice the error of PyTorch in the same dtype, plus the output's rounding."""
+    ours = gradients(case, ops or Ops())
+    exact = run_case(reference.sparse_ffn, case.to(torch.float64))
+    torchs = run_case(reference.sparse_ffn, case)
+    eps = torch.finfo(case.x.dtype).eps
+    for name, result in ours.items():
+        if result.numel():
+            error, allowed = (
+                (t.double() - exact[name]).abs().max() for t in (result, torchs[name])
+            )
+            assert error <= 2 * allowed + eps * exact[name].abs().max(), name
+
+
+@pytest.mark.parametrize("exact_ste", [False, True], ids=["active", "exact"])
+@pytest.mark.parametrize("edge", EDGES)
+def test_edges(edge, exact_ste):
+    tokens, hidden, sizes, active = EDGES[edge]
+    options = dict(active=active, exact_ste=exact_ste, dtype=torch.bfloat16)
+    check(random_case(0, tokens, hidden, sizes, **options))
+
+
+@pytest.mark.parametrize("edge", ["off every tile", "shared and fine"])
+def test_edges_in_float16(edge):
+    tokens, hidden, sizes, active = EDGES[edge]
+    check(random_case(1, tokens, hidden, sizes, active=active, exact_ste=True, dtype=torch.float16))
+
+
+def test_sampled_grad_weight():
+    case = random_case(2, 50, 48, [20, 12, 16, 8], dtype=torch.bfloat16)
+    draw = torch.rand(case.gates.shape, generator=torch.Generator().manual_seed(0)) < 0.25
+    case.grad_weight = draw.to(case.gates) * 4.0
+    check(case)
+    inactive = (case.gates == 0) & ~draw
+    assert (gradients(case, Ops())["dgates"][inactive] == 0).all()
+
+
+def test_an_expert_without_tokens_gets_zeros():
+    case = random_case(3, 30, 24, [16, 72, 8], active=1.0, dtype=torch.bfloat16)
+    case.gates[:, 1] = 0
+    out = gradients(case, Ops())
+    for name in ("dgate_proj", "dup_proj", "ddown_proj_t"):
+        assert (out[name][16:88] == 0).all() and (out[name][:16] != 0).any()
+
+
+def test_rows_of_x_and_dy_further_apart():
+    case = random_case(4, 24, 40, [16, 8, 72], dtype=torch.bfloat16)
+    want = gradients(case, Ops())
+    wide = torch.zeros(24, 192, dtype=torch.bfloat16)
+    wide[:, 16:56], wide[:, 104:144] = case.x, case.dy
+    case.x, case.dy = wide[:, 16:56], wide[:, 104:144]
+    got = gradients(case, Ops())
+    assert all(torch.equal(got[n], want[n]) for n in want)
+
+
+def test_what_nobody_wants():
+    case = random_case(5, 20, 24, [16, 40], dtype=torch.bfloat16, exact_ste=True)
+    want = gradients(case, Ops())
+    for without in (("dx",), ("dgates",), ("dgate_proj", "dup_proj", "ddown_proj_t")):
+        got = gradients(case, Ops(), without=without)
+        assert set(got) == set(want) - set(without)
+        assert all(torch.equal(got[n], want[n]) for n in got)
+
+
+def test_infinity_at_an_inactive_pair_stays_there():
+    case = random_case(6, 17, 16, [8, 24], active=1.0, exact_ste=True, dtype=torch.bfloat16)
+    case.gates[5] = 0
+    case.x[5] = 1e30
+    out = gradients(case, Ops())
+    assert (out["dx"][5] == 0).all()
+    assert all(out[n].isfinite().all() for n in ("dgate_proj", "dup_proj", "ddown_proj_t"))
+
+
+interpreter_only = pytest.mark.skipif(ON_GPU, reason="asks the interpreter")
+
+
+@interpreter_only
+def test_same_bits_for_any_schedule_and_number_of_multiprocessors():
+    case = random_case(7, 90, 72, [72, 16, 16], dtype=torch.bfloat16, exact_ste=True)
+    want = gradients(case, Interpreter())
+    for seed, multiprocessors in ((None, 1), (0, 3), (1, 2)):
+        got = gradients(case, Interpreter(seed=seed, multiprocessors=multiprocessors))
+        assert all(torch.equal(got[n], want[n]) for n in want)
+
+
+@interpreter_only
+def test_tokens_in_passes():
+    """A small workspace: later passes add to the weight gradients, the rest does not change."""
+    case = random_case(8, 520, 16, [136, 40], dtype=torch.bfloat16, exact_ste=True)
+    passes = Interpreter(multiprocessors=1, macros=("DSMOE_CUDA_WORKSPACE_MIB=1",))
+    check(case, passes)
+    assert sum("neurons_backward" in name for name, *_ in passes.launches) > 1
+    want, got = gradients(case, Interpreter()), gradients(case, passes)
+    assert all(torch.equal(got[n], want[n]) for n in ("dx", "dgates"))
+
+
+@interpreter_only
+def test_traffic():
+    """No bank conflicts; asynchronous copies move whole sectors."""
+    case = random_case(9, 128, 128, [128, 64, 32], active=1.0, dtype=torch.bfloat16)
+    counters = Counters()
+    gradients(case, Interpreter(counters=counters))
+    assert counters.total(counters.cycles).excess == 0
+    copies = counters.total({k: v for k, v in counters.sectors.items() if k[1] == "cp"})
+    assert copies.units == copies.least
+
+
+@interpreter_only
+def test_what_is_not_supported_says_so():
+    with pytest.raises(Failed, match="kUnsupported"):
+        gradients(random_case(10, 4, 20, [8], dtype=torch.bfloat16), Interpreter())
