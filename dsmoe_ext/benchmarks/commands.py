@@ -132,6 +132,68 @@ def model(
     console.print(report.model_table(f"{shape}, {dtype}, {layout} experts", rows))
 
 
+@app.command("gpu-model")
+def gpu_model(
+    gpu: Annotated[str, typer.Option(help="a100 or h100.")] = "a100",
+    shape: ShapeOption = "4096,11008",
+    experts: ExpertsOption = 8,
+    expert_sizes: SizesOption = None,
+    active: ActiveOption = "0.375",
+    tokens: TokensOption = "1,8192",
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSON, {"active": [[experts of token 0], ...]}: instead of random pairs.'
+        ),
+    ] = None,
+) -> None:
+    """Predict the CUDA kernels' time in bf16; beside it the measured time, where a GPU is present.
+
+    From the datasheet, the tiles that the kernels would run, and the instructions and bytes of a
+    tile, counted while the interpreter of the tests ran them. Forward and, up to 16 tokens, decode.
+    """
+    import torch
+
+    from dsmoe_ext.benchmarks import gpu_model as model
+    from dsmoe_ext.benchmarks.gpu_report import prediction_table
+    from dsmoe_ext.console import out as console
+    from dsmoe_ext.errors import UserError
+    from dsmoe_ext.options import numbers
+
+    if gpu not in model.GPUS:
+        raise UserError(f"--gpu must be of {', '.join(model.GPUS)}, but is {gpu!r}")
+    hidden_size, sizes = _sizes(shape, experts, expert_sizes)
+    if trace:
+        loads = [model.read_trace(trace, len(sizes))]
+    else:
+        loads = [
+            model.draw(t, len(sizes), fraction)
+            for t in numbers(tokens, int, "--tokens")
+            for fraction in numbers(active, float, "--active")
+        ]
+    for mask in loads:
+        load = model.Load(hidden_size, tuple(sizes), mask)
+        kernels = model.predict(model.GPUS[gpu], load)
+        measured = model.measure(load) if torch.cuda.is_available() else None
+        console.print(prediction_table(model.GPUS[gpu], load, _layout(sizes), kernels, measured))
+
+
+def _sizes(shape: str, experts: int, expert_sizes: str | None) -> tuple[int, list[int]]:
+    """Hidden size and the experts' sizes, from the options."""
+    from dsmoe_ext.errors import UserError
+    from dsmoe_ext.options import numbers
+
+    hidden_size, intermediate_size = numbers(shape, int, "--shape")
+    sizes = numbers(expert_sizes, int, "--expert-sizes")
+    if not sizes:
+        if intermediate_size % experts:
+            raise UserError(
+                f"{experts} experts do not divide {intermediate_size}: use --expert-sizes"
+            )
+        sizes = [intermediate_size // experts] * experts
+    return hidden_size, sizes
+
+
 def _run(
     kind,
     shape,
@@ -152,18 +214,10 @@ def _run(
     from dsmoe_ext.benchmarks.machine import measure_machine
     from dsmoe_ext.console import out as console
     from dsmoe_ext.console import progress
-    from dsmoe_ext.errors import UserError
     from dsmoe_ext.options import numbers
 
     kinds = _dtypes(dtypes)
-    hidden_size, intermediate_size = numbers(shape, int, "--shape")
-    sizes = numbers(expert_sizes, int, "--expert-sizes")
-    if not sizes:
-        if intermediate_size % experts:
-            raise UserError(
-                f"{experts} experts do not divide {intermediate_size}: use --expert-sizes"
-            )
-        sizes = [intermediate_size // experts] * experts
+    hidden_size, sizes = _sizes(shape, experts, expert_sizes)
     if threads:
         torch.set_num_threads(threads)
     machine = measure_machine()

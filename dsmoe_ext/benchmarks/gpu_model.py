@@ -1,0 +1,292 @@
+"""Predicted time of the CUDA forward and decode on a named GPU, from work counted in the kernels.
+
+A kernel's tiles are dealt to the CTAs as its scheduler deals them. A tile costs its steps times the
+busiest pipe of an SM (tensor cores, issue slots, shared memory), plus its own instructions; an SM's
+time is the sum over its CTAs, or the longest chain of one CTA where too few share the SM. The
+kernel's time is the slowest SM, or the traffic of L2 or DRAM if that takes longer, plus a launch.
+The counts come from gpu_counts.json; `python python_tests/cuda/count_work.py --write` makes it by
+running the kernels in the interpreter.
+
+Not in the model: clocks below boost, DRAM below its datasheet rate, misses in L2 beyond those
+stated, and stalls within a warp that its SM's other warps do not fill.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+COUNTS = Path(__file__).with_name("gpu_counts.json")
+ROWS_PER_TILE, TERMS_PER_STEP = 128, 32
+CHUNK_TOKENS, STRIP_COLUMNS = 256, 128  # of y, what a CTA of `down` owns
+GROUP = 8  # row tiles that share weights in L2
+CTAS_PER_SM = 2
+DECODE_TOKENS = 16
+# rows that a CTA's warps take in turn: the busiest warp has its share of this many rounded up
+ROWS_DEALT = {"gate_up<16>": 64, "gate_up<32>": 32, "gate_up<64>": 32, "down": 32}
+SYNC_CYCLES = (
+    100  # barrier, first ldmatrix, last mma of a step: nothing of the same warp fills them
+)
+LATENCY_SECONDS = 0.6e-6  # of DRAM, once per kernel
+LAUNCH_SECONDS = 1.5e-6  # between kernels of one stream
+HELPER_LAUNCHES = 5  # place_columns, count, scan, write, clear_inactive
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Datasheet numbers, dense."""
+
+    name: str
+    sms: int
+    hertz: float
+    flops: float  # bf16 tensor cores
+    bandwidth: float  # of DRAM, bytes a second
+    mma_cycles: float  # an mma.m16n8k16 on an SM quarter's tensor unit
+    l2_bytes_per_cycle: float  # assumed for H100, whose datasheet does not say
+    arch: str
+
+    @property
+    def l2_bandwidth(self) -> float:
+        return self.l2_bytes_per_cycle * self.hertz
+
+
+# mma.sync reaches 63 % of the wgmma rate on H100, and a wgmma of this size would take 4 cycles
+GPUS = {
+    "a100": Gpu("A100 SXM", 108, 1.41e9, 312e12, 2.0e12, 8.0, 5120, "80"),
+    "h100": Gpu("H100 SXM", 132, 1.83e9, 989e12, 3.35e12, 4.0 / 0.63, 5120, "90"),
+}
+
+
+@dataclass(frozen=True)
+class Load:
+    """Which tokens want which experts: active bool [T,E], and the layout."""
+
+    hidden_size: int
+    sizes: tuple[int, ...]
+    active: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.active)
+
+    def flops(self) -> float:
+        """Operations of the active pairs."""
+        return 6.0 * self.hidden_size * float((self.active * torch.tensor(self.sizes)).sum())
+
+    def weight_bytes(self) -> float:
+        """Of the experts that any token wants, bf16."""
+        used = (self.active.any(0) * torch.tensor(self.sizes)).sum()
+        return 6.0 * self.hidden_size * float(used)
+
+    def roofline(self, gpu: Gpu) -> float:
+        """Seconds: operations at the peak, or weights, x and y once at full bandwidth."""
+        moved = self.weight_bytes() + 4.0 * self.num_tokens * self.hidden_size
+        return max(self.flops() / gpu.flops, moved / gpu.bandwidth)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of one kernel: what every resource would take alone, and what the model says."""
+
+    kernel: str
+    tiles: int
+    waves: float
+    parts: dict[str, float]
+    seconds: float
+
+    @property
+    def bound(self) -> str:
+        return max(self.parts, key=self.parts.get)
+
+
+def draw(num_tokens: int, num_experts: int, fraction: float, seed: int = 0) -> torch.Tensor:
+    """bool [T,E]: every pair active with probability `fraction`, independently; for a few tokens
+    exactly round(fraction * E) experts each."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(num_tokens, num_experts, generator=generator)
+    if num_tokens > DECODE_TOKENS:
+        return noise < fraction
+    return noise.argsort(1).argsort(1) < round(fraction * num_experts)
+
+
+def read_trace(path: Path, num_experts: int) -> torch.Tensor:
+    """bool [T,E] from JSON: {"active": [[experts of token 0], [experts of token 1], ...]}."""
+    lists = json.loads(path.read_text())["active"]
+    active = torch.zeros(len(lists), num_experts, dtype=torch.bool)
+    for token, experts in enumerate(lists):
+        active[token, experts] = True
+    return active
+
+
+@cache
+def counts() -> dict:
+    """What count_work.py wrote."""
+    return json.loads(COUNTS.read_text())
+
+
+@cache
+def counted(kernel: str, rows: float, part: str, what: str) -> float:
+    """A count of one tile or step with so many rows, on the line through the two counted ones."""
+    (a, low), (b, high) = sorted(
+        (int(r), v[part][what]) for r, v in counts()[kernel]["rows"].items()
+    )
+    return low + (high - low) * (rows - a) / (b - a)
+
+
+@cache
+def pipes(gpu: Gpu, kernel: str, rows: int) -> dict[str, float]:
+    """Cycles of an SM for one step of one CTA; its four warps sit on the SM's four quarters."""
+    dealt = ROWS_DEALT[kernel]
+    busiest = math.ceil(rows / dealt) * dealt
+    most_mma = counted(kernel, ROWS_PER_TILE, "step", "mma") / 4
+    mma = counted(kernel, busiest, "step", "mma") / 4
+    whole = math.ceil(rows / 16) * 16
+    return {
+        "tensor cores": mma * gpu.mma_cycles,
+        "issue": counts()[kernel]["sass"][gpu.arch] - (most_mma - mma),
+        "shared memory": counted(kernel, whole, "step", "shared_cycles"),
+    }
+
+
+def run_tiles(gpu: Gpu, kernel: str, ctas: list[list[tuple[int, int]]], dram: float) -> Prediction:
+    """ctas: for every CTA its tiles as (rows, steps)."""
+    sums = dict.fromkeys(("tensor cores", "issue", "shared memory"), 0.0)
+    busy, longest, moved = [0.0] * gpu.sms, [0.0] * gpu.sms, 0.0
+    for index, tiles in enumerate(ctas):
+        sm, chain = index % gpu.sms, 0.0
+        for rows, steps in tiles:
+            step = pipes(gpu, kernel, rows)
+            whole = math.ceil(rows / 16) * 16
+            own = counted(kernel, whole, "tile", "instructions") / 4
+            busy[sm] += steps * max(step.values()) + own
+            chain += steps * (step["tensor cores"] + SYNC_CYCLES) + own
+            for name, cycles in step.items():
+                sums[name] += steps * cycles + (own if name == "issue" else 0.0)
+            for what in ("load_bytes", "store_bytes"):
+                moved += steps * counted(kernel, whole, "step", what)
+                moved += counted(kernel, whole, "tile", what)
+        longest[sm] = max(longest[sm], chain)
+    sm_seconds = max(map(max, zip(busy, longest, strict=True)), default=0.0) / gpu.hertz
+    parts = {name: cycles / gpu.sms / gpu.hertz for name, cycles in sums.items()}
+    parts |= {"L2": moved / gpu.l2_bandwidth, "DRAM": dram / gpu.bandwidth}
+    seconds = max(sm_seconds, parts["L2"], parts["DRAM"])
+    num_tiles = sum(map(len, ctas))
+    fixed = LAUNCH_SECONDS + (LATENCY_SECONDS if num_tiles else 0.0)
+    return Prediction(kernel, num_tiles, num_tiles / max(len(ctas), 1), parts, seconds + fixed)
+
+
+def deal(gpu: Gpu, tiles: list) -> list[list]:
+    """Tile i goes to CTA i modulo their number, as in TileScheduler."""
+    ctas = CTAS_PER_SM * gpu.sms
+    return [tiles[i::ctas] for i in range(ctas)]
+
+
+def gate_up(gpu: Gpu, load: Load) -> list[Prediction]:
+    """One launch for each width of tile; experts choose by their size."""
+    out = []
+    for columns, smallest, largest in ((16, 1, 16), (32, 17, 32), (64, 33, 2**31)):
+        tiles, dram = [], 0.0
+        steps = math.ceil(load.hidden_size / TERMS_PER_STEP)
+        for size, pairs in zip(load.sizes, load.active.sum(0).tolist(), strict=True):
+            if not smallest <= size <= largest or not pairs:
+                continue
+            row_tiles = math.ceil(pairs / ROWS_PER_TILE)
+            rows = [min(ROWS_PER_TILE, pairs - i * ROWS_PER_TILE) for i in range(row_tiles)]
+            for first in range(0, row_tiles, GROUP):
+                for _ in range(math.ceil(size / columns)):
+                    tiles += [(r, steps) for r in rows[first : first + GROUP]]
+            groups = math.ceil(row_tiles / GROUP)  # each reads the weights again
+            dram += groups * 4.0 * size * load.hidden_size
+            dram += 2.0 * pairs * (load.hidden_size + size)
+        out.append(run_tiles(gpu, f"gate_up<{columns}>", deal(gpu, tiles), dram))
+    return out
+
+
+def down(gpu: Gpu, load: Load) -> Prediction:
+    """A unit is 256 tokens by 128 columns; small experts that are neighbours go as one, dense."""
+    strips = math.ceil(load.hidden_size / STRIP_COLUMNS)
+    units, read = [], 0.0
+    for first in range(0, load.num_tokens, CHUNK_TOKENS):
+        chunk = load.active[first : first + CHUNK_TOKENS]
+        tiles, run = [], 0
+        for size, pairs in zip((*load.sizes, 0), (*chunk.sum(0).tolist(), -1), strict=True):
+            small = 0 < size < 64
+            run += math.ceil(size / 16) * 16 if small else 0
+            if not small and run:  # the run of small experts ends here
+                tiles += row_tiles_of(len(chunk), run)
+                run = 0
+            if not small and pairs > 0:
+                tiles += row_tiles_of(pairs, size)
+            read += 2.0 * size * max(pairs, 0)
+        units += [tiles] * strips
+    ctas = [[t for unit in mine for t in unit] for mine in deal(gpu, units)]
+    waves = math.ceil(len(units) / (CTAS_PER_SM * gpu.sms))
+    dram = read + waves * 2.0 * load.hidden_size * sum(load.sizes)
+    dram += 2.0 * load.num_tokens * load.hidden_size
+    return run_tiles(gpu, "down", ctas, dram)
+
+
+def row_tiles_of(rows: int, terms: int) -> list[tuple[int, int]]:
+    steps = math.ceil(terms / TERMS_PER_STEP)
+    return [(min(ROWS_PER_TILE, rows - r), steps) for r in range(0, rows, ROWS_PER_TILE)]
+
+
+def decode(gpu: Gpu, load: Load) -> list[Prediction]:
+    """T <= 16: two kernels that stream the weights of the experts in use."""
+    used = (load.active.any(0) * torch.tensor(load.sizes)).tolist()
+    units = sum(math.ceil(size / 8) for size in used)
+    out = []
+    for kernel, tiles, steps, share in (
+        ("neurons", units, load.hidden_size / 512, 2 / 3),
+        ("outputs", math.ceil(load.hidden_size / 64), units / 2, 1 / 3),
+    ):
+        per_step = {k: counted(kernel, load.num_tokens, "step", k) for k in
+                    ("instructions", "mma", "load_bytes")}  # fmt: skip
+        total = {k: v * tiles * steps for k, v in per_step.items()}
+        issued = total["instructions"] + tiles * counted(
+            kernel, load.num_tokens, "tile", "instructions"
+        )
+        cycles = gpu.sms * 4 * gpu.hertz
+        parts = {
+            "tensor cores": total["mma"] * gpu.mma_cycles / cycles,
+            "issue": issued / cycles,
+            "L2": total["load_bytes"] / gpu.l2_bandwidth,
+            "DRAM": share * load.weight_bytes() / gpu.bandwidth,
+        }
+        seconds = max(parts.values()) + LAUNCH_SECONDS + LATENCY_SECONDS
+        out.append(Prediction(kernel, tiles, 1.0, parts, seconds))
+    return out
+
+
+def predict(gpu: Gpu, load: Load) -> list[Prediction]:
+    """Every kernel of one forward, in order."""
+    if load.num_tokens <= DECODE_TOKENS:
+        return decode(gpu, load)
+    moved = 3 * 4.0 * load.active.numel()  # gates, read by count, by write, by clear_inactive
+    seconds = HELPER_LAUNCHES * LAUNCH_SECONDS + moved / gpu.bandwidth
+    helpers = Prediction("permute", 0, 0.0, {"DRAM": moved / gpu.bandwidth}, seconds)
+    return [helpers, *gate_up(gpu, load), down(gpu, load)]
+
+
+def measure(load: Load) -> float:
+    """Seconds of the forward on the GPU of this machine, the fastest of 20."""
+    from dsmoe_ext import ops
+    from dsmoe_ext.testing import random_case
+
+    case = random_case(
+        0, load.num_tokens, load.hidden_size, list(load.sizes), active=1.0, dtype=torch.bfloat16
+    )
+    case.gates *= load.active
+    inputs = [t.cuda() for t in case.inputs()]
+    times = []
+    for _ in range(20):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        ops.sparse_ffn(*inputs)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return min(times)

@@ -1,0 +1,56 @@
+"""What `dsmoe bench gpu-model` prints."""
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+
+from dsmoe_ext.benchmarks.gpu_model import Gpu, Load, Prediction
+
+COLUMNS = {
+    "tensor cores": "tensor",
+    "issue": "issue",
+    "shared memory": "shared",
+    "L2": "L2",
+    "DRAM": "DRAM",
+}
+
+
+def microseconds(seconds: float) -> str:
+    """Three digits or more."""
+    return f"{1e6 * seconds:.0f}" if seconds >= 1e-4 else f"{1e6 * seconds:.1f}"
+
+
+def prediction_table(
+    gpu: Gpu, load: Load, layout: str, kernels: list[Prediction], measured: float | None
+) -> Group:
+    """A line a kernel: what each resource takes alone, the prediction, the bound; then the whole.
+
+    measured: seconds on this machine's GPU, or None.
+    """
+    total, roofline = sum(k.seconds for k in kernels), load.roofline(gpu)
+    share = load.flops() / 6 / load.hidden_size / max(load.num_tokens, 1) / sum(load.sizes)
+    out = Table(box=SIMPLE_HEAD, pad_edge=False)
+    out.add_column("us", no_wrap=True)
+    for column in ("tiles", *COLUMNS.values(), "predicted"):
+        out.add_column(column, justify="right", no_wrap=True)
+    out.add_column("bound", no_wrap=True)
+    for k in kernels:
+        if k.kernel.startswith("gate_up") and not k.tiles:
+            continue  # a width of tile that no expert chooses
+        alone = [microseconds(k.parts[r]) if r in k.parts else "" for r in COLUMNS]
+        out.add_row(k.kernel, str(k.tiles or ""), *alone, microseconds(k.seconds), COLUMNS[k.bound])
+    head = (
+        f"{gpu.name}, bf16, T {load.num_tokens}, H {load.hidden_size}, experts {layout}, "
+        f"{share:.3f} of the FFN active"
+    )
+    bound = max(kernels, key=lambda k: k.seconds).bound
+    lines = [
+        f"predicted {1e6 * total:.1f} us, {roofline / total:.0%} of the roofline "
+        f"({1e6 * roofline:.1f} us), bound by {bound}",
+        f"{load.flops() / total / 1e12:.1f} TFLOP/s, weights at "
+        f"{load.weight_bytes() / total / 1e9:.0f} GB/s",
+    ]
+    if measured:
+        ratio = f"predicted / measured {total / measured:.2f}"
+        lines.append(f"measured {1e6 * measured:.1f} us: {ratio}")
+    return Group(head, out, *lines, "")

@@ -1,0 +1,142 @@
+"""What one tile of every kernel costs, counted while the interpreter runs it; `dsmoe bench
+gpu-model` predicts times from this table.
+
+    python python_tests/cuda/count_work.py --write     writes dsmoe_ext/benchmarks/gpu_counts.json
+
+A tile's main loop is run with few and with many steps; the difference is the cost of a step, the
+rest that of a tile. Both depend on how many of the tile's 16-row blocks hold rows, and are counted
+for two numbers of them. Numbers are per CTA: warp instructions, cycles of shared memory (each moves
+128 bytes), bytes that global loads, copies and stores move, in whole sectors. "sass" is the length
+of the main loop in machine code, from machine_code.txt: the issue slots that a warp takes per step.
+"""
+
+import argparse
+import json
+import re
+import sys
+
+import torch
+from interpreted import Interpreter
+from machine_code import TABLE as MACHINE_CODE
+from machine_code import readable
+from nvcc import ROOT
+from ptx import Counters
+
+from dsmoe_ext.testing import random_case
+
+TABLE = ROOT / "dsmoe_ext" / "benchmarks" / "gpu_counts.json"
+FEW, MANY = 2, 6  # steps
+# kernel -> numbers of tokens; (hidden size, expert size) that give so many steps; tiles in the
+# launch; steps that the counted number stands for
+KERNELS = {
+    "gate_up<16>": ((32, 128), lambda steps: (32 * steps, 16), 1, 1),
+    "gate_up<32>": ((32, 128), lambda steps: (32 * steps, 32), 1, 1),
+    "gate_up<64>": ((32, 128), lambda steps: (32 * steps, 64), 1, 1),
+    "down": ((32, 128), lambda steps: (128, 32 * steps), 1, 1),
+    # decode: two units of 8 neurons, 512 terms a step; two strips, 8 warps take a step each
+    "neurons": ((1, 16), lambda steps: (512 * steps, 16), 2, 1),
+    "outputs": ((1, 16), lambda steps: (128, 16 * 8 * steps), 2, 8),
+}
+
+
+def short(name):
+    """gate_up_kernel<bfloat16,GateUpTile<64,2>> -> gate_up<64>; None for the helpers."""
+    if tile := re.match(r"gate_up_kernel<bfloat16,GateUpTile<(\d+)", name):
+        return f"gate_up<{tile[1]}>"
+    plain = re.match(r"(down|neurons|outputs)_kernel<bfloat16", name)
+    return plain[1] if plain else None
+
+
+class CountingInterpreter(Interpreter):
+    """Keeps the counters of every launch apart."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.per_launch = []  # (mangled name, Counters)
+
+    def _launch(self, name, *rest):
+        self.device.counters = Counters()
+        status = super()._launch(name, *rest)
+        self.per_launch.append((name.decode(), self.device.counters))
+        return status
+
+
+def summary(counters):
+    """The numbers of the table."""
+    moved = {"load_bytes": ("ld", "cp"), "store_bytes": ("st", "red", "atom")}
+    return {
+        "instructions": sum(counters.instructions.values()),
+        "mma": counters.instructions["mma"],
+        "ldmatrix": counters.instructions["ldmatrix"],
+        "barrier": counters.instructions["barrier"],
+        "shared_cycles": counters.total(counters.cycles).units,
+        **{
+            name: 32 * sum(t.units for (_, op), t in counters.sectors.items() if op in ops)
+            for name, ops in moved.items()
+        },
+    }
+
+
+def run(kernel, steps, rows):
+    hidden, size = KERNELS[kernel][1](steps)
+    case = random_case(0, rows, hidden, [size], active=1.0, dtype=torch.bfloat16)
+    ops = CountingInterpreter(multiprocessors=1)
+    ops.sparse_ffn(*case.inputs())
+    names = readable(sorted({name for name, _ in ops.per_launch}))
+    (found,) = [c for name, c in ops.per_launch if short(names[name]) == kernel]
+    return summary(found)
+
+
+def sass_loops():
+    """{kernel: {arch: instructions of the main loop}} from machine_code.txt."""
+    loops, kernel = {}, None
+    for line in MACHINE_CODE.read_text().splitlines():
+        if ": " in line:
+            kernel = short(line.partition(": ")[2])
+        elif kernel and line.split() and line.split()[0].isdigit():
+            loops.setdefault(kernel, {})[line.split()[0]] = int(line.split()[7])
+    return loops
+
+
+def measure():
+    """The table: {kernel: {"sass": {arch: ..}, "rows": {rows: {"step": .., "tile": ..}}}}."""
+    table, loops = {}, sass_loops()
+    for kernel, (rows_counted, _, tiles, steps) in KERNELS.items():
+        rows_table = {}
+        for rows in rows_counted:
+            few, many = run(kernel, FEW, rows), run(kernel, MANY, rows)
+            step = {k: (many[k] - few[k]) / (MANY - FEW) for k in few}
+            rows_table[str(rows)] = {
+                "step": {k: v / tiles / steps for k, v in step.items()},
+                "tile": {k: (few[k] - FEW * step[k]) / tiles for k in few},
+            }
+        table[kernel] = {"sass": loops[kernel], "rows": rows_table}
+    return table
+
+
+def to_text(table):
+    """JSON, one line for each set of numbers."""
+    lines = []
+    for kernel, entry in table.items():
+        rows = ",\n".join(
+            f'   "{rows}": {{\n    '
+            + ",\n    ".join(f'"{part}": {json.dumps(numbers)}' for part, numbers in parts.items())
+            + "}"
+            for rows, parts in entry["rows"].items()
+        )
+        sass = json.dumps(entry["sass"])
+        lines.append(f' "{kernel}": {{\n  "sass": {sass},\n  "rows": {{\n{rows}}}}}')
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true")
+    text = to_text(measure())
+    if parser.parse_args().write:
+        TABLE.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""The model of GPU time: what can be worked out by hand, and the command. No GPU is needed."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dsmoe_ext import cli
+from dsmoe_ext.benchmarks import gpu_model as model
+
+pytestmark = pytest.mark.quick
+A100 = model.GPUS["a100"]
+
+
+def load(tokens, hidden, sizes, active=1.0):
+    return model.Load(hidden, tuple(sizes), model.draw(tokens, len(sizes), active))
+
+
+def test_datasheet_rates_agree_with_cycles_per_mma():
+    """4 quarters per SM, 2 x 16 x 8 x 16 operations an mma."""
+    for gpu, share in ((A100, 1.0), (model.GPUS["h100"], 0.63)):
+        rate = gpu.sms * 4 * 4096 / gpu.mma_cycles * gpu.hertz
+        assert rate == pytest.approx(share * gpu.flops, rel=0.01)
+
+
+def test_flops_bytes_and_roofline_by_hand():
+    active = torch.tensor([[True, False], [True, True], [False, False]])
+    case = model.Load(100, (8, 24), active)
+    assert case.flops() == 6 * 100 * (2 * 8 + 24)
+    assert case.weight_bytes() == 3 * 2 * 100 * 32
+    assert case.roofline(A100) == (3 * 2 * 100 * 32 + 3 * 100 * 4) / 2.0e12
+
+
+def test_counts_are_those_of_a_full_tile():
+    """A step of 128 x 64 x 2 columns: 8 x 8 x 2 x 2 mma, 128 + 128 rows of 64 bytes."""
+    assert model.counted("gate_up<64>", 128, "step", "mma") == 8 * 8 * 2 * 2
+    assert model.counted("gate_up<64>", 128, "step", "load_bytes") == 256 * 64
+    assert model.counted("down", 128, "step", "mma") == 8 * 16 * 2
+    # 256 rows of 64 bytes written; 4 warps x (8 fragments of x, 8 of the weights), 4 cycles each
+    assert model.counted("gate_up<64>", 128, "step", "shared_cycles") == 128 + 4 * 16 * 4
+
+
+def test_pipes_follow_the_busiest_warp():
+    """Rows are dealt to two warps in blocks of 16: with 80 rows one warp has 3 of the 5 blocks."""
+    assert model.pipes(A100, "gate_up<64>", 128)["tensor cores"] == 64 * 8
+    assert model.pipes(A100, "gate_up<64>", 80)["tensor cores"] == 64 * 8 * 3 / 4
+
+
+def test_tiles_of_gate_up_are_those_of_the_scheduler():
+    case = load(300, 64, [16, 40, 136, 0])
+    assert [p.tiles for p in model.gate_up(A100, case)] == [3, 0, 3 * (1 + 3)]
+
+
+def test_small_experts_go_through_down_as_one():
+    """300 tokens: chunks of 256 and 44, two strips of 128 columns; 3 x 16 terms, then 72."""
+    prediction = model.down(A100, load(300, 200, [16, 16, 16, 72]))
+    assert prediction.tiles == 2 * (2 + 2) + 2 * (1 + 1)
+
+
+def test_time_is_never_below_any_resource():
+    for gpu in model.GPUS.values():
+        for tokens in (1, 16, 17, 700):
+            case = load(tokens, 1024, [512] * 4, 0.5)
+            for p in model.predict(gpu, case):
+                assert p.seconds > max(p.parts.values())
+            assert sum(p.seconds for p in model.predict(gpu, case)) > case.roofline(gpu)
+
+
+@pytest.mark.parametrize(
+    "gpu, tokens, least", [("a100", 8192, 0.70), ("h100", 8192, 0.45), ("a100", 1, 0.80)]
+)
+def test_llama_2_7b_reaches_its_share_of_the_roofline(gpu, tokens, least):
+    case = load(tokens, 4096, [1376] * 8, 3 / 8)
+    seconds = sum(p.seconds for p in model.predict(model.GPUS[gpu], case))
+    assert case.roofline(model.GPUS[gpu]) / seconds >= least
+
+
+def test_command_reads_a_trace(tmp_path):
+    trace = tmp_path / "routing.json"
+    trace.write_text(json.dumps({"active": [[0], [0, 2], [], [1]]}))
+    assert model.read_trace(trace, 3).int().tolist() == [[1, 0, 0], [1, 0, 1], [0, 0, 0], [0, 1, 0]]
+    arguments = ["bench", "gpu-model", "--gpu", "h100", "--shape", "64,96", "--experts", "3"]
+    result = CliRunner().invoke(cli.app, [*arguments, "--trace", str(trace)])
+    assert result.exit_code == 0, result.output
+    assert "T 4" in result.output and "roofline" in result.output
+
+
+def test_unknown_gpu():
+    result = CliRunner().invoke(cli.app, ["bench", "gpu-model", "--gpu", "tpu"])
+    assert result.exit_code == 1
+    assert "--gpu must be of a100, h100, but is 'tpu'" in result.output
