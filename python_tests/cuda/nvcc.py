@@ -65,10 +65,10 @@ def nvcc():
 def sources_digest(*extra):
     """Changes with any file that a kernel could include."""
     digest = hashlib.sha256("\0".join(extra).encode())
-    folders = [ROOT / "csrc", pathlib.Path(__file__).parent]
-    files = sorted(
-        p for f in folders for p in f.rglob("*") if p.suffix in (".cu", ".cuh", ".h", ".cpp")
-    )
+    csrc = ROOT / "csrc"
+    folders = [csrc / "cuda", csrc / "common", pathlib.Path(__file__).parent]
+    files = [p for f in folders for p in f.rglob("*") if p.suffix in (".cu", ".cuh", ".h", ".cpp")]
+    files = sorted([*files, csrc / "kernels.h"])
     for path in files:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:24]
