@@ -121,6 +121,27 @@ def test_nan_reaches_the_output_of_its_token_only(tokens):
 interpreter_only = pytest.mark.skipif(ON_GPU, reason="asks the interpreter")
 
 
+@pytest.mark.parametrize("tokens", [3, 17])
+def test_rows_further_apart_than_2_to_the_31(tokens):
+    """The last row starts beyond element 2^31; only the pages that are touched exist."""
+    case = random_case(4, tokens, 32, [16, 72], active=1.0, dtype=torch.bfloat16)
+    want = Ops().sparse_ffn(*case.inputs())
+    apart = 2**31 // (tokens - 1) + 64
+    far = torch.empty((tokens - 1) * apart + 32, dtype=torch.bfloat16)
+    far = far.as_strided((tokens, 32), (apart, 1)).copy_(case.x)
+    assert torch.equal(Ops().sparse_ffn(far, *case.inputs()[1:]), want)
+
+
+@interpreter_only
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("arch", ["90", "120"])
+def test_other_architectures_run_the_same_way(arch, tokens):
+    """What nvcc makes for them differs in places; the results may not."""
+    case = random_case(12, tokens, 56, [72, 13, 16], dtype=torch.bfloat16)
+    want = Interpreter().sparse_ffn(*case.inputs())
+    assert torch.equal(Interpreter(arch=arch).sparse_ffn(*case.inputs()), want)
+
+
 @interpreter_only
 def test_same_bits_for_any_schedule_and_number_of_multiprocessors():
     case = random_case(4, 90, 136, [72, 16, 16, 40], dtype=torch.bfloat16)

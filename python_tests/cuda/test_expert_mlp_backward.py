@@ -85,6 +85,19 @@ def test_rows_of_x_and_dy_further_apart():
     assert all(torch.equal(got[n], want[n]) for n in want)
 
 
+def test_rows_further_apart_than_2_to_the_31():
+    case = random_case(11, 17, 32, [16, 72], active=1.0, dtype=torch.bfloat16)
+    want = gradients(case, Ops())
+    far = torch.empty(2**31 + 17 * 64, dtype=torch.bfloat16)  # only touched pages exist
+    far_rows = far.as_strided((17, 32), (2**27 + 64, 1))
+    case.x, case.dy = (
+        far_rows.as_strided(far_rows.shape, far_rows.stride(), i * 32).copy_(t)
+        for i, t in enumerate((case.x, case.dy))
+    )
+    got = gradients(case, Ops())
+    assert all(torch.equal(got[n], want[n]) for n in want)
+
+
 def test_what_nobody_wants():
     case = random_case(5, 20, 24, [16, 40], dtype=torch.bfloat16, exact_ste=True)
     want = gradients(case, Ops())

@@ -14,8 +14,9 @@ class Device:
         self.seed, self.counters = seed, counters
 
     def array(self, values):
-        """A buffer that kernels may only read. The copy is private to the device."""
-        return self.memory.add(np.array(values, order="C"))
+        """A buffer that kernels may only read. Nothing is copied: a sparse array of many gigabytes,
+        of which only a few pages exist, is as good as any other."""
+        return self.memory.add(np.ascontiguousarray(values))
 
     def empty(self, shape, dtype):
         """A buffer to be written; reading what was not written is a Trap."""

@@ -25,8 +25,8 @@ class Buffer:
     def __init__(self, address, array, initialised, writable):
         self.address, self.array, self.writable = address, array, writable
         self.bytes = array.reshape(-1).view(np.uint8) if array.size else np.zeros(0, np.uint8)
-        # padded to whole granules of 2 bytes
-        self.initialised = np.full((self.bytes.size + 1) // 2, initialised)
+        # per granule of 2 bytes; what kernels cannot write needs none, however large it is
+        self.initialised = np.full((self.bytes.size + 1) // 2 if writable else 0, initialised)
         self.shadow = None
 
 
