@@ -11,6 +11,7 @@ from dsmoe_ext.benchmarks.ffn import Row
 from dsmoe_ext.benchmarks.machine import Machine
 from dsmoe_ext.benchmarks.model import ModelRow
 
+COLUMNS = ("T", "active", "method", "ms", "median", "90 %", "TFLOP/s", "GB/s", "roof", "/dense")
 COLORS = {
     "dense": "#8a94a3",
     "loop": "#c58b2a",
@@ -22,19 +23,8 @@ COLORS = {
 
 def table(title: str, rows: list[Row]) -> Table:
     """One line a method: time, spread, rates, share of the roofline, ratio to dense torch."""
-    out = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for column in (
-        "T",
-        "active",
-        "method",
-        "ms",
-        "median",
-        "90 %",
-        "TFLOP/s",
-        "GB/s",
-        "roofline",
-        "/ dense",
-    ):
+    out = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=0)
+    for column in COLUMNS:
         out.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     dense = {}
     for row in rows:
@@ -57,7 +47,7 @@ def table(title: str, rows: list[Row]) -> Table:
 
 def model_table(title: str, rows: list[ModelRow]) -> Table:
     """Tokens a second of dense and sparse, best and median, and the ratio of the best."""
-    out = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    out = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=0)
     for column in ("task", "dense tok/s", "sparse tok/s", "speed-up", "of medians", "FFN active"):
         out.add_column(column, justify="left" if column == "task" else "right", no_wrap=True)
     for row in rows:
