@@ -133,7 +133,7 @@ def calibrate(
     refit: Annotated[
         bool, typer.Option(help="Refit down_proj to the sparse FFN; without, merge stays exact.")
     ] = True,
-    tokens: Annotated[int, typer.Option(min=64, help="Tokens to calibrate on.")] = 8192,
+    tokens: Annotated[int, typer.Option(min=64, help="Tokens to calibrate on.")] = 16384,
     window: WindowOption = 512,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",

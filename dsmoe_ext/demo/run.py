@@ -21,7 +21,7 @@ from ..training.measure import active_parameters, generate, num_parameters, thre
 from .speed import measure_speed
 
 PROMPT = "A Python function is"
-CALIBRATION_TOKENS = 8192
+CALIBRATION_TOKENS = 16384
 SECOND_DOMAIN_WINDOWS = 8
 PROBES = 8  # evaluations during the fine-tuning, for the curves
 PROBE_WINDOWS = 4
