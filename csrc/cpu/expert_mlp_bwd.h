@@ -10,8 +10,7 @@
 //   row pass      g, u           only what the forward did not keep, and the inactive pairs
 //   row pass      dA -> dG, dU, h, and each panel's share of <a, dA>
 //   column pass   dx, experts in ascending order inside a chunk of columns
-//   weight pass   dW [S_e, H] = [S_e, n_e] [n_e, H]   K runs over all tokens of the expert: no sums
-//   are kept between
+//   weight pass   dW [S_e, H] = [S_e, n_e] [n_e, H]   K runs over all of the expert's tokens
 //
 // Three barriers in one parallel region; nothing of size [A,H] exists. Experts go in groups, so
 // that what is kept between the phases stays below kGroupBytes whatever T is; with several groups

@@ -1,11 +1,10 @@
 // expert_mlp forward:  y_t = sum_e gates[t,e] * (silu(x_t Wg_e) * (x_t Wu_e)) Wd_e (kernels.h)
 //
-//   row pass      g, u = x Wg, x Wu  [n_e, S_e]     one panel holds 16 gate and 16 up columns, so a
-//   = gate silu(g) u is
-//                                                   formed from one tile's sums and stored as the
-//                                                   next GEMM's operand
-//   column pass   y += a Wd          [T, H]         experts in ascending order inside a chunk of
-//   columns
+//   row pass      g, u = x Wg, x Wu   [n_e, S_e]   one panel holds 16 gate and 16 up columns, so
+//                                                  a = gate silu(g) u is formed from one tile's
+//                                                  sums and stored as the next GEMM's operand
+//   column pass   y += a Wd           [T, H]       experts in ascending order inside a chunk of
+//                                                  columns
 //
 // One parallel region with one barrier. Tokens are gathered by pointer in the tile loop; nothing of
 // size [A,H] exists. Large batches go in blocks of tokens, so that a [T, I] stays in the

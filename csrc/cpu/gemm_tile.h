@@ -1,13 +1,13 @@
 // The one inner loop: C[rows, panels x kColumns] (+)= A[rows, K] B[K, panels x kColumns].
 //
 // B is packed in panels of two registers (kColumns columns), K steps after one another, kPair rows
-// of K interleaved:
-//   B[panel][K / kPair][kColumns][kPair]                 one sequential stream, whatever the matrix
-//   was
+// of K interleaved, so that it is one sequential stream whatever the matrix was:
+//   B[panel][K / kPair][kColumns][kPair]
 // A is broadcast element by element (bf16: pair by pair), so its rows may lie anywhere:
-// kRowPointers takes a pointer per row (gathering tokens costs nothing); kStepMajor takes A[K /
-// kPair][lda][kPair], as weight gradients have it. Sums stay in registers over the whole of K; 12 x
-// 2 of them hide the latency of two multiply-adds per cycle.
+//   kRowPointers   a pointer per row: gathering tokens costs nothing
+//   kStepMajor     A[K / kPair][lda][kPair], as weight gradients have it
+// Sums stay in registers over the whole of K; 12 x 2 of them hide the latency of two multiply-adds
+// per cycle.
 #pragma once
 
 #include "simd.h"

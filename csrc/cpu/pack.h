@@ -1,9 +1,10 @@
-// Packing matrices into the panels of B that gemm_tile.h streams: B[panel][K /
-// kPair][kColumns][kPair], zero-padded.
+// Packing matrices into the panels of B that gemm_tile.h streams, zero-padded:
+//   B[panel][K / kPair][kColumns][kPair]
 //
-//   pack_rows     columns of B are rows of the matrix   (gate_proj, up_proj for x W;  down_proj_t
-//   for dy V^T) pack_columns  columns of B are its columns          (down_proj_t for a V;
-//   gate_proj, up_proj for dx; x, dy for dW)
+//   pack_rows      columns of B are rows of the matrix   gate_proj, up_proj for x W;
+//                                                        down_proj_t for dy V^T
+//   pack_columns   columns of B are its columns          down_proj_t for a V; x, dy for dW;
+//                                                        gate_proj, up_proj for dx
 //
 // In the dwords of fp32, or of two neighbouring bf16, pack_rows is a plain transposition, done in
 // registers; in pack_columns bf16 rows are interleaved two by two. Packed once for inference, or

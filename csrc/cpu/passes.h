@@ -1,8 +1,9 @@
 // The two ways every GEMM of this op walks over the pairs (token, expert):
 //
-//   row pass     C[n_e, S_e] = A[n_e, H] B_e      x W, dy V^T: experts x token blocks x panels of
-//   neurons, all independent column pass  Y[T, H] += A[n_e, S_e] B_e       a V, dx: chunks of
-//   columns of Y; inside, every expert in ascending order
+//   row pass      C[n_e, S_e] = A[n_e, H] B_e      x W, dy V^T: experts x token blocks x panels of
+//                                                  neurons, all independent
+//   column pass   Y[T, H] += A[n_e, S_e] B_e       a V, dx: chunks of columns of Y; inside, every
+//                                                  expert in ascending order
 //
 // A chunk of Y stays in the second-level cache while all experts add to it, so that fine experts do
 // not rewrite Y, no two threads touch the same element, and every sum has one order: same bits for

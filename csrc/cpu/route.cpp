@@ -1,12 +1,12 @@
 // route: router logits z [T,R] -> scores s [T,R] and gates G [T,E]
 //
-//   threshold  s = sigmoid(z)   active iff s > tau                                   DSMoE, arXiv
-//   2502.12455 top_p      s = softmax(z)   active while the mass ranked before is < tau XMoE, arXiv
-//   2403.18926 top_k      s = softmax(z)   the k largest; value = softmax over these alone MoDSE,
-//   arXiv 2409.12210 relu       s = relu(z)      active iff s > 0 ReMoE, arXiv 2412.14711
+//   threshold  s = sigmoid(z)   active iff s > tau                        DSMoE, arXiv 2502.12455
+//   top_p      s = softmax(z)   active while the mass before it < tau     XMoE, arXiv 2403.18926
+//   top_k      s = softmax(z)   the k largest; value: their softmax       MoDSE, arXiv 2409.12210
+//   relu       s = relu(z)      active iff s > 0                          ReMoE, arXiv 2412.14711
 //
-//   G = factor_t * (binary ? 1 : value) where active, else 0;  factor_t = gate_scale * I_routed /
-//   sum of active sizes
+//   G = factor_t * (binary ? 1 : value) where active, else 0
+//   factor_t = gate_scale * I_routed / (sum of active sizes)
 //
 // backward: the factor is a constant and the threshold is passed straight through, so d value =
 // factor * dG for every pair, then the derivative of value and s by z.

@@ -5,8 +5,8 @@
 //   C    the type that sums are kept in     double for fp64, float for everything else
 //   Vec  one register of C                  kVecBytes wide (GNU vector extension)
 //   A    element of the broadcast operand   what x and the activations are stored as in tiles
-//   kPair                                   rows of B interleaved in one register: 2 for bf16 (VNNI
-//   pairs), else 1
+//   kPair                                   rows of B interleaved in one register: 2 for bf16
+//                                           (VNNI pairs), else 1
 #pragma once
 
 #include <cstdint>
