@@ -93,7 +93,7 @@ __attribute__((noinline)) static void tile(const TileArgs<T>& args) {
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r)
         for (int i = 0; i < 2 * kVecBytes; i += 64)
-          __builtin_prefetch((const char*)(args.c[r] + panel * kColumns<T>) + i, 1, 3);
+          __builtin_prefetch((const char*)(args.c[r] + panel * kColumns<T>)+i, 1, 3);
     }
     int64_t s = 0;
     for (; s + kUnroll <= steps; s += kUnroll, b += kUnroll * kStep) {
