@@ -46,7 +46,7 @@ void plan(Backward<T>& w, int threads) {
   w.sums_size = p.num_tokens * ceil_div(panels, w.chunks) * kN;
   w.scratch_size = max_of(w.steps() * kPair * kN, kScratchBytes / element);
   for (int e = w.expert_begin; e < w.expert_end; ++e) {
-    w.scratch_size = max_of(w.scratch_size, round_up(w.size(e), kPair) * kN);
+    w.scratch_size = max_of(w.scratch_size, round_up(2 * w.size(e), kPair) * kN);
     if (w.wants_weights)
       w.scratch_size = max_of(w.scratch_size, round_up(w.active.count(e), kPair) * kN);
   }

@@ -69,6 +69,8 @@ struct Backward {
   static constexpr int64_t kRowParts = kPaired ? 2 : 3;
   static int64_t padded_size(int64_t size) { return round_up(size, kN); }
   int64_t size(int e) const { return p.expert_offsets[e + 1] - p.expert_offsets[e]; }
+  // Where dU begins in a row: right after dG if no register of dG reaches over it.
+  int64_t up_start(int e) const { return size(e) % kL == 0 ? size(e) : padded_size(size(e)); }
   int64_t steps() const { return ceil_div(p.hidden_size, kPair); }
   int64_t copy_stride() const { return round_up(p.hidden_size, kPair); }
   const T* weight(const void* matrix, int e) const {
@@ -182,7 +184,7 @@ struct Backward {
         for (int i = 0; i < written; ++i) {
           A* out = rows + starts[e].rows + (first + r + i) * kRowParts * padded + column;
           store(out, v[i].dg);
-          store(out + padded, v[i].du);
+          store(out + up_start(e), v[i].du);
           if (!kPaired) store(out + 2 * padded, v[i].h);
         }
       }
@@ -235,18 +237,24 @@ struct Backward {
     for (int e = expert_begin; e < expert_end; ++e) {
       if (active.count(e) == 0) continue;
       const int64_t padded = padded_size(size(e));
-      for (int part = 0; part < 2; ++part) {
-        const bool is_up = part == 1;
-        Section<T> section;
-        section.tokens = active.of(e);
-        section.n = active.count(e);
-        section.a = rows + starts[e].rows + (is_up ? padded : 0);
-        section.a_stride = kRowParts * padded;
-        section.k = size(e);
-        section.matrix = weight(is_up ? p.up_proj : p.gate_proj, e);
-        section.packed = nullptr;
-        add_section(section, p.hidden_size, begin, end, chunk_sums, thread_scratch, scratch_size);
+      Section<T> section;
+      section.tokens = active.of(e);
+      section.n = active.count(e);
+      section.a = rows + starts[e].rows;
+      section.a_stride = kRowParts * padded;
+      section.k = size(e);
+      section.matrix = weight(p.gate_proj, e);
+      section.packed = nullptr;
+      const T* up = weight(p.up_proj, e);
+      if (up_start(e) == size(e)) {  // dG and dU lie side by side: one K of twice the length
+        section.k *= 2;
+        section.more = up;
       }
+      add_section(section, p.hidden_size, begin, end, chunk_sums, thread_scratch, scratch_size);
+      if (section.more) continue;
+      section.a += up_start(e);
+      section.matrix = up;
+      add_section(section, p.hidden_size, begin, end, chunk_sums, thread_scratch, scratch_size);
     }
     if (is_last)
       return write_columns(chunk_sums, p.num_tokens, p.hidden_size, begin, end, (T*)b.dx);
@@ -295,8 +303,9 @@ struct Backward {
     args.panels = panels;
     args.accumulate = false;
     args.lda = kPaired ? 3 * padded * 2 : 3 * padded;
+    const int64_t part_start = part == 1 ? up_start(e) : part * padded;
     const A* a = kPaired ? row_pairs + starts[e].row_pairs + part * padded * 2
-                         : rows + starts[e].rows + part * padded;
+                         : rows + starts[e].rows + part_start;
     args.out_stride = p.hidden_size;
     args.out_width = width;
     args.stream = streams_weights;

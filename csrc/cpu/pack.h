@@ -94,12 +94,21 @@ static void pack_rows_half(const T* rows, int64_t stride, int count, int64_t k, 
   int64_t s = 0;
   if constexpr (sizeof(T) * kPair == 4) {
     static_assert(kL == kBlock);
-    if (count == kL) {
-      const uint32_t* pointers[kBlock];
-      for (int i = 0; i < kBlock; ++i) pointers[i] = (const uint32_t*)(rows + i * stride);
-      for (; (s + kBlock) * kPair <= k; s += kBlock)
-        transpose_block(pointers, s, (uint32_t*)(dst + s * kStep), kColumns<T>);
+    VecU32 exists;
+    const uint32_t* pointers[kBlock];
+    for (int i = 0; i < kBlock; ++i) {
+      exists[i] = i < count ? ~0u : 0;
+      pointers[i] = (const uint32_t*)(rows + (i < count ? i : 0) * stride);
     }
+    for (; count > 0 && (s + kBlock) * kPair <= k; s += kBlock) {
+      uint32_t* out = (uint32_t*)(dst + s * kStep);
+      transpose_block(pointers, s, out, kColumns<T>);
+      for (int j = 0; count < kL && j < kBlock; ++j) {
+        const VecU32 lanes = load_raw<VecU32>(out + j * kColumns<T>) & exists;
+        memcpy(out + j * kColumns<T>, &lanes, sizeof lanes);
+      }
+    }
+    for (; count == 0 && s * kPair < k; ++s) memset(dst + s * kStep, 0, kVecBytes);
   }
   for (; s * kPair < k; ++s)
     for (int i = 0; i < kL; ++i)

@@ -241,8 +241,9 @@ struct Section {
   const AType<T>* a;  // [n, a_stride]
   int64_t a_stride;
   int64_t k;
-  const T* matrix;  // [k, H]  row-major, or null
-  const T* packed;  // [H / kColumns] panels, or null
+  const T* matrix;          // [k, H]  row-major, or null
+  const T* more = nullptr;  // if set: the second half of these k rows
+  const T* packed;          // [H / kColumns] panels, or null
 };
 
 // sums[t][0 .. (panel_end - panel_begin) * kColumns) += section, for the columns of these panels.
@@ -254,6 +255,9 @@ static void add_section(const Section<T>& s, int64_t hidden, int64_t panel_begin
   const int64_t stride = (panel_end - panel_begin) * kColumns<T>;
   const int64_t at_once =
       s.packed ? panel_end - panel_begin : max_of<int64_t>(1, scratch_size / panel_size);
+  const auto row = [&](int64_t i) {
+    return s.more && i >= s.k / 2 ? s.more + (i - s.k / 2) * hidden : s.matrix + i * hidden;
+  };
   TileArgs<T> args;
   args.steps = steps;
   args.accumulate = true;
@@ -261,8 +265,8 @@ static void add_section(const Section<T>& s, int64_t hidden, int64_t panel_begin
     const int64_t panels = min_of(at_once, panel_end - begin);
     const T* b = s.packed ? s.packed + begin * panel_size : scratch;
     if (!s.packed)
-      pack_columns([&](int64_t i) { return s.matrix + i * hidden; }, s.k, begin * kColumns<T>,
-                   hidden, panels, scratch);
+      pack_columns([&](int64_t i) { return row(i); }, s.k, begin * kColumns<T>, hidden, panels,
+                   scratch);
     // A few rows, or a small B: all panels per tile. Otherwise all tiles per panel, which then
     // stays in L2.
     const bool all = s.n <= kMaxRows || panels * panel_size * int64_t(sizeof(T)) <= kSmallB;
