@@ -1,0 +1,34 @@
+"""What the counters say of a tile, by hand; and the table that the model of GPU time reads."""
+
+import json
+
+import count_work
+import pytest
+from ops_under_test import ON_GPU
+
+pytestmark = pytest.mark.skipif(ON_GPU, reason="counted in the interpreter")
+
+
+def test_table_is_up_to_date():
+    """One kernel stands for all; the instructions may change with a new nvcc."""
+    table = json.loads(count_work.TABLE.read_text())
+    for rows in (32, 128):
+        few, many = (count_work.run("gate_up<64>", steps, rows) for steps in (2, 6))
+        step = {k: (many[k] - few[k]) / 4 for k in few}
+        assert step == table["gate_up<64>"]["rows"][str(rows)]["step"]
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_decode_moves_nothing_but_weights_and_x(tokens):
+    """8 neurons, 512 terms: 16 rows of weights, 1 KiB each, and a row of x for each token."""
+    table = json.loads(count_work.TABLE.read_text())
+    step = table["neurons"]["rows"][str(tokens)]["step"]
+    assert step["load_bytes"] == 16 * 1024 + tokens * 1024
+
+
+def test_down_reads_the_strip_and_writes_it():
+    """Per tile of 128 rows: the fp32 sums are zeroed, read, written and read, then y is written."""
+    table = json.loads(count_work.TABLE.read_text())
+    tile, sums = table["down"]["rows"]["128"]["tile"], 128 * 128 * 4
+    assert tile["store_bytes"] == 2 * sums + sums // 2
+    assert 2 * sums <= tile["load_bytes"] <= 1.02 * 2 * sums
