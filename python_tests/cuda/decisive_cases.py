@@ -101,7 +101,7 @@ LARGE_LAST = (40, 32, [8, 20, 72], 0.5)
 FORWARD = [expert_mlp(*shape) for shape in (FINE, WHOLE, RAGGED, CHUNKS, MANY, LARGE_LAST)]
 BACKWARD = [
     expert_mlp_backward(*shape, exact_ste)
-    for shape in (FINE, WHOLE, RAGGED)
+    for shape in (FINE, WHOLE, RAGGED, (20, 24, [64, 32, 128, 64], 0.6))
     for exact_ste in (False, True)
 ]
 DECODE = [
