@@ -89,13 +89,13 @@ def test_sizes_that_do_not_divide(size, shared, seed):
 def test_deterministic_and_leaves_the_model_alone(seed):
     model, text = tiny_llama(), some_text()
     before = copy.deepcopy(model.state_dict())
-    precision = torch.get_float32_matmul_precision()
+    precision = torch.backends.mkldnn.matmul.fp32_precision
     first = calibrate(model, text, seed=7).state_dict()
     torch.rand(3)
     second = calibrate(model, text, seed=7).state_dict()
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
-    assert torch.get_float32_matmul_precision() == precision and not model.training
+    assert torch.backends.mkldnn.matmul.fp32_precision == precision and not model.training
 
 
 def test_without_refit_the_merge_is_exact(seed):

@@ -72,15 +72,16 @@ class Streams:
 
 @contextlib.contextmanager
 def quick_matmul() -> Iterator[None]:
-    """Lets float32 GEMMs take the faster of torch's two CPU libraries; restored afterwards.
+    """Lets float32 GEMMs on the CPU take the faster of torch's two libraries; restored afterwards.
 
-    On AMD, oneDNN's float32 GEMM is twice as fast as MKL's and as accurate; "medium" selects it.
-    With AMX (or on a GPU) it allows bf16 or tf32 products, which a regression on this much data
-    does not notice: sums stay float32, and the systems are solved in float64.
+    On AMD, oneDNN's float32 GEMM is twice as fast as MKL's and as accurate; this setting selects
+    it. With AMX it allows bf16 products, which a regression on this much data does not notice: sums
+    stay float32, and the systems are solved in float64. A GPU's setting is left as it is.
     """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        matmul.fp32_precision = before
