@@ -9,8 +9,14 @@ from rich.table import Table
 from . import console
 from .errors import UserError
 from .training.data import TextWindows
-from .training.evaluate import Evaluation, evaluate, ffn_layers, supports_bf16
-from .training.measure import active_parameters, generate, num_parameters, threshold
+from .training.evaluate import Evaluation, evaluate, ffn_layers
+from .training.measure import (
+    active_parameters,
+    generate,
+    num_parameters,
+    ready_for_inference,
+    threshold,
+)
 
 
 def calibrate_on(model, windows: TextWindows, *, tokens: int, **options):
@@ -45,6 +51,7 @@ def evaluation_rows(
     if thresholds and not ffn_layers(model):
         raise UserError("--thresholds needs a converted model; this one is dense")
     rows = []
+    ready_for_inference(model)
     for value in [None, *thresholds]:
         label = "Evaluating" if value is None else f"Evaluating at threshold {value:g}"
         with nullcontext() if value is None else threshold(model, value):
@@ -124,6 +131,7 @@ def generate_text(
     ids = prompt_ids(tokenizer, text, chat)
     if threshold_value is not None and not ffn_layers(model):
         raise UserError("--threshold needs a converted model; this one is dense")
+    ready_for_inference(model)
     shown, new = "", []
 
     def show(token: int) -> None:
@@ -145,8 +153,3 @@ def generate_text(
         f"{len(result.ids)} tokens, {result.tokens_per_second:.1f} tokens/s "
         f"(prompt of {ids.shape[1]} in {result.prefill_seconds:.2f} s)"
     )
-
-
-def fast_dtype(device: str = "cpu") -> torch.dtype:
-    """The dtype in which inference is fastest here."""
-    return torch.bfloat16 if supports_bf16(device) else torch.float32

@@ -26,7 +26,7 @@ def print_report(report: dict, out: Path) -> None:
     console.out.print(table)
     speed = report["speed"]
     console.out.print(
-        f"Speed: {speed['dtype']}, {speed['threads']} threads, batch 1, best of several runs. "
+        f"Speed: {speed['dtype']}, batch 1, threads: {speed['threads']}, best of several runs. "
         f"Perplexity: held-out tenth of the text; second domain: Python source code.",
         style="dim",
     )

@@ -18,8 +18,10 @@ from ..training.data import read_text, second_domain_text, windows_of
 from ..training.evaluate import evaluate, supports_bf16
 from ..training.loop import TrainSettings, fine_tune
 from ..training.measure import active_parameters, generate, num_parameters, threshold
+from .source import HUB_ID, SMOLLM2
 from .speed import measure_speed
 
+DISPLAY_NAMES = {SMOLLM2: HUB_ID.rpartition("/")[2]}
 PROMPT = "A Python function is"
 CALIBRATION_TOKENS = 16384
 SECOND_DOMAIN_WINDOWS = 8
@@ -171,7 +173,7 @@ def _run(demo: Demo, dense, folder: Path) -> dict:
         logs[name] = demo.tune("Fine-tuning the dense model", dense, train, None)
         demo.measure(name, dense)
     return {
-        "model": settings.model,
+        "model": DISPLAY_NAMES.get(settings.model, Path(settings.model).name),
         "settings": dataclasses.asdict(settings) | {"out": None, "data": str(settings.data or "")},
         "parameters": num_parameters(dense),
         "last": last,

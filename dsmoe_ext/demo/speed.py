@@ -5,8 +5,8 @@ import time
 
 import torch
 
-from ..training.evaluate import ffn_layers, supports_bf16
-from ..training.measure import generate
+from ..training.evaluate import supports_bf16
+from ..training.measure import generate, ready_for_inference
 
 ROUNDS = 3
 NEW_TOKENS = 32
@@ -37,7 +37,4 @@ def measure_speed(dense, sparse, windows: torch.Tensor, prompt: torch.Tensor) ->
 
 
 def _ready(model, dtype: torch.dtype):
-    model = copy.deepcopy(model).to(dtype).eval()
-    for layer in ffn_layers(model):
-        layer.pack()
-    return model
+    return ready_for_inference(copy.deepcopy(model).to(dtype))
