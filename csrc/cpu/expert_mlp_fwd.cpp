@@ -223,7 +223,6 @@ Status forward(const ExpertMlpParams& p, const Team& team) {
     saved_start[e] = next;
     next += kept;
   }
-  prefer_huge_pages(p.activations, p.activations ? size_t(next) * sizeof(T) : 0);
   const int64_t blocks = ceil_div(p.num_tokens, kTokenBlock);
   Status status = Status::kOk;
   for (int64_t b = 0; b < blocks && status == Status::kOk; ++b) {
