@@ -114,6 +114,17 @@ def test_infinite_and_extreme_logits():
     assert torch.equal(gates, torch.tensor([[1.0, 0.0, 1.0, 0.0]]))
 
 
+@pytest.mark.parametrize("method", ["top_k", "top_p"])
+@pytest.mark.parametrize("gates", reference.GATES)
+def test_gates_that_underflow_are_inactive(method, gates):
+    logits = torch.tensor([[1000.0, 0.0, -1.0, 2.0]])
+    options = dict(method=method, top_k=3, gates=gates)
+    ours = dsmoe_ext.route(logits, 1.0, offsets_of([2] * 4), **options)
+    wanted = reference.route(logits, 1.0, offsets_of([2] * 4), **options)
+    torch.testing.assert_close(ours.gates, torch.tensor([[4.0, 0.0, 0.0, 0.0]]))
+    torch.testing.assert_close(wanted[0], ours.gates)
+
+
 def test_half_logits_are_computed_in_float32(seed):
     logits = torch.randn(50, 8).bfloat16()
     ours = dsmoe_ext.route(logits, 0.5, offsets_of([3] * 8))
