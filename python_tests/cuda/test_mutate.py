@@ -1,4 +1,4 @@
-"""The mutations do what they say, and a sample of mutants is killed. All of them:
+"""The mutations do what they say, and dropped barriers are noticed. All mutants:
 `python python_tests/cuda/mutate.py`."""
 
 import mutate
@@ -43,10 +43,13 @@ def test_shifts(text, want):
     assert mutate.shifted(instruction(text))[1] == want
 
 
-def test_a_sample_is_killed():
-    """What mutants.txt explains is left out: it survives for a reason."""
+def test_dropped_barriers_and_waits_are_killed():
+    """A sample of them, all of which must die; what mutants.txt explains is left out.
+
+    The score over all kinds of mutants takes `mutate.py` hours and stands in mutants.txt.
+    """
     known = mutate.reasons()
-    chosen = [m for m in mutate.mutants() if m.place not in known]
-    chosen = mutate.sample(chosen, 10, seed=2)
+    drops = [m for m in mutate.mutants() if m.kind == "drop" and m.place not in known]
+    chosen = mutate.sample(drops, 20, seed=2)
     killed, survivors = mutate.report(chosen)
-    assert killed >= 0.95 * len(chosen), [m.what for m in survivors]
+    assert killed == len(chosen), [m.what for m in survivors]
