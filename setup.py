@@ -78,6 +78,8 @@ class CMakeBuild(build_ext):
         nvcc, architectures = cuda_compiler(), os.environ.get("CMAKE_CUDA_ARCHITECTURES")
         configure = [
             "cmake", "-G", "Ninja", "-S", str(ROOT), "-B", self.build_temp,
+            # Named every time: an earlier isolated build left the path of a ninja that is gone.
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja') or 'ninja'}",
             f"-DDSMOE_TORCH_DIR={torch}", f"-DPython_EXECUTABLE={sys.executable}",
             f"-DDSMOE_VERSION={self.distribution.get_version()}",
             f"-DDSMOE_CUDA={int(bool(nvcc))}", *([f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc else []),
