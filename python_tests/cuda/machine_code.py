@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 
-from nvcc import ROOT, cache_folder, nvcc, sources_digest
+from nvcc import ROOT, cache_folder, nvcc, sources_digest, version
 
 TABLE = pathlib.Path(__file__).with_suffix(".txt")
 ARCHITECTURES = ("80", "86", "89", "90", "120")
@@ -53,15 +53,9 @@ def nvdisasm():
     return str(path)
 
 
-@functools.cache
-def nvcc_version():
-    output = subprocess.run([nvcc(), "--version"], capture_output=True, text=True).stdout
-    return re.search(r"V(\d+\.\d+\.\d+)", output)[1]
-
-
 def assemble(source, arch):
     """(what ptxas reports, SASS) of one .cu file for one architecture."""
-    key = sources_digest(arch, source.name, nvcc_version())
+    key = sources_digest(arch, source.name)
     beside = cache_folder() / f"{source.stem}-{arch}-{key}"
     report, code = beside.with_suffix(".ptxas"), beside.with_suffix(".sass")
     if not code.exists():
@@ -183,7 +177,7 @@ def measure(architectures=ARCHITECTURES):
 
 def to_text(rows):
     """The table as it is committed."""
-    lines = [f"# {__doc__.splitlines()[0]} See machine_code.py. nvcc {nvcc_version()}"]
+    lines = [f"# {__doc__.splitlines()[0]} See machine_code.py. nvcc {version(nvcc())}"]
     head = "".join(f"{c:>10}" for c in COLUMNS)
     previous = None
     for file, name, row in rows:

@@ -1,9 +1,10 @@
-"""Finds nvcc, or installs the pinned wheels of it; compiles kernels once per content."""
+"""Finds the pinned nvcc, or installs its wheels; compiles kernels once per content."""
 
 import functools
 import hashlib
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ WHEELS = (
     "nvidia-cuda-runtime==13.0.96",
     "nvidia-cuda-cccl==13.0.85",
 )
+VERSION = "13.0.88"
 
 
 def cache_folder():
@@ -31,40 +33,38 @@ def cache_folder():
 
 @functools.cache
 def nvcc():
-    """Path of nvcc: CUDACXX, PATH, the wheels in this Python, or the wheels installed into the
-    cache folder."""
-    for found in (os.environ.get("CUDACXX"), shutil.which("nvcc")):
-        if found:
-            return found
+    """Path of nvcc: CUDACXX if it is set; else the version that WHEELS pins, from PATH, from this
+    Python's packages, or installed into the cache folder."""
+    if named := os.environ.get("CUDACXX"):
+        return named
     target = cache_folder() / "toolkit"
-    for folder in (*map(pathlib.Path, sys.path), target):
-        if (path := folder / "nvidia/cu13/bin/nvcc").exists():
-            return str(path)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--target",
-        str(target),
-        *WHEELS,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    folders = [folder / "nvidia/cu13/bin" for folder in (*map(pathlib.Path, sys.path), target)]
+    for folder in (None, *map(str, folders)):
+        if (path := shutil.which("nvcc", path=folder)) and version(path) == VERSION:
+            return path
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target)]
+    done = subprocess.run([*command, *WHEELS], capture_output=True, text=True)
     path = target / "nvidia/cu13/bin/nvcc"
     if done.returncode or not path.exists():
         raise RuntimeError(
-            "The CUDA tests compile kernels, and there is no nvcc: put CUDA 13's nvcc on PATH, or "
-            f"set CUDACXX, or let pip reach PyPI (installing {' '.join(WHEELS)} failed: "
-            f"{done.stderr.strip()[-300:]})"
+            f"The CUDA tests compile kernels with nvcc {VERSION}, which is not here: run `pip "
+            f"install {' '.join(WHEELS)}`, or name another nvcc in CUDACXX (pip said: "
+            f"{done.stderr.strip()[-300:]})."
         )
     return str(path)
 
 
+@functools.cache
+def version(path):
+    """Such as "13.0.88"."""
+    output = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"V(\d+\.\d+\.\d+)", output)
+    return found[1] if found else "unknown"
+
+
 def sources_digest(*extra):
-    """Changes with any file that a kernel could include."""
-    digest = hashlib.sha256("\0".join(extra).encode())
+    """Changes with any file that a kernel could include, and with the compiler."""
+    digest = hashlib.sha256("\0".join([version(nvcc()), *extra]).encode())
     csrc = ROOT / "csrc"
     folders = [csrc / "cuda", csrc / "common", pathlib.Path(__file__).parent]
     files = [p for f in folders for p in f.rglob("*") if p.suffix in (".cu", ".cuh", ".h", ".cpp")]
