@@ -6,8 +6,8 @@
 
 It traps (raises Trap with the source line): unknown instructions; accesses out of bounds,
 misaligned, of memory never written, or of a read-only buffer; data races in shared and global
-memory, asynchronous copies included; collectives reached by part of a warp; barriers that never
-complete. It does not see ptxas, nor the order in which a tensor core sums, nor time.
+memory, asynchronous copies and wgmma included; collectives reached by part of a warp; barriers that
+never complete. It does not see ptxas, nor the order in which a tensor core sums, nor time.
 
     parse.py     PTX text -> instructions      machine.py   registers, program counters, schedule
     numbers.py   formats and rounding          memory.py    buffers, shared memory, bounds
@@ -15,6 +15,8 @@ complete. It does not see ptxas, nor the order in which a tensor core sums, nor 
     convert.py   cvt, mov                      warp.py      shfl, vote, barriers
     transfer.py  ld, st, atom, cp.async        tensor.py    ldmatrix, mma
     counters.py  sectors, bank conflicts       device.py    what tests hold in their hands
+    mbarrier.py  mbarriers                     bulk.py      cp.async.bulk (TMA)
+    wgmma.py     warpgroups' products
 """
 
 from .counters import Counters

@@ -24,6 +24,8 @@ CLASS_OF = {op: name for name, ops in CLASSES.items() for op in ops}
 
 
 def classify(ins):
+    if ins.op[0] == "wgmma" and ins.op[1] != "mma_async":
+        return "barrier"
     if ins.op[0] in CLASS_OF:
         return CLASS_OF[ins.op[0]]
     return "float" if ins.op[-1] in ("f32", "f64", "f16x2", "bf16x2") else "integer"
@@ -50,6 +52,7 @@ class Counters:
     def __init__(self):
         self.instructions = defaultdict(int)  # class -> warp instructions
         self.opcodes = defaultdict(int)
+        self.products = 0  # of wgmma, in mma.m16n8k16
         # (source line, opcode) -> Traffic in sectors of global memory, cycles of shared memory
         self.sectors, self.cycles = defaultdict(Traffic), defaultdict(Traffic)
 
@@ -78,6 +81,17 @@ class Counters:
     def matrix_rows(self, ins, m, threads, addresses):
         """ldmatrix: eight rows of 16 bytes at a time."""
         self._banks(ins, threads // 32, threads // 8, addresses.astype(np.int64), 16)
+
+    def matrix(self, ins, chunks):
+        """wgmma: eight chunks of 16 bytes at a time, those of neighbouring rows."""
+        flat = chunks.T.reshape(-1).astype(np.int64)
+        self._banks(ins, np.zeros_like(flat), np.arange(len(flat)) // 8, flat, 16)
+
+    def bulk_read(self, ins, addresses, size):
+        self._sectors(ins, np.zeros_like(addresses), addresses, size)
+
+    def bulk_write(self, ins, size):
+        self.cycles[ins.where, ins.op[0]].add(1, size // 128, size // 128)
 
     def _sectors(self, ins, warp, addresses, size):
         first, last = addresses // 32, (addresses + size - 1) // 32

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from . import alu, convert, tensor, transfer, warp  # noqa: F401  their opcodes register themselves
+# their opcodes register themselves
+from . import alu, convert, mbarrier, tensor, transfer, warp, wgmma  # noqa: F401
 from .machine import Machine, Trap
 from .memory import Buffer, GlobalMemory
 from .numbers import TYPES

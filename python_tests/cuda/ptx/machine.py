@@ -6,6 +6,8 @@ would ever see its flag set. A seed makes the schedule wild: random groups run, 
 stand still for a while.
 """
 
+import re
+
 import numpy as np
 
 from .counters import classify
@@ -13,6 +15,7 @@ from .memory import BadAccess, SharedMemory
 from .numbers import TYPES
 from .races import Clocks, Race
 
+REGISTER = re.compile(r"%[\w$]+")
 COMPILERS = {}  # opcode -> function(instruction, kernel) -> run(machine, mask)
 WARP_WIDE = set()  # opcodes that all named lanes of a warp execute together
 
@@ -44,8 +47,21 @@ def compile_kernel(kernel):
         except (KeyError, ValueError, IndexError) as error:
             raise Trap(f"{ins.where}{ins.name}: unknown form ({error!r})") from error
         ins.warp_wide = ins.op[0] in WARP_WIDE
+        ins.group_wide = ins.op[:2] == ["wgmma", "mma_async"]
         ins.kind = classify(ins)
+    watch_wgmma_registers(kernel)
     kernel.compiled = True
+
+
+def watch_wgmma_registers(kernel):
+    """Marks what else touches the registers of a wgmma: they are its own until it is waited for."""
+    products = [ins for ins in kernel.code if ins.op[:2] == ["wgmma", "mma_async"]]
+    theirs = {name for ins in products for name in REGISTER.findall(" ".join(ins.operands[:2]))}
+    theirs = {name for name in theirs if kernel.registers[name][1].itemsize == 4}
+    for ins in kernel.code:
+        if theirs and ins.op[0] != "wgmma":
+            names = [*REGISTER.findall(" ".join(ins.operands)), ins.guard]
+            ins.touches = sorted(theirs.intersection(names))
 
 
 @opcode("bra", "ret", "exit")
@@ -93,6 +109,12 @@ class Machine:
         self.barrier = np.full(self.n, -1)  # the barrier a thread stands at
         self.copies = {}  # cp.async: see transfer.py
         self.groups = []
+        self.mbarriers, self.made = {}, {}  # see mbarrier.py; how many each CTA made
+        self.bulk = []  # bulk copies in flight: functions that land them
+        self.waiting = np.zeros(self.n, bool)  # at an mbarrier whose phase is not over
+        self.flying = {}  # register -> how many wgmma of each thread that use it are in flight
+        self.fenced = np.zeros(self.n, bool)  # by wgmma.fence, since a register of a wgmma changed
+        self.tensor = {}  # wgmma groups: see wgmma.py
         self.rng = np.random.default_rng(0 if seed is None else seed)
         self.wild = seed is not None
         self.frozen = np.zeros(self.n, bool)
@@ -121,9 +143,17 @@ class Machine:
     def _pick(self):
         """The threads that run now: all at one program counter."""
         ready = ~self.done & ~self.held & (self.barrier < 0)
+        while self.bulk and (not ready.any() or self.turns % 4 == 0):
+            self.bulk.pop(self.rng.integers(len(self.bulk)) if self.wild else 0)()
+            ready = ~self.done & ~self.held & (self.barrier < 0)
+            if ready.any():
+                break
         if not ready.any():
             if self.done.all():
                 return None
+            if self.waiting.any():
+                at = int(self.pc[self.waiting].min())
+                raise Trap(f"{self.kernel.code[at].where}deadlock: threads wait at an mbarrier")
             at = int(self.pc[~self.done].min())
             if self.held.any():
                 at = int(self.pc[self.held].min())
@@ -167,6 +197,9 @@ class Machine:
             if i > start and ((ins.is_target and not alone) or (ins.warp_wide and not whole)):
                 self.pc[mask] = i
                 return
+            if i > start and ins.group_wide and not self._whole_groups(mask):
+                self.pc[mask] = i
+                return
             active = mask
             if ins.guard:
                 active = mask & (self.registers[self.kernel.registers[ins.guard][0]] ^ ins.negate)
@@ -187,6 +220,8 @@ class Machine:
             elif active.any():
                 try:
                     self.where = ins
+                    if ins.touches:
+                        self._registers_are_free(ins, active)
                     waiting = ins.run(self, active)
                 except (Trap, BadAccess, Race) as trap:
                     raise Trap(f"{ins.where}{ins.name}: {trap}") from None
@@ -200,8 +235,16 @@ class Machine:
                     return
             i += 1
 
+    def _registers_are_free(self, ins, active):
+        self.fenced &= ~active
+        for name in ins.touches:
+            if name in self.flying and (self.flying[name][active] > 0).any():
+                raise Trap(f"{name} belongs to a wgmma in flight")
+
     def _leave(self, active):
         self.done |= active
+        if self.bulk and self.done.all():
+            raise Trap("the kernel ends while a bulk copy is in flight")
         if (self.barrier >= 0).any() and (
             self.barrier[np.isin(self.cta, self.cta[active])] >= 0
         ).any():
@@ -210,6 +253,13 @@ class Machine:
     @staticmethod
     def _whole_warps(mask):
         lanes = mask.reshape(-1, 32)
+        return bool((lanes.any(1) == lanes.all(1)).all())
+
+    def _whole_groups(self, mask):
+        """Warpgroups: four warps that begin at a multiple of four within their CTA."""
+        if self.per % 128:
+            raise Trap("a CTA of whole warpgroups is wanted")
+        lanes = mask.reshape(-1, 128)
         return bool((lanes.any(1) == lanes.all(1)).all())
 
 

@@ -155,3 +155,32 @@ class SharedMemory:
         self.shadow.complete(at, who)
         self.initialised[at] = True
         self.bytes[place[:, None] + np.arange(data.shape[1])] = data
+
+    # -- the asynchronous proxy --
+
+    def begin_bulk(self, address, size, thread, agent):
+        """A bulk copy to `size` bytes starts; land_bulk ends it."""
+        place = self.place(np.array([address]), 16, np.array([thread]))
+        if address + size > self.limit:
+            raise BadAccess(f"a bulk copy reaches byte {address + size} of {self.limit}")
+        at = np.arange(place[0] // 2, (place[0] + size) // 2)
+        self.shadow.on_bulk_write(at, thread, agent)
+        return at
+
+    def land_bulk(self, at, data, phase):
+        self.shadow.landed(at, phase)
+        self.initialised[at] = True
+        self.bytes[2 * at[0] : 2 * at[0] + data.size] = data
+
+    def load_multiplied(self, address, threads, warps, group):
+        """What wgmma by these threads reads: 16 bytes at each of the addresses, any shape."""
+        flat = address.reshape(-1)
+        place = self.place(flat, 16, np.broadcast_to(threads[0], flat.shape))
+        at = (place // 2)[:, None] + np.arange(8)
+        self.shadow.on_multiply(at.reshape(-1), threads)
+        if not (known := self.initialised[at]).all():
+            first = int(at[~known][0]) * 2 % self.size
+            raise BadAccess(f"shared memory read before it was written (byte {first})")
+        self.shadow.multiplied_by(at[:, 0], warps, group)
+        data = self.bytes[place[:, None] + np.arange(16)]
+        return data.view(np.uint16).reshape(*address.shape, 8)

@@ -15,6 +15,8 @@ class Instruction:
     where: str  # "file:line: ", from nvcc -lineinfo
     is_target: bool = False  # a label stands before it
     run: object = None  # filled by machine.compile_program
+    group_wide: bool = False  # a whole warpgroup executes it together
+    touches: tuple = ()  # registers of a wgmma that it reads or writes
 
     @property
     def name(self):

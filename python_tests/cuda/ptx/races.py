@@ -8,11 +8,20 @@ Knowledge about other CTAs, rare, lives in `foreign`.
 
 An asynchronous copy is a write by its thread whose clock is PENDING, which nobody is ordered after,
 until the thread waits for it.
+
+What the asynchronous proxy does (bulk copies, wgmma) belongs to no thread. Each warp's wgmma groups
+and each mbarrier's phases are counted; progress[i, a] is how far thread i knows agent a to have
+come. A bulk copy is a write by its mbarrier; a read by wgmma is known to be over once its group is.
+The proxy itself sees only what a fence.proxy.async has shown it: visible[c][i, j] is the latest
+clock of thread j whose accesses the proxy sees in what it does for thread i.
 """
 
 import numpy as np
 
 NOBODY, HOST, SEVERAL, EVERYWHERE = -1, -2, -3, -4  # in place of a thread number
+AGENT = -16  # minus an agent's number: a write by bulk copies
+MBARRIERS = 64  # of one CTA
+UNIT = 8  # granules of what wgmma reads at once, 16 bytes
 PENDING = np.iinfo(np.int32).max
 
 
@@ -32,6 +41,9 @@ class Clocks:
             {},
             {},
         )  # thread -> knowledge at its last fence; thread -> messages read since
+        self.warps = per // 32
+        self.progress = np.zeros((ctas * per, self.warps + MBARRIERS), np.int32)
+        self.visible = None  # until the first fence.proxy.async
 
     def synchronise(self, threads):
         """All of these threads of one CTA wait for each other: a barrier, or a warp-wide one."""
@@ -42,6 +54,9 @@ class Clocks:
         self.known[cta, lanes] = rows
         self.least[threads] = rows.min()
         self.clock[threads] = now + 1
+        self.progress[threads] = self.progress[threads].max(0)
+        if self.visible is not None:
+            self.visible[cta, lanes] = self.visible[cta, lanes].max(0)
         learned = [self.foreign[t] for t in threads if t in self.foreign] if self.foreign else []
         if learned:
             merged = np.maximum.reduce(learned)
@@ -60,6 +75,37 @@ class Clocks:
                 if (row := self.foreign.get(int(thread[i]))) is not None:
                     result[i] = clock[i] <= row[other[i]]
         return result
+
+    # -- mbarriers: an arrival releases, a wait acquires --
+
+    def release(self, threads):
+        """What these threads of one CTA know, as (known, visible or None, progress)."""
+        cta, lanes = threads[0] // self.per, threads % self.per
+        known = self.known[cta, lanes].max(0)
+        known[lanes] = self.clock[threads]
+        visible = None if self.visible is None else self.visible[cta, lanes].max(0)
+        message = known, visible, self.progress[threads].max(0)
+        self.clock[threads] += 1
+        return message
+
+    def acquire(self, threads, message):
+        cta, lanes = threads[0] // self.per, threads % self.per
+        known, visible, progress = message
+        self.known[cta, lanes] = np.maximum(self.known[cta, lanes], known)
+        self.least[threads] = self.known[cta, lanes].min(1)
+        self.progress[threads] = np.maximum(self.progress[threads], progress)
+        if visible is not None:
+            self.visible[cta, lanes] = np.maximum(self.visible[cta, lanes], visible)
+
+    def proxy_fence(self, threads):
+        """The asynchronous proxy now sees what these threads did or are ordered after."""
+        if self.visible is None:
+            self.visible = np.zeros_like(self.known)
+        cta, lanes = threads // self.per, threads % self.per
+        seen = np.maximum(self.visible[cta, lanes], self.known[cta, lanes])
+        seen[np.arange(len(lanes)), lanes] = self.clock[threads]
+        self.visible[cta, lanes] = seen
+        self.clock[threads] += 1
 
     # -- flags in global memory: fence + store or atomic releases, load or atomic + fence acquires
     # --
@@ -123,6 +169,7 @@ class Shadow:
             granules, -1, np.int32
         )  # the CTA of the readers, where there are SEVERAL
         self.atomic = np.zeros(granules, bool)  # the last write was an atomic or volatile one
+        self.multiplied = None  # [unit, warp] the last wgmma group that reads it, once there is one
 
     def on_read(self, at, thread, atomic=False):
         """at, thread: int64 [k], one entry per granule touched by this instruction."""
@@ -139,6 +186,7 @@ class Shadow:
                 "reads what",
                 "wrote",
             )
+        self._require_landed(at, thread, writer, "reads")
         if atomic:
             return
         reader, before = self.reader[at], self.read[at]
@@ -172,6 +220,8 @@ class Shadow:
 
     def on_write(self, at, thread, atomic=False, pending=False):
         writer = self.writer[at]
+        self._require_landed(at, thread, writer, "writes")
+        self._require_multiplied(at, thread)
         check = writer >= 0
         if atomic:
             check &= ~self.atomic[at]
@@ -213,6 +263,72 @@ class Shadow:
     def complete(self, at, thread):
         """The asynchronous write of these granules by these threads is done, as seen by them."""
         self.written[at] = self.clocks.clock[thread]
+
+    # -- the asynchronous proxy --
+
+    def on_bulk_write(self, at, thread, agent):
+        """A bulk copy by this thread starts, which the agent will report; `landed` ends it."""
+        who = np.full(len(at), thread)
+        self._require_visible(at, [thread])
+        self.on_write(at, who, pending=True)
+        self.writer[at] = AGENT - agent
+
+    def landed(self, at, phase):
+        self.written[at] = phase
+
+    def on_multiply(self, at, threads):
+        """wgmma by these threads of one warpgroup reads; its group ends later."""
+        writer = self.writer[at]
+        self._require_visible(at, threads)
+        late = writer <= AGENT
+        if late.any():
+            known = self.clocks.progress[threads].min(0)[AGENT - writer[late]]
+            if (known < self.written[at[late]]).any():
+                raise Race("wgmma reads what a bulk copy writes, without waiting for its mbarrier")
+
+    def multiplied_by(self, at, warps, group):
+        """The group of these warps of one CTA, by number for each, reads these granules."""
+        if self.multiplied is None:
+            units = -(-len(self.writer) // UNIT)
+            self.multiplied = np.zeros((units, self.clocks.warps), np.int32)
+        self.multiplied[np.unique(at // UNIT)[:, None], warps] = group
+
+    def _require_visible(self, at, threads):
+        """What threads wrote there (as others see it), the asynchronous proxy must see too."""
+        writer, written = self.writer[at], self.written[at]
+        check = writer >= 0
+        if not check.any():
+            return
+        clocks, threads = self.clocks, np.asarray(threads)
+        cta, lanes = threads[0] // clocks.per, threads % clocks.per
+        other = writer[check] % clocks.per
+        ordered = written[check] <= clocks.known[cta, lanes].min(0)[other]
+        if len(threads) == 1:  # its own
+            ordered |= (writer[check] == threads[0]) & (written[check] != PENDING)
+        shown = np.zeros_like(ordered)
+        if clocks.visible is not None:
+            shown = written[check] <= clocks.visible[cta, lanes].min(0)[other]
+        if not shown.all():
+            i = np.flatnonzero(~shown)[0]
+            why = "no fence.proxy.async lies between" if ordered[i] else "unordered"
+            name = self._name(writer[check][i])
+            raise Race(f"the asynchronous proxy touches what thread {name} wrote: {why}")
+
+    def _require_landed(self, at, thread, writer, doing):
+        late = writer <= AGENT
+        if late.any():
+            known = self.clocks.progress[thread[late], AGENT - writer[late]]
+            if (bad := known < self.written[at[late]]).any():
+                name = self._name(thread[late][np.flatnonzero(bad)[0]])
+                raise Race(f"thread {name} {doing} where a bulk copy writes, not waiting for it")
+
+    def _require_multiplied(self, at, thread):
+        if self.multiplied is None:
+            return
+        groups = self.multiplied[at // UNIT]
+        if (bad := groups > self.clocks.progress[thread, : self.clocks.warps]).any():
+            name = self._name(thread[np.flatnonzero(bad.any(1))[0]])
+            raise Race(f"thread {name} writes what a wgmma in flight may read")
 
     def _require(self, at, thread, other, clock, doing, did):
         ok = self.clocks.ordered(thread, other, clock)

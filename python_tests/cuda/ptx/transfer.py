@@ -186,9 +186,26 @@ def atomic(ins, kernel):
 
 @opcode("fence", "membar")
 def fence(ins, kernel):
+    if ins.op[1:3] == ["proxy", "async"] and set(ins.op[3:]) <= {"shared"}:
+        return proxy_fence
+    if ins.op[1:] == ["mbarrier_init", "release", "cluster"]:
+        return show_mbarriers
     if not set(ins.op[1:]) <= SCOPES | {"sc", "acq_rel"}:
         raise Trap("kind of fence")
     return lambda m, mask: m.clocks.fence(m.threads[mask])
+
+
+def proxy_fence(m, mask):
+    show_mbarriers(m, mask)
+    for cta in np.unique(m.cta[mask]):
+        m.clocks.proxy_fence(m.threads[mask & (m.cta == cta)])
+
+
+def show_mbarriers(m, mask):
+    """The asynchronous proxy may use the mbarriers that these threads made."""
+    for barrier in m.mbarriers.values():
+        if barrier.maker is not None and mask[barrier.maker]:
+            barrier.maker = None
 
 
 @opcode("cvta")
@@ -230,6 +247,10 @@ def trap(ins, kernel):
 def cp(ins, kernel):
     if ins.op[1] != "async":
         raise Trap("cp other than cp.async")
+    if ins.op[2] == "bulk":
+        from .bulk import bulk_tensor
+
+        return bulk_tensor(ins, kernel)
     if ins.op[2] == "commit_group":
         return commit
     if ins.op[2] in ("wait_group", "wait_all"):
