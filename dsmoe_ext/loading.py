@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from .console import expect
+from .command_line.console import expect
 from .errors import UserError
 from .files import atomic_directory, check_space
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dsmoe_ext import cli, ops
+from dsmoe_ext import ops
 from dsmoe_ext.benchmarks import ffn
 from dsmoe_ext.benchmarks.machine import measure_machine
 from dsmoe_ext.benchmarks.timing import interleaved
+from dsmoe_ext.command_line import app as cli
 
 pytestmark = pytest.mark.quick
 SMALL = ["--shape", "16,32", "--tokens", "3", "--active", "0.5,1", "--budget", "0.01"]

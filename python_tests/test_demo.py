@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from dsmoe_ext.cli import app
+from dsmoe_ext.command_line.app import app
 from dsmoe_ext.demo import source
 from dsmoe_ext.demo.report import draw_report, table_rows
 from dsmoe_ext.errors import UserError

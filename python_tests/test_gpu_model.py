@@ -6,8 +6,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dsmoe_ext import cli
 from dsmoe_ext.benchmarks import gpu_model as model
+from dsmoe_ext.command_line import app as cli
 
 pytestmark = pytest.mark.quick
 A100 = model.GPUS["a100"]

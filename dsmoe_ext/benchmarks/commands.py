@@ -112,8 +112,8 @@ def model(
     from dsmoe_ext.benchmarks import report
     from dsmoe_ext.benchmarks.machine import measure_machine
     from dsmoe_ext.benchmarks.model import LAYOUTS, SHAPES, dense_model, measure, sparse_model
-    from dsmoe_ext.console import out as console
-    from dsmoe_ext.console import stage
+    from dsmoe_ext.command_line.console import out as console
+    from dsmoe_ext.command_line.console import stage
     from dsmoe_ext.convert import load_llama
     from dsmoe_ext.errors import UserError
 
@@ -156,9 +156,9 @@ def gpu_model(
 
     from dsmoe_ext.benchmarks import gpu_model as model
     from dsmoe_ext.benchmarks.gpu_report import prediction_table
-    from dsmoe_ext.console import out as console
+    from dsmoe_ext.command_line.console import out as console
+    from dsmoe_ext.command_line.options import numbers
     from dsmoe_ext.errors import UserError
-    from dsmoe_ext.options import numbers
 
     if gpu not in model.GPUS:
         raise UserError(f"--gpu must be of {', '.join(model.GPUS)}, but is {gpu!r}")
@@ -180,8 +180,8 @@ def gpu_model(
 
 def _sizes(shape: str, experts: int, expert_sizes: str | None) -> tuple[int, list[int]]:
     """Hidden size and the experts' sizes, from the options."""
+    from dsmoe_ext.command_line.options import numbers
     from dsmoe_ext.errors import UserError
-    from dsmoe_ext.options import numbers
 
     hidden_size, intermediate_size = numbers(shape, int, "--shape")
     sizes = numbers(expert_sizes, int, "--expert-sizes")
@@ -212,9 +212,9 @@ def _run(
     from dsmoe_ext.benchmarks import report
     from dsmoe_ext.benchmarks.ffn import Shape, measure
     from dsmoe_ext.benchmarks.machine import measure_machine
-    from dsmoe_ext.console import out as console
-    from dsmoe_ext.console import progress
-    from dsmoe_ext.options import numbers
+    from dsmoe_ext.command_line.console import out as console
+    from dsmoe_ext.command_line.console import progress
+    from dsmoe_ext.command_line.options import numbers
 
     kinds = _dtypes(dtypes)
     hidden_size, sizes = _sizes(shape, experts, expert_sizes)

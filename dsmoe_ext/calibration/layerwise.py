@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dsmoe_ext import console, partition
+from dsmoe_ext import partition
 from dsmoe_ext.calibration.neurons import (
     Layout,
     activations,
@@ -18,6 +18,7 @@ from dsmoe_ext.calibration.neurons import (
 from dsmoe_ext.calibration.refit import refit_down_proj
 from dsmoe_ext.calibration.router import SCALE, InputStatistics, fit_router, quantile_threshold
 from dsmoe_ext.calibration.streams import Streams, quick_matmul
+from dsmoe_ext.command_line import console
 from dsmoe_ext.convert import convert_llama, merge_to_llama
 from dsmoe_ext.llama_mlp import check_llama_mlp
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.panel import Panel
 from rich.table import Table
 
-from .. import console
+from ..command_line import console
 
 INK, GRID = "#22303c", "#d9dfe4"
 DENSE, SPARSE, CALIBRATED, TARGET = "#7a8793", "#0b7285", "#f08c00", "#c92a2a"

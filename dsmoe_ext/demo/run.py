@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from .. import console
+from ..command_line import console
+from ..command_line.steps import calibrate_on, evaluate_with_bar
 from ..errors import UserError
 from ..files import atomic_directory, check_output, directory_size
 from ..loading import load_model, model_bytes, need_tokenizer, quiet_transformers
-from ..steps import calibrate_on, evaluate_with_bar
 from ..training.command import describe
 from ..training.data import read_text, second_domain_text, windows_of
 from ..training.evaluate import evaluate, supports_bf16

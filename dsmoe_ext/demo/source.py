@@ -20,7 +20,7 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
-from ..console import say, stage
+from ..command_line.console import say, stage
 from ..errors import UserError
 from ..files import atomic_directory, check_space
 

@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from .. import console
+from ..command_line import console
 from ..errors import UserError
 from ..files import atomic_directory, check_output, check_space
 from .checkpoint import find_checkpoints

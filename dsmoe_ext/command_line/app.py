@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from . import console
-from .cli_training import demo, train
 from .options import (
     DataOption,
     DeviceOption,
@@ -23,6 +22,7 @@ from .options import (
     WindowOption,
     numbers,
 )
+from .training import demo, train
 
 app = typer.Typer(
     cls=console.Commands,
@@ -61,8 +61,8 @@ def _options(
 
 
 def _tokenizer_and_windows(model: str, tokenizer, data: Path | None, window: int):
-    from .loading import need_tokenizer
-    from .training.data import read_text, windows_of
+    from ..loading import need_tokenizer
+    from ..training.data import read_text, windows_of
 
     return windows_of(need_tokenizer(tokenizer, model), read_text(data), window)
 
@@ -97,14 +97,14 @@ def convert(
 
     Example: `dsmoe convert smollm2 smollm2-8 --experts 8`
     """
-    from .files import check_output
-    from .loading import load_model, save_model
+    from ..files import check_output
+    from ..loading import load_model, save_model
 
     sizes = numbers(expert_sizes, int, "--expert-sizes")
     check_output(out, overwrite)
     with console.stage("Loading"):
         dense, tokenizer = load_model(model, dtype=dtype.value, only="llama")
-    from .convert import convert_llama
+    from ..convert import convert_llama
 
     with console.stage("Converting"), console.expect(ValueError, TypeError):
         converted = convert_llama(
@@ -146,8 +146,8 @@ def calibrate(
 
     Example: `dsmoe calibrate smollm2 smollm2-half --target-active 0.5`
     """
-    from .files import check_output
-    from .loading import load_model, save_model
+    from ..files import check_output
+    from ..loading import load_model, save_model
 
     check_output(out, overwrite)
     with console.stage("Loading"):
@@ -183,13 +183,13 @@ def merge(
 
     Example: `dsmoe merge smollm2-8 smollm2-dense`
     """
-    from .files import check_output
-    from .loading import load_model, save_model
+    from ..files import check_output
+    from ..loading import load_model, save_model
 
     check_output(out, overwrite)
     with console.stage("Loading"):
         loaded, tokenizer = load_model(model, dtype=dtype.value, only="dsmoe_llama")
-    from .convert import merge_to_llama
+    from ..convert import merge_to_llama
 
     with console.stage("Merging"), console.expect(ValueError, TypeError):
         dense = merge_to_llama(loaded)
@@ -227,7 +227,7 @@ def evaluate_command(
     Example: `dsmoe eval smollm2-half --thresholds 0.3,0.5,0.7`
     """
     values = numbers(thresholds, float, "--thresholds")
-    from .loading import load_model
+    from ..loading import load_model
 
     with console.stage("Loading"):
         loaded, tokenizer = load_model(model, dtype=dtype.value, device=device)
@@ -272,7 +272,7 @@ def generate(
 
     Example: `dsmoe generate smollm2-half --chat "Why is the sky blue?"`
     """
-    from .loading import load_model, need_tokenizer
+    from ..loading import load_model, need_tokenizer
 
     text = sys.stdin.read() if prompt == "-" else prompt
     with console.stage("Loading"):
@@ -296,7 +296,7 @@ def generate(
 def _add_benchmarks() -> None:
     """`dsmoe bench ...`: the benchmarks that this installation has."""
     try:
-        from .benchmarks import app as benchmarks
+        from ..benchmarks import app as benchmarks
     except ImportError:
         return
     app.add_typer(benchmarks, name="bench")

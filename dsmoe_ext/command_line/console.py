@@ -25,8 +25,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from .errors import UserError
-from .files import is_out_of_space
+from ..errors import UserError
+from ..files import is_out_of_space
 
 out = Console()
 err = Console(stderr=True)

@@ -6,22 +6,22 @@ from contextlib import nullcontext
 import torch
 from rich.table import Table
 
-from . import console
-from .errors import UserError
-from .training.data import TextWindows
-from .training.evaluate import Evaluation, evaluate, ffn_layers
-from .training.measure import (
+from ..errors import UserError
+from ..training.data import TextWindows
+from ..training.evaluate import Evaluation, evaluate, ffn_layers
+from ..training.measure import (
     active_parameters,
     generate,
     num_parameters,
     ready_for_inference,
     threshold,
 )
+from . import console
 
 
 def calibrate_on(model, windows: TextWindows, *, tokens: int, **options):
     """calibrate() on training windows spread evenly through the text, about `tokens` of them."""
-    from .calibration import calibrate
+    from ..calibration import calibrate
 
     wanted = max(1, min(len(windows.train), -(-tokens // windows.length)))
     rows = torch.linspace(0, len(windows.train) - 1, wanted).round().long()

@@ -80,8 +80,8 @@ def train(
 
     Example: `dsmoe train smollm2-half smollm2-tuned --steps 200 --teacher smollm2`
     """
-    from .training.command import run_training
-    from .training.loop import TrainSettings
+    from ..training.command import run_training
+    from ..training.loop import TrainSettings
 
     if precision is Dtype.fp16:
         raise typer.BadParameter("training runs in fp32 or bf16", param_hint="--precision")
@@ -141,7 +141,7 @@ def demo(
 
     Example: `dsmoe demo --steps 40 --target-active 0.6`
     """
-    from .demo.run import DemoSettings, run_demo
+    from ..demo.run import DemoSettings, run_demo
 
     run_demo(
         DemoSettings(

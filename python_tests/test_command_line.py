@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from dsmoe_ext.cli import app
+from dsmoe_ext.command_line.app import app
 from dsmoe_ext.training.data import builtin_text
 from dsmoe_ext.training.log import read_log
 from dsmoe_ext.training.tiny import byte_tokenizer, save_tiny_llama, tiny_llama
 
 COMMANDS = ("convert", "calibrate", "merge", "eval", "generate", "train", "demo")
-MAIN = [sys.executable, "-c", "from dsmoe_ext.cli import main; main()"]
+MAIN = [sys.executable, "-c", "from dsmoe_ext.command_line.app import main; main()"]
 
 
 def dsmoe(*arguments):
@@ -71,7 +71,7 @@ def test_help_and_version():
 @pytest.mark.quick
 def test_help_waits_for_nothing_heavy(tmp_path):
     code = (
-        "import sys; sys.argv = ['dsmoe', '--help']; import dsmoe_ext.cli; "
+        "import sys; sys.argv = ['dsmoe', '--help']; import dsmoe_ext.command_line.app; "
         "assert not {'torch', 'transformers', 'matplotlib'} & sys.modules.keys(); "
         "import dsmoe_ext; dsmoe_ext.sparse_ffn"
     )
