@@ -33,3 +33,22 @@ def make_llama():
         return LlamaForCausalLM(LlamaConfig(**(fields | changes))).eval()
 
     return make
+
+
+@pytest.fixture
+def make_sparse(make_llama):
+    """A converted model whose routers are random, so that about half of the pairs are active."""
+    import dsmoe_ext
+
+    def make(num_experts=4, **options):
+        llama = make_llama(**options.pop("llama", {}))
+        model = dsmoe_ext.convert_llama(llama, num_experts, **options)
+        with torch.no_grad():
+            for ffn in model.modules():
+                if isinstance(ffn, dsmoe_ext.DSMoEFFN):
+                    ffn.router.weight.normal_(std=0.3)
+                    if ffn.router.bias is not None:
+                        ffn.router.bias.normal_(std=0.3)
+        return model
+
+    return make

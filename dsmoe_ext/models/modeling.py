@@ -251,7 +251,8 @@ class DSMoELlamaForCausalLM(DSMoELlamaPreTrainedModel, GenerationMixin):
         Both are means over the tokens that have a label, that is, that predict one.
         transformers.Trainer passes num_items_in_batch, their number in all accumulated
         micro-batches: then both are sums divided by it, and the micro-batches' losses add up to
-        that of one large batch.
+        that of one large batch. Trainer's label_smoothing_factor keeps the labels to itself and
+        makes the loss of the logits alone: with it, hold the share by a ThresholdController.
         """
         loss_mask = None
         if labels is not None:
