@@ -1,4 +1,4 @@
-// expert_mlp backward, bf16 and fp16 with fp32 sums. With a = silu(g) u, g = x Wg_e, u = x Wu_e, all recomputed:
+// expert_mlp backward; bf16 and fp16 with fp32 sums, fp32 in exact multiply-adds. With a = silu(g) u, g = x Wg_e, u = x Wu_e, all recomputed:
 //
 //   da = dy_t Wd_e^T         dgates [t,e] = <a, da>         at inactive pairs times grad_weight
 //   dx_t   = sum over e of dg Wg_e + du Wu_e                dg = G da u silu'(g),  du = G da silu(g)
@@ -10,12 +10,16 @@
 //   down      dx, as the forward sums y: a CTA owns its part and goes through experts in order  gemm_down.cuh
 //   weights   one weight gradient, the sum running over the expert's tokens                     gemm_weights.cuh
 //
+// fp32 does the same on gemm_ffma.cuh's tile (gemm_ffma_bwd.cuh).
+//
 // What nobody wants is not launched. Tokens go in passes that keep the workspace below 256 MiB (about
 // 3300 tokens at H 4096, I 11008); the weight gradients of a later pass are added to those before in the
 // gradients' own dtype, as training with micro-batches does. Nothing of the forward is kept.
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/gemm_down.cuh"
+#include "cuda/gemm_ffma_bwd.cuh"
 #include "cuda/gemm_neurons.cuh"
 #include "cuda/gemm_weights.cuh"
 
@@ -72,7 +76,31 @@ void launch_weights(const NeuronsArgs<T>& args, const T* p, const T* q, int64_t 
                     void* result, bool accumulate, int ctas, cudaStream_t on) {
   if (result == nullptr) return;
   const WeightsArgs<T> weights{args.pass, p, q_stride, q, static_cast<T*>(result), accumulate};
-  weights_kernel<<<3 * ctas / kCtasPerSm, kThreads, WeightsTile::kSharedBytes, on>>>(weights);
+  if constexpr (std::is_same_v<T, float>) {
+    weights_ffma_kernel<<<2 * ctas, kThreads, 0, on>>>(weights);
+  } else {
+    weights_kernel<<<3 * ctas / kCtasPerSm, kThreads, WeightsTile::kSharedBytes, on>>>(weights);
+  }
+}
+
+template <class T>
+void launch_neurons(const NeuronsArgs<T>& args, int ctas, cudaStream_t on) {
+  if constexpr (std::is_same_v<T, float>) {
+    neurons_ffma_kernel<<<ctas, kThreads, 0, on>>>(args);
+  } else {
+    cudaFuncSetAttribute(neurons_backward_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         NeuronsTile::kSharedBytes);
+    neurons_backward_kernel<T><<<ctas, kThreads, NeuronsTile::kSharedBytes, on>>>(args);
+  }
+}
+
+template <class T>
+void launch_down(const PassArgs<T>& args, int ctas, cudaStream_t on) {
+  if constexpr (std::is_same_v<T, float>) {
+    down_ffma_kernel<<<2 * ctas, kThreads, 0, on>>>(args);
+  } else {
+    down_kernel<<<ctas, kThreads, DownTile::kSharedBytes, on>>>(args);
+  }
 }
 
 template <class T>
@@ -103,8 +131,6 @@ Status backward(const ExpertMlpBackwardParams& p, unsigned char* workspace, cuda
   pass.sources[0] = {args.dgate, pass.gate_proj};
   pass.sources[1] = {args.dup, pass.up_proj};
   place_columns_kernel<<<1, kMaxExperts, 0, on>>>(pass);
-  cudaFuncSetAttribute(neurons_backward_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                       NeuronsTile::kSharedBytes);
   // without tokens one empty pass writes the weight gradients' zeros
   for (int64_t first = 0; first == 0 || first < f.num_tokens; first += l.tokens) {
     pass.num_tokens = std::min(f.num_tokens - first, l.tokens);
@@ -118,14 +144,14 @@ Status backward(const ExpertMlpBackwardParams& p, unsigned char* workspace, cuda
     args.dgates = const_cast<float*>(at_pass(p.dgates));
     const Status status = make_pair_lists(p, l, args, workspace, on);
     if (status != Status::kOk) return status;
-    neurons_backward_kernel<T><<<ctas, kThreads, NeuronsTile::kSharedBytes, on>>>(args);
+    launch_neurons(args, ctas, on);
     if (args.dgates != nullptr) sum_dgates_kernel<T><<<ctas * 4, 256, 0, on>>>(args);
     if (p.dx != nullptr) {
       pass.y = static_cast<T*>(p.dx) + first * f.hidden_size;
       const dim3 clear(ceil_div(ctas, 4), f.num_experts);
       clear_inactive_kernel<<<clear, kThreads, 0, on>>>(pass, args.dgate);
       clear_inactive_kernel<<<clear, kThreads, 0, on>>>(pass, args.dup);
-      down_kernel<<<ctas, kThreads, DownTile::kSharedBytes, on>>>(pass);
+      launch_down(pass, ctas, on);
     }
     const bool later = first > 0;
     launch_weights(args, args.dgate, pass.x, f.x_stride, p.dgate_proj, later, ctas, on);
@@ -144,16 +170,18 @@ int64_t expert_mlp_backward_workspace_bytes(const ExpertMlpBackwardParams& p) {
 
 Status expert_mlp_backward(const ExpertMlpBackwardParams& p, void* workspace, Stream stream) {
   const ExpertMlpParams& f = p.forward;
-  const bool is_half = f.dtype == Dtype::kBFloat16 || f.dtype == Dtype::kFloat16;
   bool copies_fit =
       f.hidden_size % kChunk == 0 && f.x_stride % kChunk == 0 && p.dy_stride % kChunk == 0;
   for (const void* pointer :
        {f.x, f.gate_proj, f.up_proj, f.down_proj_t, p.dy, static_cast<const void*>(p.dx)}) {
     copies_fit = copies_fit && aligned_16(pointer);
   }
-  if (!is_half || !copies_fit || f.num_experts > kMaxExperts) return Status::kUnsupported;
+  if (f.dtype == Dtype::kFloat64 || !copies_fit || f.num_experts > kMaxExperts) {
+    return Status::kUnsupported;
+  }
   auto* bytes = static_cast<unsigned char*>(workspace);
   const auto on = static_cast<cudaStream_t>(stream);
+  if (f.dtype == Dtype::kFloat32) return backward<float>(p, bytes, on);
   return f.dtype == Dtype::kBFloat16 ? backward<__nv_bfloat16>(p, bytes, on)
                                      : backward<__half>(p, bytes, on);
 }

@@ -60,11 +60,38 @@ __device__ __forceinline__ void down_step(DownSums& sums, uint32_t stage, int wa
   }
 }
 
-// The CTA's chunk of tokens and strip of columns.
+// A chunk of tokens and a strip of columns: what a CTA sums over all experts.
 struct DownUnit {
   int64_t chunk;
   int first_column;
   int tokens;
+};
+
+// The units of this CTA.
+template <int kColumns>
+class DownUnits {
+ public:
+  template <class T>
+  __device__ explicit DownUnits(const PassArgs<T>& args)
+      : num_tokens_(args.num_tokens),
+        strips_(static_cast<int>(ceil_div<int64_t>(args.hidden_size, kColumns))),
+        num_units_(args.lists.tables.num_chunks * strips_),
+        index_(blockIdx.x) {}
+
+  __device__ bool next(DownUnit& unit) {
+    if (index_ >= num_units_) return false;
+    unit.chunk = index_ / strips_;
+    unit.first_column = static_cast<int>(index_ - unit.chunk * strips_) * kColumns;
+    const int64_t left = num_tokens_ - unit.chunk * kTokensPerChunk;
+    unit.tokens = static_cast<int>(left < kTokensPerChunk ? left : kTokensPerChunk);
+    index_ += gridDim.x;
+    return true;
+  }
+
+ private:
+  int64_t num_tokens_;
+  int strips_;
+  int64_t num_units_, index_;
 };
 
 // Row of a span's tile -> token within the chunk, or -1.
@@ -159,15 +186,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   extern __shared__ __align__(128) unsigned char shared[];
   const uint32_t base = shared_address(shared);
   float* strip = args.strips + blockIdx.x * int64_t{C::kStripFloats};
-  const int strips = static_cast<int>(ceil_div<int64_t>(args.hidden_size, C::kTileN));
-  const int64_t num_units = args.lists.tables.num_chunks * strips;
-  for (int64_t index = blockIdx.x; index < num_units; index += gridDim.x) {
-    DownUnit unit;
-    unit.chunk = index / strips;
-    unit.first_column = static_cast<int>(index - unit.chunk * strips) * C::kTileN;
-    const int64_t left = args.num_tokens - unit.chunk * kTokensPerChunk;
-    unit.tokens = static_cast<int>(left < kTokensPerChunk ? left : kTokensPerChunk);
-
+  DownUnits<C::kTileN> units(args);
+  DownUnit unit;
+  while (units.next(unit)) {
     // Four neighbouring columns per thread, zeroed here; the pipeline's barriers come before the sums.
     constexpr int kQuads = C::kTileN / 4;
     const int num_quads = unit.tokens * kQuads;

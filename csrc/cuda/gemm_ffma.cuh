@@ -7,7 +7,7 @@
 // blocks of 8 are exchanged by the group's number. While a step is computed, registers fetch the next.
 #pragma once
 
-#include "cuda/gemm_gate_up.cuh"
+#include "cuda/gemm_down.cuh"  // DownUnits, token_of_row
 
 namespace dsmoe::cuda {
 
@@ -23,10 +23,18 @@ struct FfmaTile {
   static __device__ __forceinline__ int at(int term, int row) {
     return term * kTileM + (row ^ (term / 4 % 4) * 8);
   }
+  // the thread's outputs begin here
+  static __device__ __forceinline__ int row() { return threadIdx.x / kThreadsN * kRows; }
+  static __device__ __forceinline__ int column() { return threadIdx.x % kThreadsN * kColumns; }
 };
+
+using FfmaSums = float[FfmaTile::kRows][FfmaTile::kColumns];
 
 __device__ __forceinline__ float component(const float4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+__device__ __forceinline__ float4 as_vector(const float (&v)[4]) {
+  return float4{v[0], v[1], v[2], v[3]};
 }
 
 // Rows along their terms: thread t copies group t % 4 of rows t / 4 and t / 4 + 32.
@@ -58,29 +66,44 @@ struct FfmaRows {
   }
 };
 
-// sums += the products of a step: 8 rows of a, 4 columns of b.
-__device__ __forceinline__ void ffma_step(float (&sums)[FfmaTile::kRows][FfmaTile::kColumns],
-                                          const float* a, const float* b) {
-  using C = FfmaTile;
-  const int first_row = threadIdx.x / C::kThreadsN * C::kRows;
-  const int first_column = threadIdx.x % C::kThreadsN * C::kColumns;
+// Matrices whose rows are terms already: thread t copies 4 columns of terms t / 16 and t / 16 + 8.
+struct FfmaTerms {
+  static constexpr int kQuads = FfmaTile::kTileN / 4;
+  float4 ahead[FfmaTile::kCopies];
+
+  static __device__ __forceinline__ int term(int copy) {
+    return threadIdx.x / kQuads + copy * (kThreads / kQuads);
+  }
+  static __device__ __forceinline__ int column() { return threadIdx.x % kQuads * 4; }
+
+  __device__ __forceinline__ void fetch(int copy, const float* from, bool valid) {
+    ahead[copy] = valid ? *reinterpret_cast<const float4*>(from) : float4{};
+  }
+  __device__ __forceinline__ void store(float* matrix) const {
 #pragma unroll
-  for (int term = 0; term < C::kTerms; ++term) {
-    const float4 low = *reinterpret_cast<const float4*>(a + C::at(term, first_row));
-    const float4 high = *reinterpret_cast<const float4*>(a + C::at(term, first_row) + 4);
-    const float4 column = *reinterpret_cast<const float4*>(b + C::at(term, first_column));
-#pragma unroll
-    for (int i = 0; i < C::kRows; ++i) {
-      const float row = i < 4 ? component(low, i) : component(high, i - 4);
-#pragma unroll
-      for (int j = 0; j < C::kColumns; ++j)
-        sums[i][j] = fmaf(row, component(column, j), sums[i][j]);
+    for (int i = 0; i < FfmaTile::kCopies; ++i) {
+      *reinterpret_cast<float4*>(matrix + FfmaTile::at(term(i), column())) = ahead[i];
     }
+  }
+};
+
+// sums += the products of one term: 8 rows of a, 4 columns of b.
+__device__ __forceinline__ void ffma_term(FfmaSums& sums, const float* a, const float* b,
+                                          int term) {
+  using C = FfmaTile;
+  const float4 low = *reinterpret_cast<const float4*>(a + C::at(term, C::row()));
+  const float4 high = *reinterpret_cast<const float4*>(a + C::at(term, C::row()) + 4);
+  const float4 column = *reinterpret_cast<const float4*>(b + C::at(term, C::column()));
+#pragma unroll
+  for (int i = 0; i < C::kRows; ++i) {
+    const float row = i < 4 ? component(low, i) : component(high, i - 4);
+#pragma unroll
+    for (int j = 0; j < C::kColumns; ++j) sums[i][j] = fmaf(row, component(column, j), sums[i][j]);
   }
 }
 
-// fetch(step) to registers, store(buffer) to shared memory, compute(buffer): two buffers, one barrier
-// per step. Ends with a barrier.
+// fetch(step) to registers, store(buffer) to shared memory, compute(buffer, term): two buffers, one
+// barrier per step. Ends with a barrier.
 template <class Fetch, class Store, class Compute>
 __device__ __forceinline__ void ffma_pipeline(int num_steps, Fetch fetch, Store store,
                                               Compute compute) {
@@ -89,7 +112,8 @@ __device__ __forceinline__ void ffma_pipeline(int num_steps, Fetch fetch, Store 
     store(step % 2);
     __syncthreads();
     if (step + 1 < num_steps) fetch(step + 1);
-    compute(step % 2);
+#pragma unroll
+    for (int term = 0; term < FfmaTile::kTerms; ++term) compute(step % 2, term);
   }
   __syncthreads();
 }
@@ -114,7 +138,7 @@ static __global__ void __launch_bounds__(kThreads)
       gate.from[i] = has_column ? args.gate_proj + weights : nullptr;
       up.from[i] = has_column ? args.up_proj + weights : nullptr;
     }
-    float gates[C::kRows][C::kColumns] = {}, ups[C::kRows][C::kColumns] = {};
+    FfmaSums gates{}, ups{};
     ffma_pipeline(
         num_steps,
         [&](int step) {
@@ -129,18 +153,17 @@ static __global__ void __launch_bounds__(kThreads)
           gate.store(shared[buffer][1]);
           up.store(shared[buffer][2]);
         },
-        [&](int buffer) {
-          ffma_step(gates, shared[buffer][0], shared[buffer][1]);
-          ffma_step(ups, shared[buffer][0], shared[buffer][2]);
+        [&](int buffer, int term) {
+          ffma_term(gates, shared[buffer][0], shared[buffer][1], term);
+          ffma_term(ups, shared[buffer][0], shared[buffer][2], term);
         });
 
-    const int column = threadIdx.x % C::kThreadsN * C::kColumns;
-    if (column >= tile.columns)
+    if (C::column() >= tile.columns)
       continue;  // columns past the end within 4 are zeros, as the rows were
-    const int first_column = args.expert_columns[tile.expert] + tile.column + column;
+    const int first_column = args.expert_columns[tile.expert] + tile.column + C::column();
 #pragma unroll
     for (int i = 0; i < C::kRows; ++i) {
-      const int pair = tile.pairs.begin + threadIdx.x / C::kThreadsN * C::kRows + i;
+      const int pair = tile.pairs.begin + C::row() + i;
       if (pair >= tile.pairs.end) continue;
       const int64_t token = args.lists.token_idx[pair];
       const float weight = args.gates[token * args.num_experts + tile.expert];
@@ -150,8 +173,58 @@ static __global__ void __launch_bounds__(kThreads)
         out[j] = weight * (gates[i][j] / (1.f + expf(-gates[i][j])) * ups[i][j]);
       }
       __stcg(reinterpret_cast<float4*>(args.activations + token * args.width + first_column),
-             float4{out[0], out[1], out[2], out[3]});
+             as_vector(out));
     }
+  }
+}
+
+// Adds the products of 64 rows of a span to y, which points to the unit's first token and column.
+__device__ __forceinline__ void down_ffma_tile(const PassArgs<float>& args,
+                                               const SumSource<float>& source, const DownUnit& unit,
+                                               const SpanIterator::Span& span, int first_row,
+                                               float (*shared)[2][FfmaTile::kMatrixFloats],
+                                               float* y) {
+  using C = FfmaTile;
+  const float* rows = source.rows + unit.chunk * kTokensPerChunk * args.width;
+  FfmaRows a;
+  FfmaTerms weights;
+#pragma unroll
+  for (int i = 0; i < C::kCopies; ++i) {
+    const int token = token_of_row(args, unit, span, first_row + FfmaRows::row(i));
+    a.from[i] = token < 0 ? nullptr : rows + token * args.width + span.first_column;
+  }
+  auto row_of_column = [&](int c) { return c < span.end_column ? args.row_of_column[c] : -1; };
+  const int64_t column = unit.first_column + FfmaTerms::column();
+  FfmaSums sums{};
+  ffma_pipeline(
+      ceil_div(span.end_column - span.first_column, C::kTerms),
+      [&](int step) {
+        const int term = step * C::kTerms;
+        // columns past an expert's end within 4 are zeros; beyond, nothing was written
+        a.fetch(term, row_of_column(span.first_column + term + FfmaRows::group() * 4) >= 0);
+#pragma unroll
+        for (int i = 0; i < C::kCopies; ++i) {
+          const int64_t row = row_of_column(span.first_column + term + FfmaTerms::term(i));
+          weights.fetch(i, source.weights + row * args.hidden_size + column,
+                        row >= 0 && column < args.hidden_size);
+        }
+      },
+      [&](int buffer) {
+        a.store(shared[buffer][0]);
+        weights.store(shared[buffer][1]);
+      },
+      [&](int buffer, int term) { ffma_term(sums, shared[buffer][0], shared[buffer][1], term); });
+
+  // the pipeline's barriers stand between this expert's additions and what was there before
+  if (unit.first_column + C::column() >= args.hidden_size) return;
+#pragma unroll
+  for (int i = 0; i < C::kRows; ++i) {
+    const int token = token_of_row(args, unit, span, first_row + C::row() + i);
+    if (token < 0) continue;
+    float4* out = reinterpret_cast<float4*>(y + token * args.hidden_size + C::column());
+    const float4 before = *out;
+    *out = float4{before.x + sums[i][0], before.y + sums[i][1], before.z + sums[i][2],
+                  before.w + sums[i][3]};
   }
 }
 
@@ -161,80 +234,21 @@ static __global__ void __launch_bounds__(kThreads)
   using C = FfmaTile;
   __shared__ __align__(16) float shared[2][2][C::kMatrixFloats];  // rows of a, columns of Wd
   constexpr int kQuads = C::kTileN / 4;
-  const int t = threadIdx.x;
-  const int strips = static_cast<int>(ceil_div<int64_t>(args.hidden_size, C::kTileN));
-  const int64_t num_units = args.lists.tables.num_chunks * strips;
-  for (int64_t index = blockIdx.x; index < num_units; index += gridDim.x) {
-    const int64_t chunk = index / strips, first_token = chunk * kTokensPerChunk;
-    const int first_output = static_cast<int>(index - chunk * strips) * C::kTileN;
-    const int64_t left = args.num_tokens - first_token;
-    const int tokens = static_cast<int>(left < kTokensPerChunk ? left : kTokensPerChunk);
-    float* y = args.y + first_token * args.hidden_size + first_output;
-    const float* activations = args.sources[0].rows + first_token * args.width;
-    for (int i = t; i < tokens * kQuads; i += kThreads) {
-      if (first_output + i % kQuads * 4 >= args.hidden_size) continue;
+  DownUnits<C::kTileN> units(args);
+  DownUnit unit;
+  while (units.next(unit)) {
+    float* y = args.y + unit.chunk * kTokensPerChunk * args.hidden_size + unit.first_column;
+    for (int i = threadIdx.x; i < unit.tokens * kQuads; i += kThreads) {
+      if (unit.first_column + i % kQuads * 4 >= args.hidden_size) continue;
       *reinterpret_cast<float4*>(y + i / kQuads * args.hidden_size + i % kQuads * 4) = float4{};
     }
-    SpanIterator spans(args.lists, args.expert_offsets, args.expert_columns, args.num_experts,
-                       chunk);
-    SpanIterator::Span span;
-    while (spans.next(span, tokens)) {
-      for (int first_row = 0; first_row < span.pairs.count(); first_row += C::kTileM) {
-        auto token_of_row = [&](int row) {
-          const int pair = span.pairs.begin + first_row + row;
-          if (pair >= span.pairs.end) return -1;
-          return span.all_tokens ? pair
-                                 : static_cast<int>(args.lists.token_idx[pair] - first_token);
-        };
-        FfmaRows a;
-#pragma unroll
-        for (int i = 0; i < C::kCopies; ++i) {
-          const int token = token_of_row(FfmaRows::row(i));
-          a.from[i] = token < 0 ? nullptr : activations + token * args.width + span.first_column;
-        }
-        // Wd's rows already have the term outermost: thread t copies 4 columns of terms t / 16, + 8
-        const int column = t % kQuads * 4;
-        float4 ahead[C::kCopies];
-        float sums[C::kRows][C::kColumns] = {};
-        auto row_of_column = [&](int c) {
-          return c < span.end_column ? args.row_of_column[c] : -1;
-        };
-        ffma_pipeline(
-            ceil_div(span.end_column - span.first_column, C::kTerms),
-            [&](int step) {
-              const int term = step * C::kTerms;
-              // columns past an expert's end within 4 are zeros; beyond, nothing was written
-              a.fetch(term, row_of_column(span.first_column + term + FfmaRows::group() * 4) >= 0);
-#pragma unroll
-              for (int i = 0; i < C::kCopies; ++i) {
-                const int own = term + t / kQuads + i * (kThreads / kQuads);
-                const int64_t row = row_of_column(span.first_column + own);
-                const bool valid = row >= 0 && first_output + column < args.hidden_size;
-                const float* at =
-                    args.sources[0].weights + row * args.hidden_size + first_output + column;
-                ahead[i] = valid ? *reinterpret_cast<const float4*>(at) : float4{};
-              }
-            },
-            [&](int buffer) {
-              a.store(shared[buffer][0]);
-#pragma unroll
-              for (int i = 0; i < C::kCopies; ++i) {
-                const int term = t / kQuads + i * (kThreads / kQuads);
-                *reinterpret_cast<float4*>(&shared[buffer][1][C::at(term, column)]) = ahead[i];
-              }
-            },
-            [&](int buffer) { ffma_step(sums, shared[buffer][0], shared[buffer][1]); });
-
-        // the pipeline's barriers stand between this expert's additions and what was there before
-        if (first_output + column >= args.hidden_size) continue;
-#pragma unroll
-        for (int i = 0; i < C::kRows; ++i) {
-          const int token = token_of_row(t / C::kThreadsN * C::kRows + i);
-          if (token < 0) continue;
-          float4* out = reinterpret_cast<float4*>(y + token * args.hidden_size + column);
-          const float4 before = *out;
-          *out = float4{before.x + sums[i][0], before.y + sums[i][1], before.z + sums[i][2],
-                        before.w + sums[i][3]};
+    for (int s = 0; s < args.num_sources; ++s) {
+      SpanIterator spans(args.lists, args.expert_offsets, args.expert_columns, args.num_experts,
+                         unit.chunk);
+      SpanIterator::Span span;
+      while (spans.next(span, unit.tokens)) {
+        for (int row = 0; row < span.pairs.count(); row += C::kTileM) {
+          down_ffma_tile(args, args.sources[s], unit, span, row, shared, y);
         }
       }
     }

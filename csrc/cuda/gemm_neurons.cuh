@@ -3,7 +3,7 @@
 //   g = x_t Wg,  u = x_t Wu,  da = dy_t Wd^T          three products over H, rows gathered by token_idx
 //   a = silu(g) u,  s = sigmoid(g)
 //   gated [t,i] = G a              dgate [t,i] = G da u s (1 + g (1 - s))         dup [t,i] = G da silu(g)
-//   partial [t, tile] = sum over the tile's neurons of a da                       its sum is dgates
+//   partial [t, ..] = sum over 32 neurons of a da                                 its sum is dgates
 //
 // 128 pairs x 32 neurons: three sums of 32 registers each leave room for two CTAs per SM. Four warps of
 // 32 rows each see all of a tile's neurons, so that a row's part of dgates stays in four lanes.
@@ -23,13 +23,16 @@ struct NeuronsArgs {
   T* gated;                  // [Tp,width]
   T* dgate;                  // [Tp,width]
   T* dup;                    // [Tp,width]
-  float* partial;            // [Tp,width/16]   at a tile's first column / 16
+  float* partial;            // [Tp,width/16]   at column / 16 of the first of 32 neurons
   const float* grad_weight;  // [Tp,E] or null
   float* dgates;             // [Tp,E] or null
 };
 
+// Neurons whose parts of dgates are summed up before they are stored.
+constexpr int kPartialColumns = 32;
+
 struct NeuronsTile {
-  static constexpr int kTileN = 32;
+  static constexpr int kTileN = kPartialColumns;
   static constexpr int kWarpsM = 4;
   static constexpr int kRowBlocks = kTileM / 16 / kWarpsM;  // 2
   static constexpr int kBlocks = kTileN / 8;                // 4
@@ -84,6 +87,20 @@ __device__ __forceinline__ void neurons_step(NeuronsSums& sums, uint32_t stage, 
   }
 }
 
+// What the gradients are made of, for one neuron and one token; s is sigmoid(g).
+struct Neuron {
+  float gated, dgate, dup, dot;
+  __device__ __forceinline__ Neuron(float g, float u, float da, float s, float weight) {
+    const float silu = g * s, a = silu * u;
+    // not products with a gate of 0: what an inactive pair computed may be infinite
+    const bool is_active = weight != 0.f;
+    gated = is_active ? weight * a : 0.f;
+    dgate = is_active ? weight * da * u * (s * (1.f + g * (1.f - s))) : 0.f;
+    dup = is_active ? weight * da * silu : 0.f;
+    dot = a * da;
+  }
+};
+
 template <class T, class Tile>
 __device__ __forceinline__ void neurons_epilogue(const NeuronsArgs<T>& args, const Tile& tile,
                                                  const NeuronsSums& sums, int warp_m) {
@@ -106,22 +123,17 @@ __device__ __forceinline__ void neurons_epilogue(const NeuronsArgs<T>& args, con
       float dot = 0.f;
 #pragma unroll
       for (int j = 0; j < C::kBlocks; ++j) {
-        float v[3][2];
-#pragma unroll
-        for (int b = 0; b < 2; ++b) {
-          const float g = sums.gate[i][j][half * 2 + b], u = sums.up[i][j][half * 2 + b];
-          const float da = sums.da[i][j][half * 2 + b];
-          const float s = __fdividef(1.f, 1.f + __expf(-g)), silu = g * s;
-          dot += silu * u * da;
-          // not products with a gate of 0: what an inactive pair computed may be infinite
-          const bool is_active = weight != 0.f;
-          v[0][b] = is_active ? weight * silu * u : 0.f;
-          v[1][b] = is_active ? weight * da * u * (s * (1.f + g * (1.f - s))) : 0.f;
-          v[2][b] = is_active ? weight * da * silu : 0.f;
-        }
-        gated[j] = pack(v[0][0], v[0][1], T());
-        dgate[j] = pack(v[1][0], v[1][1], T());
-        dup[j] = pack(v[2][0], v[2][1], T());
+        auto neuron = [&](int b) {
+          const float g = sums.gate[i][j][half * 2 + b];
+          const float s = __fdividef(1.f, 1.f + __expf(-g));
+          return Neuron(g, sums.up[i][j][half * 2 + b], sums.da[i][j][half * 2 + b], s, weight);
+        };
+        const Neuron low = neuron(0), high = neuron(1);
+        dot += low.dot;
+        dot += high.dot;
+        gated[j] = pack(low.gated, high.gated, T());
+        dgate[j] = pack(low.dgate, high.dgate, T());
+        dup[j] = pack(low.dup, high.dup, T());
       }
       dot += __shfl_xor_sync(kAllLanes, dot, 1);
       dot += __shfl_xor_sync(kAllLanes, dot, 2);
@@ -209,7 +221,7 @@ __global__ void sum_dgates_kernel(const __grid_constant__ NeuronsArgs<T> args) {
       const int size = pass.expert_offsets[expert + 1] - pass.expert_offsets[expert];
       const float* parts =
           args.partial + (token * pass.width + pass.expert_columns[expert]) / kColumnAlign;
-      for (int c = 0; c < size; c += NeuronsTile::kTileN) sum += parts[c / kColumnAlign];
+      for (int c = 0; c < size; c += kPartialColumns) sum += parts[c / kColumnAlign];
       sum *= weight;
     }
     args.dgates[i] = sum;

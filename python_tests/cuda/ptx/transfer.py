@@ -83,13 +83,11 @@ def load(ins, kernel):
 
     def run(m, mask):
         if space == "param":
-            at = address(m)[mask][:1].astype(np.int64)
-            if (
-                not (address(m)[mask] == at[0].astype(np.uint64)).all()
-                or at[0] + size > m.params.size
-            ):
+            at = address(m)[mask].astype(np.int64)  # CTAs may be at different turns of a loop
+            if (at < 0).any() or (at + size > m.params.size).any():
                 raise Trap("parameter access")
-            data = np.broadcast_to(m.params[at[0] : at[0] + size], (m.n, size))
+            data = np.zeros((m.n, size), np.uint8)
+            data[mask] = m.params[at[:, None] + np.arange(size)]
         else:
             shared, a, threads = resolve(m, space, address(m), mask)
             memory = m.shared if shared else m.memory
