@@ -19,6 +19,8 @@ namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
 constexpr int64_t kL2Budget = 512 << 10;  // of about 1 MiB: the rest is for what streams through
 constexpr int64_t kGroupBudget =
     4 << 20;  // weights that neighbouring experts reread from the third-level cache
+constexpr int64_t kDraws =
+    16;  // items a thread draws in a pass: the last one may leave others waiting
 constexpr int64_t kSmallB = 32 << 10;  // B that stays in the first-level cache
 
 // Sums the sizes of what a workspace holds, then hands out the pieces, in the same order.
@@ -153,7 +155,8 @@ static int64_t plan_rows(const RowShape& s, const Pairs& pairs, int threads, Row
       if (block < enough) block = enough;
       const int64_t blocks = max_of<int64_t>(1, int64_t(double(s.num_tokens) / block + 0.5));
       const int64_t wanted =
-          threads == 1 ? 1 : cost * 8 * threads / max_of<int64_t>(total_cost * blocks, 1) + 1;
+          threads == 1 ? 1
+                       : ceil_div(cost * kDraws * threads, max_of<int64_t>(total_cost * blocks, 1));
       const int64_t pieces = min_of(panels, wanted);
       for (int64_t b = 0; b < blocks; ++b)
         for (int64_t i = 0; i < pieces; ++i, ++items)
@@ -304,14 +307,20 @@ static void write_columns(const CType<T>* sums, int64_t num_tokens, int64_t hidd
 }
 
 // How many chunks to cut the columns into: the sums of all tokens stay in half of L2, and threads
-// find enough to draw.
+// find several to draw that come out even (18 panels for two threads: six chunks, not eight).
 template <class T>
 static int64_t column_chunks(int64_t num_tokens, int64_t hidden, int threads) {
   const int64_t panels = ceil_div(hidden, kColumns<T>);
   const int64_t bytes = num_tokens * panels * kColumns<T> * int64_t(sizeof(CType<T>));
-  const int64_t chunks =
-      max_of(ceil_div(bytes, kL2Budget), threads == 1 ? int64_t{1} : int64_t{4} * threads);
-  return min_of(round_up(chunks, threads), panels);
+  const int64_t least = min_of(panels, max_of<int64_t>(ceil_div(bytes, kL2Budget), threads));
+  if (threads == 1) return least;
+  int64_t best = least, best_share = panels;
+  for (int64_t chunks = least; chunks <= min_of(panels, max_of<int64_t>(least, 4 * threads));
+       ++chunks) {
+    const int64_t share = ceil_div(chunks, threads) * ceil_div(panels, chunks);  // of the busiest
+    if (share <= best_share) best = chunks, best_share = share;
+  }
+  return best;
 }
 
 // Rows of x or dy as tiles broadcast them: the rows themselves if they can be read in place, else a
