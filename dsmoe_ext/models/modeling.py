@@ -29,13 +29,12 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from dsmoe_ext.ffn import DSMoEFFN, ffn_layers
+from dsmoe_ext.lm_loss import IGNORE_INDEX, causal_lm_loss
 from dsmoe_ext.losses import layer_sparsity_sum
 from dsmoe_ext.models.auto import MODEL_TYPE
 from dsmoe_ext.models.configuration import DSMoELlamaConfig
 from dsmoe_ext.routers import LinearRouter
 from dsmoe_ext.statistics import ActivityCounter
-
-IGNORE_INDEX = -100
 
 
 @dataclass
@@ -230,6 +229,7 @@ class DSMoELlamaForCausalLM(DSMoELlamaPreTrainedModel, GenerationMixin):
         self.model = DSMoELlamaModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_function = causal_lm_loss
         self.post_init()
 
     @can_return_tuple
