@@ -116,6 +116,7 @@ def _(dgates, dscores, gates, scores, *options):
 
 def _route_setup_context(ctx, inputs, output):
     _, _, expert_offsets, *ctx.options = inputs
+    ctx.set_materialize_grads(False)  # zeros for an output that nobody used cost a pass over memory
     ctx.save_for_backward(*output, expert_offsets)
 
 
@@ -218,10 +219,13 @@ def _(
 
 def _expert_mlp_setup_context(ctx, inputs, output):
     *tensors, _ = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, output[1])
 
 
 def _expert_mlp_backward(ctx, dy, dactivations):
+    if dy is None:
+        return (None,) * 8
     wanted = ctx.needs_input_grad[:5]
     gradients = _ops.expert_mlp_backward(dy, *ctx.saved_tensors, *wanted)
     return *(g if is_wanted else None for g, is_wanted in zip(gradients, wanted, strict=True)), *[
