@@ -10,7 +10,7 @@
 namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
 namespace {
 
-constexpr int64_t kScratchBytes = 512 << 10;  // a thread's panels packed on the fly
+constexpr int64_t kScratchBytes = 256 << 10;  // a thread's panels packed on the fly
 constexpr int64_t kGroupBytes = 192 << 20;
 // malloc maps blocks beyond this anew every time: 35 thousand faults, 75 ms, for fp32 at 2048/5632;
 // below it reuses memory, and huge pages cost more than they save (bf16: 86 instead of 54 ms).

@@ -93,11 +93,12 @@ struct Backward {
     const bool copied = needs_copy<T>(p.hidden_size);
     for_each_panel(item, gate_up_shape, pairs, [&](int e, int64_t i, int64_t low, int64_t high) {
       const int64_t row = i * kL, valid = size(e) - row, S = size(e);
-      pack_rows(weight(p.gate_proj, e) + row * p.hidden_size, valid,
-                weight(p.up_proj, e) + row * p.hidden_size, valid, p.hidden_size, p.hidden_size,
-                panel);
+      const T *gate = weight(p.gate_proj, e) + row * p.hidden_size,
+              *up = weight(p.up_proj, e) + row * p.hidden_size;
+      pack_rows(gate, valid, up, valid, p.hidden_size, p.hidden_size, panel);
       row_panel(copied ? x_copy : (const A*)p.x, copied ? copy_stride() : p.x_stride, pairs.of(e),
-                low, high, panel, false, steps(),
+                low, high, panel, steps(),
+                ahead_in_rows(gate, up, min_of(valid, kL), p.hidden_size),
                 [&](int64_t first, int count, const C(*tile_sums)[kColumns<T>]) {
                   for (int r = 0; r < count; ++r) {
                     T* out = const_cast<T*>(inner(e, is_extra, first + r)) + row;
@@ -138,7 +139,8 @@ struct Backward {
       pack_rows(down, valid, down + kL * p.hidden_size, valid - kL, p.hidden_size, p.hidden_size,
                 panel);
       row_panel(copied ? dy_copy : (const A*)b.dy, copied ? copy_stride() : b.dy_stride,
-                pairs.of(e), low, high, panel, false, steps(), epilogue);
+                pairs.of(e), low, high, panel, steps(),
+                ahead_in_rows(down, (const T*)nullptr, min_of(valid, kN), p.hidden_size), epilogue);
     });
   }
 

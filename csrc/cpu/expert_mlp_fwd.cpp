@@ -17,7 +17,7 @@ namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
 namespace {
 
 constexpr int64_t kTokenBlock = 768;
-constexpr int64_t kScratchBytes = 512 << 10;  // a thread's panels packed on the fly
+constexpr int64_t kScratchBytes = 256 << 10;  // a thread's panels packed on the fly
 
 template <class T>
 struct Forward {
@@ -58,16 +58,18 @@ struct Forward {
     for_each_panel(item, shape, pairs, [&](int e, int64_t panel, int64_t low, int64_t high) {
       const int64_t row = p.expert_offsets[e] + panel * kLanes<T>,
                     valid = size(e) - panel * kLanes<T>;
-      const T* b = panel_scratch;
+      const T *b = panel_scratch, *gate = (const T*)p.gate_proj + row * p.hidden_size,
+              *up = (const T*)p.up_proj + row * p.hidden_size;
+      Ahead ahead;
       if (p.packed) {
         b = packed_expert(e) + panel * layout.gate_up_panel();
+        ahead = ahead_in_packed(b, layout.gate_up_panel(), high - low);
       } else {
-        pack_rows((const T*)p.gate_proj + row * p.hidden_size, valid,
-                  (const T*)p.up_proj + row * p.hidden_size, valid, p.hidden_size, p.hidden_size,
-                  panel_scratch);
+        pack_rows(gate, valid, up, valid, p.hidden_size, p.hidden_size, panel_scratch);
+        ahead = ahead_in_rows(gate, up, min_of<int64_t>(valid, kLanes<T>), p.hidden_size);
       }
-      row_panel(x(), x_stride(), pairs.of(e), low, high, b, p.packed != nullptr,
-                layout.hidden_steps(), [&](int64_t first, int rows, const C(*sums)[kColumns<T>]) {
+      row_panel(x(), x_stride(), pairs.of(e), low, high, b, layout.hidden_steps(), ahead,
+                [&](int64_t first, int rows, const C(*sums)[kColumns<T>]) {
                   swiglu(e, panel, int(min_of<int64_t>(valid, kLanes<T>)), first, rows, sums);
                 });
     });

@@ -16,6 +16,26 @@ namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
 
 enum AOrder { kRowPointers, kStepMajor };
 
+// Memory to bring into L2 while tiles multiply, ahead_lines cache lines for every kUnroll steps: rows
+// of run lines, stride bytes apart, first those at `at`, then as many at `then`.
+struct Ahead {
+  const char *at, *then;
+  int64_t rows, run, stride;
+  int64_t row = 0, line = 0;
+
+  DSMOE_INLINE void fetch(Ahead& ahead, int64_t lines) {
+    for (; lines > 0 && ahead.at; --lines) {
+      __builtin_prefetch(ahead.at + ahead.row * ahead.stride + ahead.line * 64, 0, 2);
+      if (++ahead.line < ahead.run) continue;
+      ahead.line = 0;
+      if (++ahead.row < ahead.rows) continue;
+      ahead.row = 0;
+      ahead.at = ahead.then;
+      ahead.then = nullptr;
+    }
+  }
+};
+
 template <class T>
 struct TileArgs {
   const AType<T>* a[kMaxRows];  // row pointers; kStepMajor: a[0] only
@@ -29,11 +49,10 @@ struct TileArgs {
   int64_t out_stride = 0;
   int64_t out_width = 0;  // columns that exist in out; the last panel may be wider
   bool stream = false;  // past the caches: out is aligned and too large to be read from them again
-  // What the caller will read next (the next panel of B), to be brought into L2 while this tile
-  // multiplies: so many bytes for every kUnroll steps. Tiles of a few rows are bound by memory and
-  // look ahead in B by themselves, or leave that to the hardware.
-  const char* next = nullptr;
-  int64_t next_bytes = 0;
+  // What the caller will read next. Tiles of a few rows are bound by memory and look ahead in B by
+  // themselves, or leave that to the hardware.
+  Ahead* ahead = nullptr;
+  int64_t ahead_lines = 0;
 };
 
 constexpr int kUnroll = 4;
@@ -86,7 +105,6 @@ __attribute__((noinline)) static void tile(const TileArgs<T>& args) {
   for (int r = 0; r < R; ++r) a[r] = args.a[O == kRowPointers ? r : 0];
   const int64_t steps = args.steps, lda = args.lda;
   const T* b = args.b;
-  const char* next = args.next;
   for (int64_t panel = 0; panel < args.panels; ++panel) {
     Vec<C> acc[kS][R][2] = {};
     if (O == kRowPointers && args.accumulate) {  // at the end of a short K they would stall
@@ -104,8 +122,7 @@ __attribute__((noinline)) static void tile(const TileArgs<T>& args) {
         for (int i = 0; i < kUnroll * kStep * int(sizeof(T)); i += 64)
           __builtin_prefetch((const char*)b + kLookAhead + i, 0, 3);
       } else {
-        for (const char* end = next + args.next_bytes; next < end; next += 64)
-          __builtin_prefetch(next, 0, 2);
+        if (args.ahead) Ahead::fetch(*args.ahead, args.ahead_lines);
       }
 #pragma GCC unroll 4
       for (int u = 0; u < kUnroll; ++u)

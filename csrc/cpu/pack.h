@@ -136,17 +136,11 @@ DSMOE_INLINE void pack_columns(Row row, int64_t k, int64_t column0, int64_t widt
                                T* dst) {
   constexpr int kPair = Compute<T>::kPair, kL = kLanes<T>;
   constexpr int64_t kN = kColumns<T>;
-  constexpr int64_t kRowsAhead = 8;
   const int64_t steps = ceil_div(k, kPair);
   for (int64_t s = 0; s < steps; ++s) {  // rows outside: they are read in long runs
     const T* first = row(s * kPair);
     const T* second = s * kPair + 1 < k ? row(s * kPair + 1) : first;
     const bool is_single = s * kPair + 1 >= k;
-    if ((s + kRowsAhead) * kPair <
-        k)  // rows lie on pages of their own, which no hardware prefetches across
-      for (int j = 0; j < kPair; ++j)
-        for (int64_t i = 0; i < panels * kN; i += 64 / int64_t(sizeof(T)))
-          __builtin_prefetch(row((s + kRowsAhead) * kPair + j) + column0 + i, 0, 3);
     for (int64_t p = 0; p < panels; ++p) {
       T* out = dst + (p * steps + s) * kN * kPair;
       const int64_t column = column0 + p * kN;

@@ -191,42 +191,42 @@ DSMOE_INLINE void for_each_panel(const RowItem& item, const RowShape& s, const P
   }
 }
 
-// Spreads the prefetch of the panel after this one over the tiles of this one; a single tile looks
-// ahead in the stream that it reads.
+// Spreads a prefetch over `panels` panels of tiles of `rows` rows.
 template <class T>
-struct LookAhead {
-  const char* next;
-  int64_t bytes, done = 0, step;  // bytes 0: B is scratch, packed just before use
-
-  LookAhead(const T* b, bool is_packed, int64_t panel_size, int64_t steps, int64_t rows)
-      : next((const char*)(b + panel_size)),
-        bytes(is_packed ? panel_size * int64_t(sizeof(T)) : 0) {
-    const int64_t tiles = ceil_div(rows, kMaxRows);
-    if (tiles == 1) next = (const char*)b + kLookAhead;
-    step = round_up(ceil_div(bytes, max_of<int64_t>(1, steps / kUnroll) * tiles), 64);
-  }
-  void apply(TileArgs<T>& args) {
-    args.next = next + done;
-    args.next_bytes = done < bytes ? step : 0;
-    done += step * (args.steps / kUnroll);
-  }
-};
+DSMOE_INLINE void spread(Ahead& ahead, int64_t rows, int64_t panels, TileArgs<T>& args) {
+  const int64_t lines = ahead.rows * ahead.run * (ahead.then ? 2 : 1);
+  const int64_t turns = ceil_div(rows, kMaxRows) * panels * (args.steps / kUnroll);
+  args.ahead = &ahead;
+  args.ahead_lines = ceil_div(lines, max_of<int64_t>(turns, 1));
+}
+// What follows a packed B; a single tile looks ahead in the stream that it reads.
+template <class T>
+DSMOE_INLINE Ahead ahead_in_packed(const T* b, int64_t panel_size, int64_t rows) {
+  const int64_t bytes = panel_size * int64_t(sizeof(T));
+  return {(const char*)b + (rows <= kMaxRows ? kLookAhead : bytes), nullptr, 1, bytes / 64, 0};
+}
+// What follows `rows` rows that were packed on the fly: as many of the same matrices.
+template <class T>
+DSMOE_INLINE Ahead ahead_in_rows(const T* first, const T* second, int64_t rows, int64_t hidden) {
+  const int64_t size = rows * hidden;
+  return {(const char*)(first + size), (const char*)(second ? second + size : nullptr), 1,
+          size * int64_t(sizeof(T)) / 64, 0};
+}
 
 // One panel: tiles of gathered rows of A times B into a buffer, which epilogue(first row, rows,
 // buffer) consumes.
 template <class T, class F>
 DSMOE_INLINE void row_panel(const AType<T>* a, int64_t a_stride, const int32_t* tokens, int64_t low,
-                            int64_t high, const T* b, bool is_packed, int64_t steps, F epilogue) {
+                            int64_t high, const T* b, int64_t steps, Ahead ahead, F epilogue) {
   alignas(64) CType<T> buffer[kMaxRows][kColumns<T>];
   TileArgs<T> args;
   args.b = b;
   args.steps = steps;
   args.accumulate = false;
   for (int r = 0; r < kMaxRows; ++r) args.c[r] = buffer[r];
-  LookAhead<T> ahead(b, is_packed, steps * kColumns<T> * Compute<T>::kPair, steps, high - low);
+  spread(ahead, high - low, 1, args);
   for_each_tile(high - low, [&](int64_t begin, int rows) {
     for (int r = 0; r < rows; ++r) args.a[r] = a + tokens[low + begin + r] * a_stride;
-    ahead.apply(args);
     run_tile<T, kRowPointers>(rows, args);
     epilogue(low + begin, rows, buffer);
   });
@@ -267,23 +267,33 @@ static void add_section(const Section<T>& s, int64_t hidden, int64_t panel_begin
   for (int64_t begin = panel_begin; begin < panel_end; begin += at_once) {
     const int64_t panels = min_of(at_once, panel_end - begin);
     const T* b = s.packed ? s.packed + begin * panel_size : scratch;
-    if (!s.packed)
+    Ahead ahead = {};
+    if (!s.packed) {
       pack_columns([&](int64_t i) { return row(i); }, s.k, begin * kColumns<T>, hidden, panels,
                    scratch);
+      const int64_t next = (begin + panels) * kColumns<T>;
+      if (begin + panels < panel_end)
+        ahead = {(const char*)(s.matrix + next), (const char*)(s.more ? s.more + next : nullptr),
+                 s.more ? s.k / 2 : s.k, panels * kColumns<T> * int64_t(sizeof(T)) / 64,
+                 hidden * int64_t(sizeof(T))};
+    }
     // A few rows, or a small B: all panels per tile. Otherwise all tiles per panel, which then
     // stays in L2.
     const bool all = s.n <= kMaxRows || panels * panel_size * int64_t(sizeof(T)) <= kSmallB;
     args.panels = all ? panels : 1;
+    if (!s.packed) spread(ahead, s.n, panels, args);
     for (int64_t panel = 0; panel < panels; panel += args.panels) {
       args.b = b + panel * panel_size;
-      LookAhead<T> ahead(args.b, s.packed && (!all || s.n <= kMaxRows), panel_size, steps, s.n);
+      if (s.packed && (!all || s.n <= kMaxRows)) {
+        ahead = ahead_in_packed(args.b, args.panels * panel_size, s.n);
+        spread(ahead, s.n, args.panels, args);
+      }
       for_each_tile(s.n, [&](int64_t first, int rows) {
         for (int r = 0; r < rows; ++r) {
           args.a[r] = s.a + (first + r) * s.a_stride;
           args.c[r] =
               sums + s.tokens[first + r] * stride + (begin - panel_begin + panel) * kColumns<T>;
         }
-        ahead.apply(args);
         run_tile<T, kRowPointers>(rows, args);
       });
     }

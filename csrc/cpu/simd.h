@@ -148,12 +148,11 @@ DSMOE_INLINE VecU32 widen_u16(const void* p) {
 DSMOE_INLINE Vec<float> load(const fp16* p) {
   return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
-DSMOE_INLINE void store(fp16* p, Vec<float> v) {
-  _mm256_storeu_si256((__m256i*)p,
-                      _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+DSMOE_INLINE __m256i halves(Vec<float> v, fp16) {
+  return _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-DSMOE_INLINE void store_low_halves(void* p, VecU32 v) {
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)v));
+DSMOE_INLINE void store(fp16* p, Vec<float> v) {
+  _mm256_storeu_si256((__m256i*)p, halves(v, *p));
 }
 #elif defined(__AVX2__)
 DSMOE_INLINE VecU32 widen_u16(const void* p) {
@@ -197,9 +196,22 @@ DSMOE_INLINE VecU32 bf16_bits(Vec<float> v) {
 DSMOE_INLINE Vec<float> load(const bf16* p) {
   return (Vec<float>)(widen_u16(p) << 16);
 }
+#if defined(__AVX512F__)
+DSMOE_INLINE __m256i halves(Vec<float> v, bf16) {
+#if defined(__AVX512BF16__)
+  return (__m256i)_mm512_cvtneps_pbh((__m512)v);  // subnormals become 0, as in vdpbf16ps
+#else
+  return _mm512_cvtepi32_epi16((__m512i)bf16_bits(v));
+#endif
+}
+DSMOE_INLINE void store(bf16* p, Vec<float> v) {
+  _mm256_storeu_si256((__m256i*)p, halves(v, *p));
+}
+#else
 DSMOE_INLINE void store(bf16* p, Vec<float> v) {
   store_low_halves(p, bf16_bits(v));
 }
+#endif
 
 DSMOE_INLINE Vec<double> splat(double a) {
   Vec<double> v;
@@ -335,7 +347,13 @@ constexpr int kColumns = 2 * kLanes<T>;  // columns per panel: every tile is two
 
 // A pair of bf16 rows as dwords, for operands that are interleaved along K.
 DSMOE_INLINE void store_pair(bf16* p, Vec<float> first, Vec<float> second) {
+#if defined(__AVX512BF16__)
+  const __m512i v =
+      _mm512_or_si512(_mm512_cvtepu16_epi32(halves(first, *p)),
+                      _mm512_slli_epi32(_mm512_cvtepu16_epi32(halves(second, *p)), 16));
+#else
   const VecU32 v = bf16_bits(first) | (bf16_bits(second) << 16);
+#endif
   memcpy(p, &v, sizeof v);
 }
 
@@ -351,11 +369,11 @@ template <class T>
 DSMOE_INLINE void store_both(T* p, Vec<CType<T>> first, Vec<CType<T>> second, bool stream) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 2) {
-    T both[kColumns<T>];
-    store(both, first);
-    store(both + kLanes<T>, second);
-    const __m512i v = load_raw<__m512i>(both);
+    const __m512i v =
+        _mm512_inserti64x4(_mm512_castsi256_si512(halves(first, *p)), halves(second, *p), 1);
     if (stream) return _mm512_stream_si512((__m512i*)p, v);
+    memcpy(p, &v, sizeof v);
+    return;
   } else if (stream) {
     _mm512_stream_si512((__m512i*)p, (__m512i)first);
     return _mm512_stream_si512((__m512i*)(p + kLanes<T>), (__m512i)second);
