@@ -1,4 +1,6 @@
-// expert_mlp backward; bf16 and fp16 with fp32 sums, fp32 in exact multiply-adds. With a = silu(g) u, g = x Wg_e, u = x Wu_e, all recomputed:
+// expert_mlp backward; bf16 and fp16 with fp32 sums, fp32 in exact multiply-adds.
+//
+// With g = x_t Wg_e, u = x_t Wu_e, a = silu(g) u, all recomputed:
 //
 //   da = dy_t Wd_e^T         dgates [t,e] = <a, da>         at inactive pairs times grad_weight
 //   dx_t   = sum over e of dg Wg_e + du Wu_e                dg = G da u silu'(g),  du = G da silu(g)
@@ -12,9 +14,16 @@
 //
 // fp32 does the same on gemm_ffma.cuh's tile (gemm_ffma_bwd.cuh).
 //
-// What nobody wants is not launched. Tokens go in passes that keep the workspace below 256 MiB (about
-// 3300 tokens at H 4096, I 11008); the weight gradients of a later pass are added to those before in the
-// gradients' own dtype, as training with micro-batches does. Nothing of the forward is kept.
+// What nobody wants is not launched, and nothing of the forward is kept. The workspace stays below 256 MiB
+// by going in passes, each a rectangle of tokens by neurons (rows of the weights): within one, kernels
+// see the experts clipped to its rows. Sums over several passes are fp32 to the end, in the workspace
+// for half types and in the results themselves for fp32: dx and dgates over the passes along the neurons,
+// weight gradients over the passes along the tokens. The workspace has room for one of the two, so that
+//
+//   tokens of one pass   (9984 at H 4096) go through the neurons once; T 8192, I 11008: 5 passes
+//   more, in half types  go through the tokens for dx and dgates, and once more, through the neurons, for
+//                        the weight gradients: 3/8 more work, if both are wanted
+//
 #include <algorithm>
 #include <type_traits>
 
@@ -27,60 +36,62 @@ namespace dsmoe::cuda {
 namespace {
 
 struct Layout {
-  int64_t tokens;  // of a pass
-  int64_t expert_columns, row_of_column, strips, gated, dgate, dup, partial, listed_gates;
+  int64_t tokens, rows, width;  // of a pass; width: columns that the rows may take
+  int64_t expert_offsets, expert_columns, row_of_column, sums, gated, dgate, dup, partial;
+  int64_t listed_gates;
   ListsLayout active, listed;
   Carver carver;
 };
 
-Layout layout(const ExpertMlpBackwardParams& p, int ctas) {
+int64_t strips_per_chunk(const ExpertMlpParams& f) {
+  return ceil_div<int64_t>(f.hidden_size, DownTile::kTileN);
+}
+
+// Columns of a matrix for so many rows: every expert among them is rounded up.
+int64_t columns_for(int64_t rows, int64_t experts) {
+  return (rows + std::min(rows, experts) * (kColumnAlign - 1)) / kColumnAlign * kColumnAlign;
+}
+
+// Five eighths of the workspace are for sums of dx and for lists: that decides how many tokens a pass
+// takes, as long as the rest, for the matrices [tokens, width], holds 256 rows or more.
+Layout layout(const ExpertMlpBackwardParams& p) {
   const ExpertMlpParams& f = p.forward;
+  const int64_t size = dtype_size(f.dtype), experts = f.num_experts;
+  const bool has_sums = f.dtype != Dtype::kFloat32;
+  const int64_t chunk_sums = has_sums ? strips_per_chunk(f) * DownTile::kStripFloats * 4 : 0;
+  const int64_t chunk_bytes = chunk_sums + (p.grad_weight ? 14 : 5) * kTokensPerChunk * experts;
+  auto matrix_bytes = [&](int64_t tokens) {  // a column of the three, of partial, of row_of_column
+    return tokens * 3 * size + tokens * 4 / kColumnAlign + 4;
+  };
+  const int64_t limit = kWorkspaceLimit - 64 * experts - 8192;  // small tables, and rounding up
+  const int64_t least = columns_for(std::min<int64_t>(f.intermediate_size, 256), experts);
+  const int64_t most = std::min(limit * 5 / 8 / chunk_bytes * kTokensPerChunk,
+                                limit * 3 / 8 / (matrix_bytes(1) * std::max<int64_t>(least, 1)));
   Layout l{};
-  const int64_t width = matrix_width(f), row_bytes = width * dtype_size(f.dtype);
-  const int64_t partial_bytes = width / kColumnAlign * 4;
-  l.expert_columns = l.carver.place((f.num_experts + 1) * 4);
-  l.row_of_column = l.carver.place(width * 4);
-  l.strips = l.carver.place(ctas * int64_t{DownTile::kStripFloats} * 4);
-  const int64_t per_token = 3 * row_bytes + partial_bytes + f.num_experts * 14;
-  l.tokens = tokens_per_pass(f.num_tokens, per_token, l.carver.bytes);
+  l.tokens = per_pass(f.num_tokens, kTokensPerChunk, most);
+  const int64_t chunks = l.tokens / kTokensPerChunk;
+  const int64_t columns = (limit - chunks * chunk_bytes) / matrix_bytes(l.tokens);
+  int64_t rows = std::max(columns - (kColumnAlign - 1) * experts, columns / kColumnAlign);
+  if (has_sums && f.num_tokens > l.tokens) {  // the same room must hold sums of weight gradients
+    rows = std::min(rows, chunks * chunk_sums / (3 * 4 * f.hidden_size));
+  }
+  l.rows = per_pass(f.intermediate_size, WeightsTile::kTileM, rows);
+  l.width = columns_for(l.rows, experts);
+  l.expert_offsets = l.carver.place((experts + 1) * 4);
+  l.expert_columns = l.carver.place((experts + 1) * 4);
+  l.row_of_column = l.carver.place(l.width * 4);
+  l.sums = l.carver.place(chunks * chunk_sums);
   l.active = place_lists(l.carver, f, l.tokens);
   l.listed = l.active;
   if (p.grad_weight != nullptr) {
     l.listed = place_lists(l.carver, f, l.tokens);
-    l.listed_gates = l.carver.place(l.tokens * f.num_experts * 4);
+    l.listed_gates = l.carver.place(l.tokens * experts * 4);
   }
-  l.gated = l.carver.place(l.tokens * row_bytes);
-  l.dgate = l.carver.place(l.tokens * row_bytes);
-  l.dup = l.carver.place(l.tokens * row_bytes);
-  l.partial = l.carver.place(l.tokens * partial_bytes);
+  l.gated = l.carver.place(l.tokens * l.width * size);
+  l.dgate = l.carver.place(l.tokens * l.width * size);
+  l.dup = l.carver.place(l.tokens * l.width * size);
+  l.partial = l.carver.place(l.tokens * l.width * 4 / kColumnAlign);
   return l;
-}
-
-template <class T>
-Status make_pair_lists(const ExpertMlpBackwardParams& p, const Layout& l, NeuronsArgs<T>& args,
-                       unsigned char* workspace, cudaStream_t on) {
-  PassArgs<T>& pass = args.pass;
-  const Status status =
-      make_lists(p.forward, pass.num_tokens, pass.gates, l.active, workspace, on, pass.lists);
-  args.listed = pass.lists;
-  if (status != Status::kOk || p.grad_weight == nullptr) return status;
-  auto* listed = reinterpret_cast<float*>(workspace + l.listed_gates);
-  const int64_t count = pass.num_tokens * pass.num_experts;
-  const auto ctas = static_cast<unsigned>(std::min<int64_t>(ceil_div<int64_t>(count, 256), 4096));
-  list_pairs_kernel<<<ctas, 256, 0, on>>>(count, pass.gates, args.grad_weight, listed);
-  return make_lists(p.forward, pass.num_tokens, listed, l.listed, workspace, on, args.listed);
-}
-
-template <class T>
-void launch_weights(const NeuronsArgs<T>& args, const T* p, const T* q, int64_t q_stride,
-                    void* result, bool accumulate, int ctas, cudaStream_t on) {
-  if (result == nullptr) return;
-  const WeightsArgs<T> weights{args.pass, p, q_stride, q, static_cast<T*>(result), accumulate};
-  if constexpr (std::is_same_v<T, float>) {
-    weights_ffma_kernel<<<2 * ctas, kThreads, 0, on>>>(weights);
-  } else {
-    weights_kernel<<<3 * ctas / kCtasPerSm, kThreads, WeightsTile::kSharedBytes, on>>>(weights);
-  }
 }
 
 template <class T>
@@ -103,69 +114,170 @@ void launch_down(const PassArgs<T>& args, int ctas, cudaStream_t on) {
   }
 }
 
+// One CTA: the experts' offsets, clipped to the rows of a pass.
+__global__ void clip_experts_kernel(const int32_t* offsets, int num_experts, int first, int end,
+                                    int32_t* clipped) {
+  for (int e = threadIdx.x; e <= num_experts; e += blockDim.x) {
+    clipped[e] = min(max(offsets[e], first), end);
+  }
+}
+
+struct Wanted {
+  bool tokens, weights;  // dx and dgates; weight gradients
+};
+
+template <class T>
+class Backward {
+ public:
+  Backward(const ExpertMlpBackwardParams& p, unsigned char* workspace, int ctas, cudaStream_t on)
+      : p_(p), f_(p.forward), l_(layout(p)), workspace_(workspace), ctas_(ctas), on_(on) {
+    PassArgs<T>& pass = args_.pass;
+    pass.hidden_size = f_.hidden_size;
+    pass.num_experts = f_.num_experts;
+    pass.x_stride = f_.x_stride;
+    pass.gate_proj = static_cast<const T*>(f_.gate_proj);
+    pass.up_proj = static_cast<const T*>(f_.up_proj);
+    pass.expert_offsets = at<int32_t>(l_.expert_offsets);
+    pass.width = l_.width;
+    pass.expert_columns = at<int32_t>(l_.expert_columns);
+    pass.row_of_column = at<int32_t>(l_.row_of_column);
+    pass.strips = at<float>(l_.sums);
+    args_.dy_stride = p_.dy_stride;
+    args_.down_proj_t = static_cast<const T*>(f_.down_proj_t);
+    args_.gated = at<T>(l_.gated);
+    args_.dgate = at<T>(l_.dgate);
+    args_.dup = at<T>(l_.dup);
+    args_.partial = at<float>(l_.partial);
+    pass.num_sources = 2;
+    pass.sources[0] = {args_.dgate, pass.gate_proj};
+    pass.sources[1] = {args_.dup, pass.up_proj};
+  }
+
+  Status run() {
+    const bool weights =
+        p_.dgate_proj != nullptr || p_.dup_proj != nullptr || p_.ddown_proj_t != nullptr;
+    const bool dx_in_parts = p_.dx != nullptr && sizeof(T) == 2 && f_.num_tokens > l_.tokens;
+    // without tokens one empty pass writes the weight gradients' zeros
+    const int64_t token_passes = l_.tokens > 0 ? ceil_div(f_.num_tokens, l_.tokens) : 1;
+    const int64_t row_passes = l_.rows > 0 ? ceil_div(f_.intermediate_size, l_.rows) : 1;
+    for (int64_t t = 0; t < token_passes && dx_in_parts; ++t) {
+      for (int64_t r = 0; r < row_passes; ++r) run_pass(t, r, {true, false});
+    }
+    for (int64_t r = 0; r < row_passes && (weights || !dx_in_parts); ++r) {
+      for (int64_t t = 0; t < token_passes; ++t) run_pass(t, r, {!dx_in_parts, true});
+    }
+    return status_ == Status::kOk ? launch_status() : status_;
+  }
+
+ private:
+  template <class U>
+  U* at(int64_t offset) {
+    return reinterpret_cast<U*>(workspace_ + offset);
+  }
+
+  void run_pass(int64_t token_pass, int64_t row_pass, Wanted wanted) {
+    if (row_pass != row_pass_) take_rows(row_pass);
+    if (token_pass != token_pass_) take_tokens(token_pass);
+    launch_neurons(args_, ctas_, on_);
+    if (wanted.tokens && args_.dgates != nullptr) {
+      sum_dgates_kernel<T><<<ctas_ * 4, 256, 0, on_>>>(args_);
+    }
+    if (wanted.tokens && p_.dx != nullptr) {
+      const dim3 clear(ceil_div(ctas_, 4), f_.num_experts);
+      clear_inactive_kernel<<<clear, kThreads, 0, on_>>>(args_.pass, args_.dgate);
+      clear_inactive_kernel<<<clear, kThreads, 0, on_>>>(args_.pass, args_.dup);
+      launch_down(args_.pass, ctas_, on_);
+    }
+    if (wanted.weights) {
+      launch_weights(0, args_.dgate, args_.pass.x, f_.x_stride, p_.dgate_proj);
+      launch_weights(1, args_.dup, args_.pass.x, f_.x_stride, p_.dup_proj);
+      launch_weights(2, args_.gated, args_.dy, p_.dy_stride, p_.ddown_proj_t);
+    }
+  }
+
+  void take_rows(int64_t row_pass) {
+    row_pass_ = row_pass;
+    const int64_t first = row_pass * l_.rows, end = std::min(first + l_.rows, f_.intermediate_size);
+    first_row_ = first;
+    args_.pass.turn = {first == 0, end == f_.intermediate_size};
+    clip_experts_kernel<<<1, kMaxExperts, 0, on_>>>(f_.expert_offsets, f_.num_experts,
+                                                    static_cast<int>(first), static_cast<int>(end),
+                                                    at<int32_t>(l_.expert_offsets));
+    place_columns_kernel<<<1, kMaxExperts, 0, on_>>>(args_.pass);
+  }
+
+  void take_tokens(int64_t token_pass) {
+    token_pass_ = token_pass;
+    PassArgs<T>& pass = args_.pass;
+    const int64_t first = token_pass * l_.tokens, experts = f_.num_experts;
+    pass.num_tokens = std::min(f_.num_tokens - first, l_.tokens);
+    pass.x = static_cast<const T*>(f_.x) + first * f_.x_stride;
+    pass.y = static_cast<T*>(p_.dx) + first * f_.hidden_size;
+    args_.dy = static_cast<const T*>(p_.dy) + first * p_.dy_stride;
+    auto rows = [&](const void* matrix) {  // of a [T,E] matrix of floats
+      return matrix == nullptr ? nullptr : static_cast<const float*>(matrix) + first * experts;
+    };
+    pass.gates = rows(f_.gates);
+    args_.grad_weight = rows(p_.grad_weight);
+    args_.dgates = const_cast<float*>(rows(p_.dgates));
+    weights_turn_ = {first == 0, first + pass.num_tokens == f_.num_tokens};
+    make_pair_lists();
+  }
+
+  void make_pair_lists() {
+    PassArgs<T>& pass = args_.pass;
+    make(pass.gates, l_.active, pass.lists);
+    args_.listed = pass.lists;
+    if (p_.grad_weight == nullptr) return;
+    auto* listed = at<float>(l_.listed_gates);
+    const int64_t count = pass.num_tokens * pass.num_experts;
+    const auto ctas = static_cast<unsigned>(std::min<int64_t>(ceil_div<int64_t>(count, 256), 4096));
+    if (count > 0) {
+      list_pairs_kernel<<<ctas, 256, 0, on_>>>(count, pass.gates, args_.grad_weight, listed);
+    }
+    make(listed, l_.listed, args_.listed);
+  }
+
+  void make(const float* gates, const ListsLayout& l, PairLists& lists) {
+    const Status status = make_lists(f_, args_.pass.num_tokens, gates, l, workspace_, on_, lists);
+    if (status != Status::kOk) status_ = status;
+  }
+
+  void launch_weights(int matrix, const T* p, const T* q, int64_t q_stride, void* result) {
+    if (result == nullptr) return;
+    float* sums = at<float>(l_.sums) + matrix * l_.rows * f_.hidden_size;
+    const WeightsArgs<T> weights{args_.pass, p,          q_stride,     q, static_cast<T*>(result),
+                                 sums,       first_row_, weights_turn_};
+    if constexpr (std::is_same_v<T, float>) {
+      weights_ffma_kernel<<<2 * ctas_, kThreads, 0, on_>>>(weights);
+    } else {
+      weights_kernel<<<3 * ctas_ / kCtasPerSm, kThreads, WeightsTile::kSharedBytes, on_>>>(weights);
+    }
+  }
+
+  const ExpertMlpBackwardParams& p_;
+  const ExpertMlpParams& f_;
+  const Layout l_;
+  unsigned char* const workspace_;
+  const int ctas_;
+  const cudaStream_t on_;
+  NeuronsArgs<T> args_{};
+  int64_t token_pass_ = -1, row_pass_ = -1, first_row_ = 0;
+  Turn weights_turn_;
+  Status status_ = Status::kOk;
+};
+
 template <class T>
 Status backward(const ExpertMlpBackwardParams& p, unsigned char* workspace, cudaStream_t on) {
-  const ExpertMlpParams& f = p.forward;
   const int ctas = multiprocessor_count() * kCtasPerSm;
   if (ctas == 0) return Status::kCudaError;
-  const Layout l = layout(p, ctas);
-  NeuronsArgs<T> args{};
-  PassArgs<T>& pass = args.pass;
-  pass.hidden_size = f.hidden_size;
-  pass.num_experts = f.num_experts;
-  pass.x_stride = f.x_stride;
-  pass.gate_proj = static_cast<const T*>(f.gate_proj);
-  pass.up_proj = static_cast<const T*>(f.up_proj);
-  pass.expert_offsets = f.expert_offsets;
-  pass.width = matrix_width(f);
-  pass.expert_columns = reinterpret_cast<int32_t*>(workspace + l.expert_columns);
-  pass.row_of_column = reinterpret_cast<int32_t*>(workspace + l.row_of_column);
-  pass.strips = reinterpret_cast<float*>(workspace + l.strips);
-  args.dy_stride = p.dy_stride;
-  args.down_proj_t = static_cast<const T*>(f.down_proj_t);
-  args.gated = reinterpret_cast<T*>(workspace + l.gated);
-  args.dgate = reinterpret_cast<T*>(workspace + l.dgate);
-  args.dup = reinterpret_cast<T*>(workspace + l.dup);
-  args.partial = reinterpret_cast<float*>(workspace + l.partial);
-  pass.num_sources = 2;
-  pass.sources[0] = {args.dgate, pass.gate_proj};
-  pass.sources[1] = {args.dup, pass.up_proj};
-  place_columns_kernel<<<1, kMaxExperts, 0, on>>>(pass);
-  // without tokens one empty pass writes the weight gradients' zeros
-  for (int64_t first = 0; first == 0 || first < f.num_tokens; first += l.tokens) {
-    pass.num_tokens = std::min(f.num_tokens - first, l.tokens);
-    pass.x = static_cast<const T*>(f.x) + first * f.x_stride;
-    pass.gates = static_cast<const float*>(f.gates) + first * f.num_experts;
-    args.dy = static_cast<const T*>(p.dy) + first * p.dy_stride;
-    auto at_pass = [&](const void* base) {  // a [T,E] matrix of floats
-      return base == nullptr ? nullptr : static_cast<const float*>(base) + first * f.num_experts;
-    };
-    args.grad_weight = at_pass(p.grad_weight);
-    args.dgates = const_cast<float*>(at_pass(p.dgates));
-    const Status status = make_pair_lists(p, l, args, workspace, on);
-    if (status != Status::kOk) return status;
-    launch_neurons(args, ctas, on);
-    if (args.dgates != nullptr) sum_dgates_kernel<T><<<ctas * 4, 256, 0, on>>>(args);
-    if (p.dx != nullptr) {
-      pass.y = static_cast<T*>(p.dx) + first * f.hidden_size;
-      const dim3 clear(ceil_div(ctas, 4), f.num_experts);
-      clear_inactive_kernel<<<clear, kThreads, 0, on>>>(pass, args.dgate);
-      clear_inactive_kernel<<<clear, kThreads, 0, on>>>(pass, args.dup);
-      launch_down(pass, ctas, on);
-    }
-    const bool later = first > 0;
-    launch_weights(args, args.dgate, pass.x, f.x_stride, p.dgate_proj, later, ctas, on);
-    launch_weights(args, args.dup, pass.x, f.x_stride, p.dup_proj, later, ctas, on);
-    launch_weights(args, args.gated, args.dy, p.dy_stride, p.ddown_proj_t, later, ctas, on);
-    if (f.num_tokens == 0) break;
-  }
-  return launch_status();
+  return Backward<T>(p, workspace, ctas, on).run();
 }
 
 }  // namespace
 
 int64_t expert_mlp_backward_workspace_bytes(const ExpertMlpBackwardParams& p) {
-  return layout(p, multiprocessor_count() * kCtasPerSm).carver.bytes;
+  return layout(p).carver.bytes;
 }
 
 Status expert_mlp_backward(const ExpertMlpBackwardParams& p, void* workspace, Stream stream) {

@@ -42,7 +42,9 @@ Layout layout(const ExpertMlpParams& p, int ctas) {
   l.expert_columns = l.carver.place((p.num_experts + 1) * 4);
   l.row_of_column = l.carver.place(width * 4);
   l.strips = l.carver.place(ctas * int64_t{DownTile::kStripFloats} * 4);
-  l.tokens = tokens_per_pass(p.num_tokens, row_bytes + p.num_experts * 5, l.carver.bytes);
+  // small tables, and what rounding up takes
+  const int64_t room = kWorkspaceLimit - l.carver.bytes - 32 * p.num_experts - 4096;
+  l.tokens = per_pass(p.num_tokens, kTokensPerChunk, room / (row_bytes + p.num_experts * 5));
   l.lists = place_lists(l.carver, p, l.tokens);
   l.activations = l.carver.place(l.tokens * row_bytes);
   return l;

@@ -62,7 +62,7 @@ __device__ __forceinline__ void down_step(DownSums& sums, uint32_t stage, int wa
 
 // A chunk of tokens and a strip of columns: what a CTA sums over all experts.
 struct DownUnit {
-  int64_t chunk;
+  int64_t index, chunk;
   int first_column;
   int tokens;
 };
@@ -80,6 +80,7 @@ class DownUnits {
 
   __device__ bool next(DownUnit& unit) {
     if (index_ >= num_units_) return false;
+    unit.index = index_;
     unit.chunk = index_ / strips_;
     unit.first_column = static_cast<int>(index_ - unit.chunk * strips_) * kColumns;
     const int64_t left = num_tokens_ - unit.chunk * kTokensPerChunk;
@@ -185,15 +186,17 @@ __global__ void __launch_bounds__(kThreads, 2)
   using C = DownTile;
   extern __shared__ __align__(128) unsigned char shared[];
   const uint32_t base = shared_address(shared);
-  float* strip = args.strips + blockIdx.x * int64_t{C::kStripFloats};
+  const bool is_whole = args.turn.is_first && args.turn.is_last;
   DownUnits<C::kTileN> units(args);
   DownUnit unit;
   while (units.next(unit)) {
     // Four neighbouring columns per thread, zeroed here; the pipeline's barriers come before the sums.
     constexpr int kQuads = C::kTileN / 4;
     const int num_quads = unit.tokens * kQuads;
+    float* strip = args.strips + (is_whole ? blockIdx.x : unit.index) * C::kStripFloats;
     float4* quads = reinterpret_cast<float4*>(strip);
-    for (int i = threadIdx.x; i < num_quads; i += kThreads) quads[i] = float4{};
+    for (int i = threadIdx.x; i < num_quads && args.turn.is_first; i += kThreads)
+      quads[i] = float4{};
     for (int s = 0; s < args.num_sources; ++s) {
       const SumSource<T> source = args.sources[s];
       SpanIterator spans(args.lists, args.expert_offsets, args.expert_columns, args.num_experts,
@@ -207,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     __syncthreads();
     // the same thread as above: neither y nor the next unit's zeros need a barrier
-    for (int i = threadIdx.x; i < num_quads; i += kThreads) {
+    for (int i = threadIdx.x; i < num_quads && args.turn.is_last; i += kThreads) {
       const int column = unit.first_column + i % kQuads * 4;
       if (column >= args.hidden_size) continue;
       const int64_t token = unit.chunk * kTokensPerChunk + i / kQuads;

@@ -238,7 +238,7 @@ static __global__ void __launch_bounds__(kThreads)
   DownUnit unit;
   while (units.next(unit)) {
     float* y = args.y + unit.chunk * kTokensPerChunk * args.hidden_size + unit.first_column;
-    for (int i = threadIdx.x; i < unit.tokens * kQuads; i += kThreads) {
+    for (int i = threadIdx.x; i < unit.tokens * kQuads && args.turn.is_first; i += kThreads) {
       if (unit.first_column + i % kQuads * 4 >= args.hidden_size) continue;
       *reinterpret_cast<float4*>(y + i / kQuads * args.hidden_size + i % kQuads * 4) = float4{};
     }

@@ -129,7 +129,7 @@ static __global__ void __launch_bounds__(kThreads)
       const int64_t row = tile.first_row + C::row() + i;
       auto* out = reinterpret_cast<float4*>(args.result + row * pass.hidden_size + tile.column +
                                             C::column());
-      const float4 before = args.accumulate ? *out : float4{};
+      const float4 before = args.turn.is_first ? float4{} : *out;
       *out = float4{before.x + sums[i][0], before.y + sums[i][1], before.z + sums[i][2],
                     before.w + sums[i][3]};
     }

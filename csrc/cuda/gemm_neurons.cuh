@@ -224,7 +224,7 @@ __global__ void sum_dgates_kernel(const __grid_constant__ NeuronsArgs<T> args) {
       for (int c = 0; c < size; c += kPartialColumns) sum += parts[c / kColumnAlign];
       sum *= weight;
     }
-    args.dgates[i] = sum;
+    args.dgates[i] = pass.turn.is_first ? sum : args.dgates[i] + sum;
   }
 }
 

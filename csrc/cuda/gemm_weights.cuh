@@ -5,7 +5,8 @@
 //   result   rows of dW                                        [64, 128]
 //
 // The sum runs down the rows of both operands, so both are read transposed from shared memory. An
-// expert without tokens gets zeros by the same loop, run no times.
+// expert without tokens gets zeros by the same loop, run no times. Where tokens come in several passes,
+// fp32 sums wait in the workspace until the last one, and only then become dW.
 #pragma once
 
 #include "cuda/gemm_gate_up.cuh"
@@ -17,9 +18,11 @@ struct WeightsArgs {
   PassArgs<T> pass;
   const T* p;  // [Tp,width]
   int64_t q_stride;
-  const T* q;       // [Tp,H]
-  T* result;        // [I,H]
-  bool accumulate;  // a later pass over tokens adds to the earlier ones' result
+  const T* q;     // [Tp,H]
+  T* result;      // [I,H]
+  float* sums;    // [rows of the pass, H]   not used if one launch makes the whole sum
+  int64_t first;  // row of dW that sums begins with
+  Turn turn;      // among the passes over tokens
 };
 
 struct WeightsTile {
@@ -67,14 +70,70 @@ __device__ __forceinline__ void weights_step(WeightsSums& sums, uint32_t stage, 
   }
 }
 
-__device__ __forceinline__ void unpack(uint32_t v, float& low, float& high, __nv_bfloat16) {
-  low = __uint_as_float(v << 16);
-  high = __uint_as_float(v & 0xffff0000u);
+// Four neighbouring lanes exchange words: word j of lane q becomes word q of lane j.
+__device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    const bool is_high = threadIdx.x & bit;
+#pragma unroll
+    for (int low = 0; low < 4; ++low) {
+      if (low & bit) continue;
+      const int high = low | bit;
+      const uint32_t got = __shfl_xor_sync(kAllLanes, is_high ? words[low] : words[high], bit);
+      words[low] = is_high ? got : words[low];
+      words[high] = is_high ? words[high] : got;
+    }
+  }
 }
-__device__ __forceinline__ void unpack(uint32_t v, float& low, float& high, __half) {
-  const float2 f = __half22float2(reinterpret_cast<const __half2&>(v));
-  low = f.x;
-  high = f.y;
+
+// The sums of a tile: those of earlier passes are added; then they wait in args.sums, or become dW.
+template <class T, class Tile>
+__device__ __forceinline__ void weights_epilogue(const WeightsArgs<T>& args, const Tile& tile,
+                                                 WeightsSums& sums, int warp_m, int warp_n) {
+  using C = WeightsTile;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t hidden_size = args.pass.hidden_size;
+  const int64_t first_column = tile.column + warp_n * C::kBlocks * 8;
+#pragma unroll
+  for (int i = 0; i < C::kRowBlocks; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int neuron = (warp_m * C::kRowBlocks + i) * 16 + half * 8 + lane / 4;
+      const bool exists = neuron < tile.neurons;
+      const int64_t row = tile.first_row + neuron;
+      auto waiting = [&](int j) {  // the lane's two columns of block j, or null
+        const int64_t column = first_column + j * 8 + lane % 4 * 2;
+        const bool inside = exists && column < hidden_size;
+        float* at = args.sums + (row - args.first) * hidden_size + column;
+        return inside ? reinterpret_cast<float2*>(at) : nullptr;
+      };
+#pragma unroll
+      for (int j = 0; j < C::kBlocks; ++j) {
+        float* sum = &sums[i][j][half * 2];
+        if (const float2* before = args.turn.is_first ? nullptr : waiting(j)) {
+          sum[0] += before->x;
+          sum[1] += before->y;
+        }
+        if (float2* after = args.turn.is_last ? nullptr : waiting(j))
+          *after = float2{sum[0], sum[1]};
+      }
+      if (!args.turn.is_last) continue;
+#pragma unroll
+      for (int j = 0; j < C::kBlocks;
+           j += 4) {  // whole sectors: a lane stores a block of 8 columns
+        uint32_t words[4];
+#pragma unroll
+        for (int b = 0; b < 4; ++b) {
+          words[b] = pack(sums[i][j + b][half * 2], sums[i][j + b][half * 2 + 1], T());
+        }
+        transpose_quad(words);
+        const int64_t column = first_column + (j + lane % 4) * 8;
+        if (!exists || column >= hidden_size) continue;
+        __stcg(reinterpret_cast<uint4*>(args.result + row * hidden_size + column),
+               uint4{words[0], words[1], words[2], words[3]});
+      }
+    }
+  }
 }
 
 template <class T>
@@ -127,24 +186,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     pipeline(ceil_div(pairs.count(), kTileK), load, [&](int stage) {
       weights_step<T>(sums, base + stage * C::kStageBytes, warp_m, warp_n);
     });
-#pragma unroll
-    for (int i = 0; i < C::kRowBlocks; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int neuron = (warp_m * C::kRowBlocks + i) * 16 + half * 8 + lane / 4;
-        if (neuron >= tile.neurons) continue;
-        const int64_t row = tile.first_row + neuron;
-#pragma unroll
-        for (int j = 0; j < C::kBlocks; ++j) {
-          const int64_t column = tile.column + (warp_n * C::kBlocks + j) * 8 + lane % 4 * 2;
-          if (column >= pass.hidden_size) continue;
-          auto* out = reinterpret_cast<uint32_t*>(args.result + row * pass.hidden_size + column);
-          float low = 0.f, high = 0.f;
-          if (args.accumulate) unpack(*out, low, high, T());
-          *out = pack(low + sums[i][j][half * 2], high + sums[i][j][half * 2 + 1], T());
-        }
-      }
-    }
+    weights_epilogue(args, tile, sums, warp_m, warp_n);
   }
 }
 

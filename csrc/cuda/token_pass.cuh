@@ -1,6 +1,8 @@
 // A pass over a part of the tokens: what its kernels share, and the workspace it lives in.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/gemm_tile.cuh"
 #include "cuda/scheduler.cuh"
 
@@ -11,6 +13,12 @@ constexpr int kTileM = 128;
 constexpr int kCopyRows =
     kThreads / kChunksPerRow;  // rows of kTileK numbers that a CTA copies at once
 constexpr int kCtasPerSm = 2;
+
+// Which of the launches that together make one sum this is: the first does not read what was there, the
+// last writes the result.
+struct Turn {
+  bool is_first = true, is_last = true;
+};
 
 // What `down` sums over neurons: a row of the workspace times rows of a weight matrix.
 template <class T>
@@ -38,7 +46,8 @@ struct PassArgs {
   T* activations;           // [Tp,width]   the forward's result of gate_up
   int num_sources;
   SumSource<T> sources[2];
-  float* strips;  // [CTAs, 256, 128]
+  Turn turn;      // of `down`, among passes over neurons
+  float* strips;  // [CTAs, 256, 128]; a strip per unit of work if there are several turns
   T* y;           // [Tp,H]   what `down` writes
 };
 
@@ -96,7 +105,7 @@ __global__ void clear_inactive_kernel(const __grid_constant__ PassArgs<T> args, 
 #ifndef DSMOE_CUDA_WORKSPACE_MIB  // tests make it small
 #define DSMOE_CUDA_WORKSPACE_MIB 256
 #endif
-constexpr int64_t kWorkspaceLimit = int64_t{DSMOE_CUDA_WORKSPACE_MIB} << 20;
+constexpr auto kWorkspaceLimit = static_cast<int64_t>(DSMOE_CUDA_WORKSPACE_MIB * (1 << 20));
 
 inline bool aligned_16(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
@@ -117,12 +126,12 @@ inline int64_t matrix_width(const ExpertMlpParams& p) {
   return ceil_div<int64_t>(most, kColumnAlign) * kColumnAlign;
 }
 
-// Tokens of a pass, a multiple of kTokensPerChunk: as many as fit, and passes of equal length.
-inline int64_t tokens_per_pass(int64_t num_tokens, int64_t bytes_per_token, int64_t bytes_taken) {
-  const int64_t room = (kWorkspaceLimit - bytes_taken) / bytes_per_token / kTokensPerChunk;
-  const int64_t chunks = ceil_div<int64_t>(num_tokens, kTokensPerChunk);
-  const int64_t passes = ceil_div(chunks, room > 0 ? room : 1);
-  return passes > 0 ? ceil_div(chunks, passes) * kTokensPerChunk : 0;
+// How many of `count` a pass takes, a multiple of `unit`: at most `most` (but one unit), and all passes
+// alike.
+inline int64_t per_pass(int64_t count, int64_t unit, int64_t most) {
+  const int64_t units = ceil_div(count, unit), room = std::max<int64_t>(most / unit, 1);
+  const int64_t passes = ceil_div(units, room);
+  return passes > 0 ? ceil_div(units, passes) * unit : 0;
 }
 
 // The lists of a pass's pairs in the workspace.

@@ -131,9 +131,7 @@ class Interpreter:
         return self.device.empty(shape, NUMPY.get(dtype, np.int32))
 
     def _workspace(self, entry, params):
-        function = getattr(self.library, entry)
-        function.restype = ctypes.c_int64
-        self.workspace_bytes = function(ctypes.byref(params))
+        self.workspace_bytes = self._workspace_bytes(entry, params)
         return self.device.empty(self.workspace_bytes, np.uint8).address
 
     # -- the ops --
@@ -261,8 +259,22 @@ class Interpreter:
         """Bytes that expert_mlp asks for."""
         self._begin()
         p = STRUCTS["ExpertMlpParams"](DTYPE[KIND[dtype]], tokens, hidden, intermediate, experts)
-        self.library.expert_mlp_workspace.restype = ctypes.c_int64
-        return self.library.expert_mlp_workspace(ctypes.byref(p))
+        return self._workspace_bytes("expert_mlp_workspace", p)
+
+    def backward_workspace(self, tokens, hidden, intermediate, experts, dtype, with_grad_weight):
+        """Bytes that expert_mlp_backward asks for."""
+        self._begin()
+        p = STRUCTS["ExpertMlpBackwardParams"]()
+        p.forward = STRUCTS["ExpertMlpParams"](
+            DTYPE[KIND[dtype]], tokens, hidden, intermediate, experts
+        )
+        p.grad_weight = int(with_grad_weight)  # any address
+        return self._workspace_bytes("expert_mlp_backward_workspace", p)
+
+    def _workspace_bytes(self, entry, params):
+        function = getattr(self.library, entry)
+        function.restype = ctypes.c_int64
+        return function(ctypes.byref(params))
 
 
 def to_numpy(tensor):

@@ -187,14 +187,17 @@ def test_tokens_in_passes():
     assert passes.workspace_bytes < whole.workspace_bytes
 
 
+SIZES = [(8, 11008, 4096), (512, 8192, 2048), (8, 28672, 8192)]  # E, I, H
+
+
 @interpreter_only
-def test_workspace_of_a_large_model_is_bounded():
-    sizes = [(8, 11008, 4096), (512, 8192, 2048), (8, 28672, 8192)]
-    for experts, intermediate, hidden in sizes:
-        got = Interpreter(multiprocessors=132).forward_workspace(
-            2**20, hidden, intermediate, experts, torch.bfloat16
-        )
-        assert got <= 257 << 20
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_workspace_is_bounded(dtype):
+    ops = Interpreter(multiprocessors=132)
+    for experts, intermediate, hidden in SIZES:
+        for tokens in (1, 8192, 2**20):
+            got = ops.forward_workspace(tokens, hidden, intermediate, experts, dtype)
+            assert got <= 256 << 20
 
 
 @interpreter_only
