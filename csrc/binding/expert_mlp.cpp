@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "binding/device.h"
+#include "binding/kept_memory.h"
 #include "binding/ops.h"
 
 namespace dsmoe::binding {
@@ -78,7 +79,7 @@ std::tuple<Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& gates, cons
   ExpertMlpParams p = params(in, gate.size(0));
   Tensor y = torch::stable::new_empty(in.x, {p.num_tokens, p.hidden_size});
   const int64_t kept = save_activations ? 2 * p.num_tokens * p.intermediate_size : 0;
-  Tensor activations = torch::stable::new_empty(in.x, {kept});
+  Tensor activations = kept_empty(in.x, {kept});
   p.gate_proj = gate.data_ptr();
   p.up_proj = up.data_ptr();
   p.down_proj_t = down.data_ptr();
@@ -121,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
   p.dy_stride = row_stride(dy);
   p.dy = dy.data_ptr();
   const auto output = [](bool wanted, const Tensor& like, void*& pointer) {
-    Tensor out = wanted ? torch::stable::new_empty(like, {like.size(0), like.size(1)})
+    Tensor out = wanted ? kept_empty(like, {like.size(0), like.size(1)})
                         : torch::stable::new_empty(like, {0});
     pointer = wanted ? out.data_ptr() : nullptr;
     return out;

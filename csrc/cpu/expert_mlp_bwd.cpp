@@ -12,9 +12,6 @@ namespace {
 
 constexpr int64_t kScratchBytes = 256 << 10;  // a thread's panels packed on the fly
 constexpr int64_t kGroupBytes = 192 << 20;
-// malloc maps blocks beyond this anew every time: 35 thousand faults, 75 ms, for fp32 at 2048/5632;
-// below it reuses memory, and huge pages cost more than they save (bf16: 86 instead of 54 ms).
-constexpr int64_t kFreshBytes = 32 << 20;
 constexpr int64_t kStreamBytes = 8 << 20;  // weight gradients beyond this do not stay in L3 anyway
 
 // What the threads draw, and how much scratch they need; called to count, and again to fill the items.
@@ -131,7 +128,6 @@ Status backward(const ExpertMlpBackwardParams& b, const Team& team) {
   w.streams_weights = weight_bytes > kStreamBytes && p.hidden_size * int64_t(sizeof(T)) % 64 == 0;
   for (int i = 0; i < 3; ++i) {
     if (!weight_outputs[i]) continue;
-    if (weight_bytes > kFreshBytes) prefer_huge_pages(weight_outputs[i], size_t(weight_bytes));
     w.streams_weights = w.streams_weights && (uintptr_t)weight_outputs[i] % 64 == 0;
   }
 
