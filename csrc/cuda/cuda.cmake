@@ -27,5 +27,11 @@ if(EXISTS "${toolkit}/lib/libcudart_static.a")
 endif()
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
+# Hopper's own main loop is a library by itself, whose only architecture is 90a; the runtime's lookup of
+# driver functions that it needs is as old as CUDA 12.5.
+set(DSMOE_SM90A OFF)
+if(CMAKE_CUDA_ARCHITECTURES MATCHES "90|all|native" AND CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.5)
+  set(DSMOE_SM90A ON)
+endif()
 set(DSMOE_CUDA_VERSION "${CMAKE_CUDA_COMPILER_VERSION}")
 file(GLOB cuda_kernels CONFIGURE_DEPENDS csrc/cuda/*.cu)

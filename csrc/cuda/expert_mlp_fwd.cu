@@ -25,6 +25,7 @@
 #include "cuda/gemm_down.cuh"
 #include "cuda/gemm_ffma.cuh"
 #include "cuda/gemm_gate_up.cuh"
+#include "cuda/sm90a/forward.h"
 
 namespace dsmoe::cuda {
 namespace {
@@ -89,6 +90,9 @@ Status forward(const ExpertMlpParams& p, unsigned char* workspace, cudaStream_t 
     if constexpr (std::is_same_v<T, float>) {
       gate_up_ffma_kernel<<<2 * ctas, kThreads, 0, on>>>(args);  // half the registers
       down_ffma_kernel<<<2 * ctas, kThreads, 0, on>>>(args);
+    } else if (p.intermediate_size > 0 && sm90a::is_available()) {
+      const Status hopper = sm90a::forward(args, p.intermediate_size, multiprocessor_count(), on);
+      if (hopper != Status::kOk) return hopper;
     } else {
       launch_gate_up<T, GateUpTile<16, 4>>(args, 1, 16, ctas, on);
       launch_gate_up<T, GateUpTile<32, 2>>(args, 17, 32, ctas, on);

@@ -67,24 +67,26 @@ struct DownUnit {
   int tokens;
 };
 
-// The units of this CTA.
-template <int kColumns>
+// The units of this CTA, of kChunks chunks each.
+template <int kColumns, int kChunks = 1>
 class DownUnits {
  public:
   template <class T>
   __device__ explicit DownUnits(const PassArgs<T>& args)
       : num_tokens_(args.num_tokens),
         strips_(static_cast<int>(ceil_div<int64_t>(args.hidden_size, kColumns))),
-        num_units_(args.lists.tables.num_chunks * strips_),
+        num_units_(ceil_div<int64_t>(args.lists.tables.num_chunks, kChunks) * strips_),
         index_(blockIdx.x) {}
 
   __device__ bool next(DownUnit& unit) {
     if (index_ >= num_units_) return false;
     unit.index = index_;
-    unit.chunk = index_ / strips_;
-    unit.first_column = static_cast<int>(index_ - unit.chunk * strips_) * kColumns;
+    const int64_t row = index_ / strips_;
+    unit.chunk = row * kChunks;
+    unit.first_column = static_cast<int>(index_ - row * strips_) * kColumns;
     const int64_t left = num_tokens_ - unit.chunk * kTokensPerChunk;
-    unit.tokens = static_cast<int>(left < kTokensPerChunk ? left : kTokensPerChunk);
+    constexpr int kTokens = kChunks * kTokensPerChunk;
+    unit.tokens = static_cast<int>(left < kTokens ? left : kTokens);
     index_ += gridDim.x;
     return true;
   }

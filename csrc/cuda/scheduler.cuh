@@ -16,13 +16,14 @@ struct PairRange {
   __device__ int count() const { return end - begin; }
 };
 
-__device__ __forceinline__ PairRange chunk_pairs(const PairLists& lists, int expert,
-                                                 int64_t chunk) {
+// Those of `chunks` chunks, as far as there are any.
+__device__ __forceinline__ PairRange chunk_pairs(const PairLists& lists, int expert, int64_t chunk,
+                                                 int chunks = 1) {
   const int32_t* before = lists.tables.counts + expert * lists.tables.num_chunks;
   const int first = lists.pair_offsets[expert];
-  const bool is_last = chunk + 1 == lists.tables.num_chunks;
+  const bool is_last = chunk + chunks >= lists.tables.num_chunks;
   return {first + before[chunk],
-          is_last ? lists.pair_offsets[expert + 1] : first + before[chunk + 1]};
+          is_last ? lists.pair_offsets[expert + 1] : first + before[chunk + chunks]};
 }
 
 // Tiles of kTileM pairs by kTileN columns over all experts whose size is in (kTileN / 2, max_size],
@@ -144,12 +145,14 @@ class SpanIterator {
   };
 
   __device__ SpanIterator(const PairLists& lists, const int32_t* expert_offsets,
-                          const int32_t* expert_columns, int num_experts, int64_t chunk)
+                          const int32_t* expert_columns, int num_experts, int64_t chunk,
+                          int chunks = 1)
       : lists_(lists),
         expert_offsets_(expert_offsets),
         expert_columns_(expert_columns),
         num_experts_(num_experts),
-        chunk_(chunk) {}
+        chunk_(chunk),
+        chunks_(chunks) {}
 
   __device__ bool next(Span& span, int chunk_tokens) {
     while (expert_ < num_experts_) {
@@ -159,8 +162,8 @@ class SpanIterator {
       span.first_column = expert_columns_[expert];
       span.end_column = span.first_column + size;
       span.all_tokens = size < kSmall;
-      span.pairs =
-          span.all_tokens ? PairRange{0, chunk_tokens} : chunk_pairs(lists_, expert, chunk_);
+      span.pairs = span.all_tokens ? PairRange{0, chunk_tokens}
+                                   : chunk_pairs(lists_, expert, chunk_, chunks_);
       if (span.pairs.count() == 0) continue;
       if (span.all_tokens) extend(span);
       return true;
@@ -182,6 +185,7 @@ class SpanIterator {
   const int32_t* expert_columns_;
   int num_experts_;
   int64_t chunk_;
+  int chunks_;
   int expert_ = 0;
 };
 

@@ -1,7 +1,9 @@
 // Stands in for the CUDA runtime, so that the launchers run unchanged with no GPU: a launch calls back into Python,
 // which interprets the kernel's PTX. Only what the launchers use is here; anything else fails to link.
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <cstring>
 #include <map>
 #include <string>
 
@@ -15,6 +17,7 @@ struct Callbacks {
                 void** args);
   int (*memset)(size_t address, int value, size_t bytes);
   int multiprocessors;
+  int capability;  // 90: compute capability 9.0
 };
 
 Callbacks callbacks;
@@ -28,6 +31,40 @@ struct {
   size_t shared;
   cudaStream_t stream;
 } configuration;
+
+// A tensor map as ptx/bulk.py reads it, for matrices of 16-bit numbers; the driver's is opaque. Refuses
+// what the driver refuses.
+struct TensorMap {
+  unsigned magic, type_bytes, rank, swizzle;
+  cuuint64_t address, size[2], stride;
+  unsigned box[2];
+};
+static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
+
+CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
+                      const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+                      const cuuint32_t* steps, CUtensorMapInterleave interleave,
+                      CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
+                      CUtensorMapFloatOOBfill fill) {
+  const bool is_half =
+      type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const auto start = reinterpret_cast<cuuint64_t>(address);
+  const unsigned width = swizzle == CU_TENSOR_MAP_SWIZZLE_NONE ? 0 : 16u << swizzle;
+  if (!is_half || rank != 2 || interleave != CU_TENSOR_MAP_INTERLEAVE_NONE || steps[0] != 1 ||
+      steps[1] != 1 || fill != CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE || swizzle > 3) {
+    return CUDA_ERROR_NOT_SUPPORTED;  // by this stand-in
+  }
+  if (reinterpret_cast<size_t>(map) % 64 || start % 16 || strides[0] % 16 || !sizes[0] ||
+      !sizes[1] || sizes[0] > 1ull << 32 || sizes[1] > 1ull << 32 || strides[0] >> 40 ||
+      box[0] * 2 % 16 || !box[0] || !box[1] || box[0] > 256 || box[1] > 256 ||
+      (width && box[0] * 2 > width)) {
+    return CUDA_ERROR_INVALID_VALUE;
+  }
+  const TensorMap made{0x7E45024D,      2, 2, width, start, {sizes[0], sizes[1]}, strides[0],
+                       {box[0], box[1]}};
+  std::memcpy(map, &made, sizeof(made));
+  return CUDA_SUCCESS;
+}
 
 }  // namespace
 
@@ -88,8 +125,26 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  if (attribute != cudaDevAttrMultiProcessorCount) return cudaErrorInvalidValue;
-  *value = callbacks.multiprocessors;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = callbacks.multiprocessors;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = callbacks.capability / 10;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = callbacks.capability % 10;
+      return cudaSuccess;
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned,
+                                             unsigned long long,
+                                             cudaDriverEntryPointQueryResult* result) {
+  if (std::string(symbol) != "cuTensorMapEncodeTiled") return cudaErrorInvalidValue;
+  *function = reinterpret_cast<void*>(&encode_tiled);
+  *result = cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t) {

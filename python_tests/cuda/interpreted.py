@@ -40,6 +40,7 @@ class Callbacks(ctypes.Structure):
         ),
         ("memset", ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_size_t, ctypes.c_int, ctypes.c_size_t)),
         ("multiprocessors", ctypes.c_int),
+        ("capability", ctypes.c_int),
     ]
 
 
@@ -47,6 +48,9 @@ class Callbacks(ctypes.Structure):
 def build(arch, *macros):
     """(shared library of the launchers, {kernel name: Program}) for one compute capability."""
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    if arch == "90a":
+        sources += sorted((ROOT / "csrc" / "cuda" / "sm90a").glob("*.cu"))
+        macros += ("DSMOE_SM90A",)
     folder = cache_folder() / f"kernels_{arch}_{sources_digest(arch, *macros)}"
     if not (folder / "done").exists():
         folder.mkdir(exist_ok=True)
@@ -83,6 +87,7 @@ class Interpreter:
     def __init__(self, seed=None, counters=None, arch="80", multiprocessors=2, macros=()):
         self.library, self.programs = build(arch, *macros)
         self.seed, self.counters, self.multiprocessors = seed, counters, multiprocessors
+        self.capability = int(arch.rstrip("a"))
         self.launches = []  # (kernel, grid, block, shared bytes)
 
     # -- the device side --
@@ -91,7 +96,8 @@ class Interpreter:
         self.device, self.problem = Device(self.seed, self.counters), None
         kinds = dict(Callbacks._fields_)
         launch, memset = kinds["launch"](self._launch), kinds["memset"](self._memset)
-        self._callbacks = Callbacks(launch, memset, self.multiprocessors)  # must outlive the calls
+        # must outlive the calls
+        self._callbacks = Callbacks(launch, memset, self.multiprocessors, self.capability)
         self.library.set_callbacks(ctypes.byref(self._callbacks))
 
     def _launch(self, name, grid, block, shared, args):

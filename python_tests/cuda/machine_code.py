@@ -7,7 +7,9 @@ Columns: registers of a thread; static shared bytes (dynamic ones are not in the
 the registers and the static shared memory let one SM hold; stack and spilled bytes (must be 0);
 SASS instructions in all. Then, of the tightest loop around the tensor-core instructions, the main
 loop, its instructions, and how many are HMMA (mma), LDSM (ldmatrix), LDGSTS (cp.async), BAR and
-DEPBAR (waits for copies). A kernel without tensor-core instructions has zeros there.
+DEPBAR (waits for copies). A kernel without tensor-core instructions has zeros there. In kernels of
+sm_90a one warpgroup copies and others multiply: hmma counts the HGMMA of their loop, ldgsts and
+utmaldg (the copy engine, UTMALDG) those of all the kernel.
 """
 
 import argparse
@@ -21,7 +23,7 @@ import sys
 from nvcc import ROOT, cache_folder, nvcc, sources_digest, version
 
 TABLE = pathlib.Path(__file__).with_suffix(".txt")
-ARCHITECTURES = ("80", "86", "89", "90", "120")
+ARCHITECTURES = ("80", "86", "89", "90", "90a", "120")
 WHEEL = "nvidia-cuda-nvdisasm==13.5.37"
 COLUMNS = (
     "arch", "registers", "shared", "ctas", "stack", "spills", "sass",
@@ -33,7 +35,7 @@ LOOP_COUNTS = {
 }  # fmt: skip
 # registers, threads and shared bytes of one SM; a CTA's shared memory costs 1 KiB more
 SM = {"80": (65536, 2048, 164), "86": (65536, 1536, 100), "89": (65536, 1536, 100),
-      "90": (65536, 2048, 228), "120": (65536, 1536, 100)}  # fmt: skip
+      "90": (65536, 2048, 228), "90a": (65536, 2048, 228), "120": (65536, 1536, 100)}  # fmt: skip
 
 
 @functools.cache
@@ -134,6 +136,9 @@ def count(body):
     loops = [ops for ops in loops if any(op in LOOP_COUNTS["hmma"] for op in ops)]
     main = min(loops, key=len, default=[])
     counts = {k: sum(op in names for op in main) for k, names in LOOP_COUNTS.items()}
+    everywhere = [op for op, _ in code]
+    if "HGMMA" in everywhere:
+        counts |= {k.lower(): everywhere.count(k) for k in ("LDGSTS", "UTMALDG")}
     return {"sass": len(code), "loop": len(main), **counts}
 
 
@@ -144,11 +149,11 @@ def ctas_per_sm(arch, threads, registers, shared):
     return min(by_registers, most_threads // threads, kib * 1024 // (shared + 1024), 32)
 
 
-def threads_of(source):
+def threads_of(source, arch):
     """{mangled name: threads}, from .maxntid in the PTX; the hash in names is dropped."""
     from nvcc import ptx
 
-    text = ptx(source, "sm_80")
+    text = ptx(source, arch)
     found = re.findall(r"\.entry\s+([\w$]+)\s*\([^)]*\)\s*\.maxntid\s+(\d+)", text)
     return {_without_hash(name): int(n) for name, n in found}
 
@@ -160,9 +165,12 @@ def _without_hash(name):
 def measure(architectures=ARCHITECTURES):
     """Rows of the table, one per kernel and architecture: [(file, kernel, {column: value})]."""
     rows = []
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        threads = threads_of(source)
+    for source in sorted((ROOT / "csrc" / "cuda").rglob("*.cu")):
+        own = source.parent.name == "sm90a"
+        threads = threads_of(source, "sm_90a" if own else "sm_80")
         for arch in architectures:
+            if own != (arch == "90a"):
+                continue
             report, sass = assemble(source, arch)
             report, sass = read_report(report), read_sass(sass)
             for mangled, name in readable(sorted(report)).items():
@@ -178,13 +186,13 @@ def measure(architectures=ARCHITECTURES):
 def to_text(rows):
     """The table as it is committed."""
     lines = [f"# {__doc__.splitlines()[0]} See machine_code.py. nvcc {version(nvcc())}"]
-    head = "".join(f"{c:>10}" for c in COLUMNS)
     previous = None
     for file, name, row in rows:
+        columns = [*COLUMNS, "utmaldg"] if "utmaldg" in row else COLUMNS
         if (file, name) != previous:
-            lines += ["", f"{file}: {name}", head]
+            lines += ["", f"{file}: {name}", "".join(f"{c:>10}" for c in columns)]
             previous = (file, name)
-        lines.append("".join(f"{row[c]:>10}" for c in COLUMNS))
+        lines.append("".join(f"{row[c]:>10}" for c in columns))
     return "\n".join(lines) + "\n"
 
 

@@ -116,6 +116,7 @@ def test_divergent_lanes_meet_at_the_collective():
         "setp.lt.u32 %q, %tid32, 16; @%q ret; bar.warp.sync -1;",
         "vote.sync.ballot.b32 %d, %q, 255;",  # lanes that the mask does not name
         "setp.lt.u32 %q, %tid32, 32; @%q ret; bar.sync 0;",
+        "setp.lt.u32 %q, %tid32, 32; @%q ret; bar.sync 1, 64;",  # counted, and some have left
     ],
 )
 def test_incomplete_collectives_trap(snippet):
@@ -128,6 +129,25 @@ def test_incomplete_collectives_trap(snippet):
                 threads=64,
                 seed=seed,
             )
+
+
+def test_a_counted_barrier_does_without_those_who_left():
+    snippet = """mov.u32 %d, 0; setp.ge.u32 %q, %tid32, 64; @%q bra OUT;
+      mov.u32 %at, buffer; mad.lo.u32 %at, %tid32, 4, %at; st.shared.u32 [%at], %x;
+      bar.sync 1, 64;
+      mov.u32 %at, buffer; xor.b32 %d, %tid32, 32; mad.lo.u32 %at, %d, 4, %at;
+      ld.shared.u32 %d, [%at];
+      OUT:"""
+    for seed in (None, 0, 1):
+        out = snippets.run(
+            snippet,
+            {"x": ("u32", np.arange(96))},
+            {"d": "u32", "q": "pred"},
+            threads=96,
+            seed=seed,
+            declare=".reg .b32 %at; .shared .align 16 .b8 buffer[256];",
+        )["d"]
+        assert out.tolist() == [*range(32, 64), *range(32), *[0] * 32]
 
 
 # -- tensor cores --

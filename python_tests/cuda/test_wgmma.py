@@ -232,3 +232,18 @@ def test_unknown_forms():
         text = GOOD[3].replace("m64n16k16.f32.bf16.bf16", form)
         with pytest.raises(Trap, match="form of wgmma"):
             run_steps([*GOOD[:3], text, *GOOD[4:-1]], None)
+
+
+def test_setmaxnreg():
+    """128 threads may have 512 registers each, which is above what a thread can name."""
+    lower, raise_it = (f"setmaxnreg.{w}.sync.aligned.u32 " for w in ("dec", "inc"))
+    check(*run_steps([lower + "72;", raise_it + "216;", *GOOD[:-1]], None))
+    for step in (raise_it + "216;", lower + "72;" + lower + "80;"):
+        with pytest.raises(Trap, match="registers of a thread"):
+            run_steps([step, *GOOD[:-1]], None)
+    for step in (lower + "20;", lower + "73;", raise_it + "264;"):
+        with pytest.raises(Trap, match="form of setmaxnreg"):
+            run_steps([step, *GOOD[:-1]], None)
+    part = "setp.eq.u32 %q2, %t0, 0; @%q2 " + lower + "72;"
+    with pytest.raises(Trap, match="only a part"):
+        run_steps([part, *GOOD[:-1]], None)

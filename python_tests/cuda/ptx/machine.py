@@ -17,6 +17,7 @@ from .races import Clocks, Race
 
 REGISTER = re.compile(r"%[\w$]+")
 COMPILERS = {}  # opcode -> function(instruction, kernel) -> run(machine, mask)
+REGISTERS = 65536  # of an SM
 WARP_WIDE = set()  # opcodes that all named lanes of a warp execute together
 
 
@@ -47,7 +48,7 @@ def compile_kernel(kernel):
         except (KeyError, ValueError, IndexError) as error:
             raise Trap(f"{ins.where}{ins.name}: unknown form ({error!r})") from error
         ins.warp_wide = ins.op[0] in WARP_WIDE
-        ins.group_wide = ins.op[:2] == ["wgmma", "mma_async"]
+        ins.group_wide = ins.op[:2] == ["wgmma", "mma_async"] or ins.op[0] == "setmaxnreg"
         ins.kind = classify(ins)
     watch_wgmma_registers(kernel)
     kernel.compiled = True
@@ -107,6 +108,7 @@ class Machine:
             self.n, bool
         )  # at a warp-wide instruction whose other lanes are missing
         self.barrier = np.full(self.n, -1)  # the barrier a thread stands at
+        self.for_all = np.zeros(self.n, bool)  # and that is for all threads of the CTA
         self.copies = {}  # cp.async: see transfer.py
         self.groups = []
         self.mbarriers, self.made = {}, {}  # see mbarrier.py; how many each CTA made
@@ -115,6 +117,7 @@ class Machine:
         self.flying = {}  # register -> how many wgmma of each thread that use it are in flight
         self.fenced = np.zeros(self.n, bool)  # by wgmma.fence, since a register of a wgmma changed
         self.tensor = {}  # wgmma groups: see wgmma.py
+        self.given = np.full(self.n, REGISTERS // per // 8 * 8)  # registers of a thread
         self.rng = np.random.default_rng(0 if seed is None else seed)
         self.wild = seed is not None
         self.frozen = np.zeros(self.n, bool)
@@ -181,6 +184,8 @@ class Machine:
         with np.errstate(all="ignore"):
             while (picked := self._pick()) is not None:
                 self._straight(code, *picked)
+        if (self.given.reshape(self.ctas, self.per).sum(1) > REGISTERS).any():
+            raise Trap("setmaxnreg asks for more registers than the SM has")
         return self
 
     def _straight(self, code, mask, i):
@@ -245,9 +250,9 @@ class Machine:
         self.done |= active
         if self.bulk and self.done.all():
             raise Trap("the kernel ends while a bulk copy is in flight")
-        if (self.barrier >= 0).any() and (
-            self.barrier[np.isin(self.cta, self.cta[active])] >= 0
-        ).any():
+        # (a barrier for a number of threads may do without these: if not, it is a deadlock)
+        standing = (self.barrier >= 0) & self.for_all
+        if standing.any() and standing[np.isin(self.cta, self.cta[active])].any():
             raise Trap("a thread exits while others of its CTA stand at a barrier")
 
     @staticmethod

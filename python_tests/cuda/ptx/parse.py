@@ -134,8 +134,10 @@ class Program:
     @staticmethod
     def _rename_scoped(body):
         out, stack, serial = [], [], 0
-        for part in re.split(r"([{}])", body):
-            if part == "{" and not re.search(r"[\w,]\s*$", "".join(out[-1:])):
+        parts = re.split(r"([{}])", body)
+        for part, following in zip(parts, [*parts[1:], ""], strict=True):
+            declares = following.lstrip().startswith(".reg")  # a .loc line may stand before it
+            if part == "{" and (declares or not re.search(r"[\w,]\s*$", "".join(out[-1:]))):
                 serial += 1
                 stack.append((serial, {}))
                 out.append(part)

@@ -49,6 +49,7 @@ def barrier(ins, kernel):
     def sync(m, mask):
         mask, waiting = members(m, mask, FULL)
         m.barrier[mask] = np.broadcast_to(identity(m), m.n)[mask]
+        m.for_all[mask] = count is None
         for cta in np.unique(m.cta[mask]):
             part = slice(cta * m.per, (cta + 1) * m.per)
             for name in np.unique(m.barrier[part][mask[part]]):

@@ -81,6 +81,24 @@ def wgmma(ins, kernel):
     return run
 
 
+@opcode("setmaxnreg", warp_wide=True)
+def setmaxnreg(ins, kernel):
+    count = int(ins.operands[0])
+    if ins.op[2:] != ["sync", "aligned", "u32"] or count % 8 or not 24 <= count <= 256:
+        raise Trap("form of setmaxnreg")
+    more = {"inc": True, "dec": False}[ins.op[1]]
+
+    def run(m, mask):
+        whole = np.repeat(mask.reshape(-1, 128).all(1), 128)
+        before = m.given[whole]
+        if (before > count if more else before < count).any():
+            raise Trap(f"from {before.max()} registers of a thread to {count}")
+        m.given[whole] = count
+        return mask & ~whole
+
+    return run
+
+
 def fence(m, warp, _):
     m.fenced[32 * warp : 32 * warp + 32] = True
 

@@ -1,0 +1,25 @@
+// expert_mlp's two GEMMs on sm_90a, behind the interface of those for every architecture.
+#pragma once
+
+#include "cuda/token_pass.cuh"
+
+namespace dsmoe::cuda::sm90a {
+
+#ifdef DSMOE_SM90A
+// Is the current device one of compute capability 9.0?
+bool is_available();
+// gate_up, then down, for one pass of tokens; bf16 and fp16.
+template <class T>
+Status forward(const PassArgs<T>& args, int64_t intermediate_size, int multiprocessors,
+               cudaStream_t on);
+#else  // a compiler or a list of architectures without sm_90a
+inline bool is_available() {
+  return false;
+}
+template <class T>
+Status forward(const PassArgs<T>&, int64_t, int, cudaStream_t) {
+  return Status::kUnsupported;
+}
+#endif
+
+}  // namespace dsmoe::cuda::sm90a
