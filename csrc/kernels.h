@@ -34,6 +34,22 @@ enum class Status : int32_t { kOk, kUnsupported, kWorkspaceTooSmall, kCudaError 
 
 const char* status_string(Status status);
 
+// ------------------------------------------------------------------------------------------ router
+
+// A linear router: logits = x weight^T + bias, in fp32 whatever x is (fp64 if x is). CPU only; on
+// CUDA the framework's matrix product does it.
+struct RouterParams {
+  Dtype dtype;          // of x; weight, bias, logits: fp64 for kFloat64, else fp32
+  int64_t num_tokens;   // T
+  int64_t hidden_size;  // H
+  int64_t num_routed;   // R
+  int64_t x_stride;     // elements between rows of x
+  const void* x;        // [T,H]
+  const void* weight;   // [R,H]
+  const void* bias;     // [R]     or null
+  void* logits;         // [T,R]   output
+};
+
 // ------------------------------------------------------------------------------------------- route
 
 enum class RouteMethod : int32_t {
@@ -146,6 +162,7 @@ struct Team {
                    void* arg);
 };
 
+Status router(const RouterParams& params, const Team& team);
 void route(const RouteParams& params, const Team& team);
 void route_backward(const RouteBackwardParams& params, const Team& team);
 // Returns A; if that is above capacity, the two lists are not written.

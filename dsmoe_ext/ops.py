@@ -54,6 +54,39 @@ def build_info() -> dict:
     return _C.build_info()
 
 
+# ------------------------------------------------------------------------------------------- router
+
+
+def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """logits [T,R] = x [T,H] @ weight.T + bias, in float32 whatever x is (float64 if x is).
+
+    weight [R,H] and bias [R] have that dtype. On the CPU x is widened a cache block at a time.
+    """
+    return _ops.router(x, weight, bias)
+
+
+@torch.library.register_fake("dsmoe::router")
+def _(x, weight, bias):
+    return weight.new_empty(x.shape[0], weight.shape[0])
+
+
+def _router_setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _router_backward(ctx, dlogits):
+    x, weight = ctx.saved_tensors
+    wants_dx, wants_dweight, wants_dbias = ctx.needs_input_grad
+    dx = (dlogits @ weight).to(x.dtype) if wants_dx else None
+    dweight = dlogits.t() @ x.to(weight.dtype) if wants_dweight else None
+    return dx, dweight, dlogits.sum(0) if wants_dbias else None
+
+
+torch.library.register_autograd(
+    "dsmoe::router", _router_backward, setup_context=_router_setup_context
+)
+
+
 # -------------------------------------------------------------------------------------------- route
 
 

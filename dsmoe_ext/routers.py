@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsmoe_ext.ops import router_logits
+
 
 def at_least_float32(dtype: torch.dtype | None) -> torch.dtype:
     """float64 stays, everything else becomes float32."""
@@ -57,7 +59,9 @@ class LinearRouter(nn.Linear):
 
     def logits(self, x: Tensor) -> Tensor:
         weight = self.weight
-        return F.linear(x.to(weight.dtype), weight, self.bias)
+        if weight.dtype == torch.float64 or x.dtype == torch.float64:
+            x = x.to(weight.dtype)
+        return router_logits(x, weight, self.bias)
 
     def _apply(self, fn, recurse=True):
         return super()._apply(without_half_casts(fn), recurse)

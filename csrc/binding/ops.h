@@ -7,6 +7,8 @@
 
 namespace dsmoe::binding {
 
+Tensor router(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
+
 std::tuple<Tensor, Tensor> route(const Tensor& logits, const Tensor& threshold,
                                  const Tensor& expert_offsets, int64_t method, int64_t top_k,
                                  bool binary, bool rescale, double gate_scale);

@@ -91,6 +91,12 @@ Status expert_mlp(const ExpertMlpParams& params, const Team& team) {
 Status expert_mlp_backward(const ExpertMlpBackwardParams& params, const Team& team) {
   return kernels().backward(params, team);
 }
+Status router(const RouterParams& params, const Team& team) {
+  return kernels().router(params, team);
+}
+void sigmoids(const float* from, float* to, int64_t n) {
+  kernels().sigmoids(from, to, n);
+}
 int64_t packed_bytes(const PackParams& params) {
   return kernels().packed_bytes(params);
 }

@@ -84,8 +84,8 @@ int64_t packed_bytes(const PackParams& p) {
 }  // namespace
 
 const Kernels* kernels() {
-  static constexpr Kernels table = {expert_mlp_forward, expert_mlp_backward, packed_bytes,
-                                    pack_weights};
+  static constexpr Kernels table = {
+      expert_mlp_forward, expert_mlp_backward, packed_bytes, pack_weights, router, sigmoids};
   return &table;
 }
 

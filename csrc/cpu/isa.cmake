@@ -3,7 +3,7 @@ target_sources(dsmoe_kernels PRIVATE csrc/cpu/expert_mlp.cpp csrc/cpu/team.cpp)
 
 function(add_isa name)
   add_library(dsmoe_${name} OBJECT csrc/cpu/expert_mlp_fwd.cpp csrc/cpu/expert_mlp_bwd.cpp
-                                   csrc/cpu/expert_mlp_pack.cpp)
+                                   csrc/cpu/expert_mlp_pack.cpp csrc/cpu/router.cpp)
   target_include_directories(dsmoe_${name} PRIVATE csrc)
   target_compile_definitions(dsmoe_${name} PRIVATE DSMOE_ISA_NAMESPACE=${name})
   # GCC 12 takes the undefined operands inside its own intrinsics for uninitialised variables.

@@ -131,7 +131,8 @@ struct RowShape {
 // experts shares the rows of a token block, which stay in L2, while the group's weights are reread
 // from L3 for every block. One large expert is a group of its own, and its block then holds only
 // its own tokens.
-static int64_t plan_rows(const RowShape& s, const Pairs& pairs, int threads, RowItem* out) {
+[[maybe_unused]] static int64_t plan_rows(const RowShape& s, const Pairs& pairs, int threads,
+                                          RowItem* out) {
   int64_t items = 0, total_cost = 0;
   for (int e = 0; e < s.num_experts; ++e)
     total_cost += pairs.count(e) ? s.panels(e) * (pairs.count(e) + 4) : 0;

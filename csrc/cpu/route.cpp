@@ -20,6 +20,7 @@
 
 #include "common/routing.h"
 #include "cpu/parallel.h"
+#include "cpu/team.h"
 #include "kernels.h"
 
 namespace dsmoe::cpu {
@@ -58,7 +59,10 @@ void rank(const Row<T>& row, std::vector<int32_t>& order) {
 
 template <class T>
 void route_threshold(const Row<T>& row, T threshold) {
-  for (int32_t e = 0; e < row.num_routed; ++e) row.scores[e] = sigmoid(row.logits[e]);
+  if constexpr (sizeof(T) == sizeof(float))
+    sigmoids(row.logits, row.scores, row.num_routed);
+  else
+    for (int32_t e = 0; e < row.num_routed; ++e) row.scores[e] = sigmoid(row.logits[e]);
   for (int32_t e = 0; e < row.num_routed; ++e) {
     row.values[e] = above(row.scores[e], threshold) ? row.scores[e] : T(0);
   }
@@ -99,12 +103,11 @@ T token_factor(const RouteParams& p, const T* values) {
   if (!p.rescale) return static_cast<T>(p.gate_scale);
   const int32_t* offsets = p.expert_offsets + p.num_shared;
   const int32_t num_routed = p.num_experts - p.num_shared;
-  T active = 0;
-  for (int32_t e = 0; e < num_routed; ++e) {
-    if (values[e] != T(0)) active += static_cast<T>(offsets[e + 1] - offsets[e]);
-  }
+  int32_t active = 0;
+  for (int32_t e = 0; e < num_routed; ++e)
+    active += values[e] != T(0) ? offsets[e + 1] - offsets[e] : 0;
   const T routed = static_cast<T>(offsets[num_routed] - offsets[0]);
-  return static_cast<T>(p.gate_scale) * rescale_factor(routed, active);
+  return static_cast<T>(p.gate_scale) * rescale_factor(routed, static_cast<T>(active));
 }
 
 template <class T>
@@ -133,10 +136,11 @@ void route_rows(const RouteParams& p, int64_t begin, int64_t end) {
         break;
     }
     const T factor = token_factor(p, row.values);
-    for (int32_t e = 0; e < num_routed; ++e) {
-      T& value = row.values[e];
-      const bool is_nan = value != value;
-      if (value != T(0)) value = (p.binary && !is_nan ? T(1) : value) * factor;
+    for (int32_t e = 0; e < num_routed;
+         ++e) {  // without branches: which pairs are active is random
+      const T value = row.values[e];
+      const T scaled = (p.binary && value == value ? T(1) : value) * factor;
+      row.values[e] = value != T(0) ? scaled : T(0);
     }
   }
 }

@@ -34,12 +34,17 @@ void prefer_huge_pages(void* memory, size_t bytes);
 void run_team(const Team& team, int max_size, void (*body)(void* arg, int thread, int size),
               void* arg);
 
+// sigmoid of n numbers with the instruction set in use, for route.
+void sigmoids(const float* from, float* to, int64_t n);
+
 // One per ISA: the entry points that expert_mlp.cpp chooses from.
 struct Kernels {
   Status (*forward)(const ExpertMlpParams&, const Team&);
   Status (*backward)(const ExpertMlpBackwardParams&, const Team&);
   int64_t (*packed_bytes)(const PackParams&);
   Status (*pack)(const PackParams&, const Team&);
+  Status (*router)(const RouterParams&, const Team&);
+  void (*sigmoids)(const float* from, float* to, int64_t n);
 };
 
 }  // namespace dsmoe::cpu
