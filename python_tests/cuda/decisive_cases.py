@@ -1,9 +1,11 @@
-"""The smallest cases that decide whether a kernel is right, by the start of the kernel's name.
+"""Small cases that together execute every instruction of every kernel that can be reached, and
+decide whether it is right. mutate.py runs them on broken kernels, test_decisive_cases.py as tests.
 
 A case takes a function that makes the ops under test, and raises where the tests would.
 """
 
 import functools
+from dataclasses import replace
 
 import test_expert_mlp
 import test_expert_mlp_backward
@@ -17,37 +19,30 @@ from dsmoe_ext.testing import random_case
 
 def permute(tokens, experts, active):
     gates = test_permute.random_gates(0, tokens, experts, active)
+    want = functools.cache(lambda: reference.permute(gates))
 
     def case(make):
-        for got, want in zip(make().permute(gates), reference.permute(gates), strict=True):
-            assert torch.equal(got, want)
+        for got, wanted in zip(make().permute(gates), want(), strict=True):
+            assert torch.equal(got, wanted)
 
     return case
 
 
-def route(method, gates, rescale, shape):
+def route(shape, method, gates="scores", rescale=True):
     options = dict(method=method, gates=gates, rescale=rescale, top_k=3, gate_scale=1.25)
-
-    def case(make):
-        original, test_route.Ops = test_route.Ops, make
-        try:
-            test_route.check(*shape, options)
-        finally:
-            test_route.Ops = original
-
-    return case
+    return lambda make: test_route.check(*shape, options, make())
 
 
 def nan_and_ties(method):
     """Equal logits, a NaN, and logits whose exponentials overflow."""
 
     def case(make):
-        logits = torch.zeros(9, 170)  # five or six experts a lane: every copy of a loop
-        logits[1, 7] = float("nan")
+        logits = torch.zeros(9, 171)  # five or six experts a lane: every copy of a loop
+        logits[1, 7], logits[2, 170] = float("nan"), 1.0
         for i in range(6):
             logits[3 + i, 32 * i + 1] = 90.0
         options = dict(method=method, top_k=8)
-        offsets = test_route.offsets_of([2] * 170)
+        offsets = test_route.offsets_of([2] * 171)
         want = reference.route(logits.double(), torch.tensor(0.21), offsets, **options)
         gates, _ = make().route(logits, 0.21, offsets, **options)
         fine = [0, *range(2, 9)]
@@ -57,78 +52,181 @@ def nan_and_ties(method):
     return case
 
 
-def expert_mlp(tokens, hidden, sizes, active):
-    inputs = functools.cache(
-        lambda: random_case(0, tokens, hidden, sizes, active=active, dtype=torch.bfloat16)
+def inputs_of(tokens, hidden, sizes, active, dtype=torch.bfloat16, exact_ste=False):
+    """active: a probability, or the experts of which every token is active."""
+    share = active if isinstance(active, float) else 1.0
+    options = dict(active=share, exact_ste=exact_ste, dtype=dtype)
+    inputs = random_case(0, tokens, hidden, sizes, **options)
+    if share is not active:
+        inputs.gates[:, [e for e in range(len(sizes)) if e not in active]] = 0
+    return inputs
+
+
+def expert_mlp(*shape, multiprocessors=1, **options):
+    inputs = functools.cache(lambda: inputs_of(*shape, **options))
+    expected = functools.cache(lambda: test_expert_mlp.expect(inputs()))
+    return lambda make: test_expert_mlp.check(
+        inputs(), make(multiprocessors=multiprocessors), expected()
     )
-    return lambda make: test_expert_mlp.check(inputs(), make())
 
 
-def expert_mlp_backward(tokens, hidden, sizes, active, exact_ste):
-    options = dict(active=active, exact_ste=exact_ste, dtype=torch.bfloat16)
-    inputs = functools.cache(lambda: random_case(0, tokens, hidden, sizes, **options))
-    return lambda make: test_expert_mlp_backward.check(inputs(), make())
+def expert_mlp_backward(*shape, **options):
+    inputs = functools.cache(lambda: inputs_of(*shape, **options))
+    expected = functools.cache(lambda: test_expert_mlp_backward.expect(inputs()))
+    return lambda make: test_expert_mlp_backward.check(inputs(), make(), expected())
+
+
+def later_tokens_without_experts(make):
+    """A second pass over tokens that adds nothing leaves every bit of the first."""
+    case = inputs_of(260, 136, [136, 136], 0.2)
+    case.gates[256:] = 0
+    first = replace(case, x=case.x[:256], gates=case.gates[:256], dy=case.dy[:256])
+    want = test_expert_mlp_backward.gradients(first, make())
+    got = test_expert_mlp_backward.gradients(case, make())
+    for name in ("dgate_proj", "dup_proj", "ddown_proj_t"):
+        assert torch.equal(got[name], want[name]), name
+
+
+def decode_beside_nan(make):
+    """Rows of an expert that no token uses are never read, not even where a unit has less rows."""
+    case = inputs_of(3, 72, [5, 13, 8, 17, 3] * 4, [e for e in range(20) if e % 5 in (0, 2, 3)])
+    idle = reference.expand_experts(case.gates, case.expert_offsets)[0] == 0
+    case.down_proj_t[idle] = float("nan")
+    y = make().sparse_ffn(*case.inputs())
+    case.down_proj_t[idle] = 0
+    assert torch.equal(y, make().sparse_ffn(*case.inputs()))
+
+
+def cuts_change_nothing(tokens, size, dtype=torch.bfloat16):
+    """Three small experts are summed as if they were one. They nearly cancel, so that a sum in
+    another order would have other bits."""
+
+    def case(make):
+        cut = inputs_of(tokens, 200, [size] * 3, 1.0, dtype=dtype)
+        cut.gates[:] = 1
+        for weights in (cut.gate_proj, cut.up_proj):
+            weights[:] = weights[:size].repeat(3, 1)
+        for i, factor in enumerate((1.0, 0.02, -1.01)):
+            cut.down_proj_t[i * size : (i + 1) * size] = cut.down_proj_t[:size] * factor
+        offsets = test_route.offsets_of([3 * size])
+        whole = replace(cut, gates=cut.gates[:, :1], expert_offsets=offsets)
+        assert torch.equal(make().sparse_ffn(*cut.inputs()), make().sparse_ffn(*whole.inputs()))
+
+    return case
+
+
+def exponentials_are_exact(make):
+    """Scores to a few units in the last place, which range reduction decides."""
+    logits = torch.rand(64, 131, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for method, exact in (
+        ("threshold", logits.double().sigmoid()),
+        ("top_p", logits.double().softmax(1)),
+        ("top_k", logits.double().softmax(1)),
+    ):
+        offsets = test_route.offsets_of([2] * 131)
+        _, scores = make().route(logits, 0.5, offsets, method=method, top_k=3)
+        assert ((scores / exact - 1).abs() <= 8 * torch.finfo(torch.float32).eps).all()
+
+
+def list_pairs(make):
+    """list_pairs_kernel with more pairs than threads, which takes 2^20 of them in the backward."""
+    g = torch.Generator().manual_seed(0)
+    gates, weights = (torch.rand(5000, generator=g) < 0.5 for _ in range(2))
+    ops = make()
+    if hasattr(ops, "launch"):
+        (listed,) = ops.launch("list_pairs_kernel", 2, 256, [gates.float(), weights.float()], 5000)
+        assert torch.equal(listed, (gates | weights).float())
 
 
 # loops are unrolled four times: experts and chunks beyond 128 take every copy, others the rest
 PERMUTE = [
-    permute(33, 3, 0.5),
-    permute(300, 40, 0.4),
-    permute(31, 70, 0.3),
-    permute(256 * 33 + 5, 2, 0.3),
-    permute(300, 301, 0.2),
-    permute(256 * 130 + 5, 1, 0.3),
+    (33, 3, 0.5),
+    (300, 40, 0.4),
+    (31, 70, 0.3),
+    (256 * 33 + 5, 2, 0.3),
+    (300, 301, 0.2),
+    (256 * 130 + 5, 1, 0.3),
 ]
 SHARED = (2, [2] * 170, 130)  # experts of which 130 are shared
-ROUTE = {
-    method: [
-        route(method, "scores", True, test_route.SHAPES["unequal, shared"]),
-        route(method, "binary", True, test_route.SHAPES["off the warp"]),
-        route(method, "scores", False, test_route.SHAPES["many"]),
-        route(method, "scores", True, test_route.SHAPES["many"]),
-        route(method, "scores", True, SHARED),
-        nan_and_ties(method),
-    ]
-    for method in reference.METHODS
-}
+MANY = (3, [1 + i % 7 for i in range(130)], 0)
 # 130 rows use every 16-row block of a tile, and a second tile; with one multiprocessor a CTA goes
 # through several tiles of every width
-WHOLE = (130, 136, [72, 16, 16, 136, 32, 32], 1.0)
-FINE = (40, 24, [16, 24, 80, 16, 0, 72, 8], 0.5)
-RAGGED = (67, 56, [13, 29, 7, 1, 3], 0.5)
-CHUNKS = (300, 40, [72, 40, 16], 0.5)
-MANY = (17, 16, [2] * 512, 0.1)
-LARGE_LAST = (40, 32, [8, 20, 72], 0.5)
-FORWARD = [expert_mlp(*shape) for shape in (FINE, WHOLE, RAGGED, CHUNKS, MANY, LARGE_LAST)]
-BACKWARD = [
-    expert_mlp_backward(*shape, exact_ste)
-    for shape in (FINE, WHOLE, RAGGED, (20, 24, [64, 32, 128, 64], 0.6))
-    for exact_ste in (False, True)
-]
-DECODE = [
-    expert_mlp(3, 264, [72, 16, 5], 0.6),
-    expert_mlp(16, 40, [40, 24, 16, 7, 320], 0.5),
-    expert_mlp(5, 16, [2] * 512, 0.1),
-    expert_mlp(1, 1032, [32] * 4, 0.5),
-    expert_mlp(2, 72, [5], 1.0),
-]
+SHAPES = {
+    "fine": (40, 24, [16, 24, 80, 16, 0, 72, 8], 0.5),
+    "whole": (130, 136, [72, 16, 16, 136, 32, 32], 1.0),
+    "ragged": (67, 56, [13, 29, 7, 1, 3], 0.5),
+}
+FORWARD = {
+    **SHAPES,
+    "chunks": (300, 40, [72, 40, 16], 0.5),
+    "many": (17, 16, [2 * (i > 300 or i % 7 > 2) for i in range(512)], 0.1),
+    "large last": (40, 32, [8, 20, 72], 0.5),
+    "large idle": (40, 32, [72, 80, 8, 72], (0, 2, 3)),
+    "two groups of row tiles": (1100, 8, [16, 24, 40, 72], 1.0),
+    "a short span first": (24, 40, [16, 72, 8], 0.5),
+    "63 experts": (17, 8, [2] * 63, 0.3),
+}
+BACKWARD = {
+    **SHAPES,
+    "whole tiles": (20, 24, [64, 32, 128, 64], 0.6),
+    "passes": (520, 16, [136, 40], 0.5),
+    "passes over neurons": (40, 16, [400, 40, 300], 0.5),
+    "two groups of row tiles": (1100, 8, [40], 1.0),
+}
+DECODE = {  # the number of multiprocessors decides into how many parts a sum is cut
+    "ragged": ((3, 264, [72, 17, 5], 0.6), 1),
+    "all rows": ((16, 40, [40, 24, 16, 7, 320], 0.5), 1),
+    "many": ((5, 16, [2] * 512, 0.1), 1),
+    "one token": ((1, 1032, [32] * 4, 0.5), 1),
+    "one expert": ((2, 72, [5], 1.0), 1),
+    "nine rows": ((9, 520, [24], 1.0), 1),
+    "six parts": ((2, 64, [800], 1.0), 3),
+    "many strips": ((1, 8264, [8], 1.0), 70),
+    "very many strips": ((1, 24968, [8], 1.0), 200),
+}
+ROUTE = {
+    "shared": (test_route.SHAPES["unequal, shared"], "scores", True),
+    "one expert": ((3, [5], 0), "scores", True),
+    "binary": (test_route.SHAPES["off the warp"], "binary", True),
+    "many": (MANY, "scores", False),
+    "many, rescaled": (MANY, "scores", True),
+    "many, binary": (MANY, "binary", True),
+    "many shared": (SHARED, "scores", True),
+}
 CASES = {
-    "count_kernel": PERMUTE,
-    "scan_kernel": PERMUTE,
-    "write_kernel": PERMUTE,
+    **{f"permute {shape}": permute(*shape) for shape in PERMUTE},
     **{
-        f"{kernel}<(RouteMethod){i}>": ROUTE[method]
-        for i, method in enumerate(("threshold", "top_p", "top_k", "relu"))
-        for kernel in ("route_kernel", "route_backward_kernel")
+        f"route {method}, {name}": route(shape, method, gates, rescale)
+        for method in reference.METHODS
+        for name, (shape, gates, rescale) in ROUTE.items()
     },
-    "place_columns_kernel<bfloat16": FORWARD,
-    "clear_inactive_kernel<bfloat16": FORWARD,
-    "gate_up_kernel<bfloat16": FORWARD,
-    "down_kernel<bfloat16": FORWARD,
-    "neurons_kernel<bfloat16": DECODE,
-    "outputs_kernel<bfloat16": DECODE,
-    "list_pairs_kernel": BACKWARD,
-    "neurons_backward_kernel<bfloat16": BACKWARD,
-    "sum_dgates_kernel<bfloat16": BACKWARD,
-    "weights_kernel<bfloat16": BACKWARD,
+    **{f"route {method}, NaN and ties": nan_and_ties(method) for method in reference.METHODS},
+    **{f"forward, {name}": expert_mlp(*shape) for name, shape in FORWARD.items()},
+    **{
+        f"forward, {name}, float32": expert_mlp(*shape, dtype=torch.float32)
+        for name, shape in FORWARD.items()
+        if name != "many"
+    },
+    **{
+        f"decode, {name}": expert_mlp(*shape, multiprocessors=multiprocessors)
+        for name, (shape, multiprocessors) in DECODE.items()
+    },
+    **{
+        f"backward, {name}{', exact' * exact}": expert_mlp_backward(*shape, exact_ste=exact)
+        for name, shape in BACKWARD.items()
+        for exact in (False, True)
+    },
+    **{
+        f"backward, {name}, exact, float32": expert_mlp_backward(
+            *shape, exact_ste=True, dtype=torch.float32
+        )
+        for name, shape in BACKWARD.items()
+    },
+    "backward, later tokens without experts": later_tokens_without_experts,
+    "decode beside NaN": decode_beside_nan,
+    "decode, cuts": cuts_change_nothing(16, 8),
+    "forward, cuts": cuts_change_nothing(40, 16),
+    "forward, cuts, float32": cuts_change_nothing(40, 16, torch.float32),
+    "route, exponentials": exponentials_are_exact,
+    "list_pairs": list_pairs,
 }

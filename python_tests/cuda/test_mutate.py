@@ -1,12 +1,17 @@
-"""The mutations do what they say, and dropped barriers are noticed. All mutants:
-`python python_tests/cuda/mutate.py`."""
+"""The mutations do what they say, and the decisive cases notice them."""
+
+import os
+import random
 
 import mutate
+import mutations
 import pytest
-from ops_under_test import ON_GPU
+from decisive_cases import CASES
+from ops_under_test import ON_GPU, Ops
 from ptx.parse import Instruction
 
-pytestmark = pytest.mark.skipif(ON_GPU, reason="mutants run in the interpreter")
+interpreter_only = pytest.mark.skipif(ON_GPU, reason="mutants run in the interpreter")
+SAMPLE = 300
 
 
 def instruction(text):
@@ -24,10 +29,11 @@ def instruction(text):
         ("mad.lo.s32 %a; %b; %c; %d", ["%a", "%b", "%d", "%c"]),
         ("sub.s32 %a; %b; %b", None),
         ("st.global.v2.u32 [%a]; {%b, %c}", ["[%a]", "{%c, %b}"]),
+        ("st.global.v2.u32 [%a]; {%b, %b}", None),
     ],
 )
 def test_swaps(text, want):
-    assert mutate.swapped(instruction(text)) == want
+    assert mutations.swapped(instruction(text)) == want
 
 
 @pytest.mark.parametrize(
@@ -40,16 +46,26 @@ def test_swaps(text, want):
     ],
 )
 def test_shifts(text, want):
-    assert mutate.shifted(instruction(text))[1] == want
+    assert mutations.shifted(instruction(text))[1] == want
 
 
-def test_dropped_barriers_and_waits_are_killed():
-    """A sample of them, all of which must die; what mutants.txt explains is left out.
+def test_table():
+    text = "Title.\n\nBecause\nof this.\n    k swap x: a  b\n\nSurvivors, why:\n    k drop y: c\n"
+    assert mutate.read_table(text) == {"k swap x: a  b": "Because of this."}
 
-    The score over all kinds of mutants takes `mutate.py` hours and stands in mutants.txt.
-    """
-    known = mutate.reasons()
-    drops = [m for m in mutate.mutants() if m.kind == "drop" and m.place not in known]
-    chosen = mutate.sample(drops, 20, seed=2)
-    killed, survivors = mutate.report(chosen)
-    assert killed == len(chosen), [m.what for m in survivors]
+
+@pytest.mark.parametrize("name", CASES)
+def test_decisive_case(name):
+    """On kernels as they are."""
+    CASES[name](Ops)
+
+
+@interpreter_only
+def test_mutants_are_killed():
+    """95 % of a sample over all kinds; DSMOE_SEED in the environment repeats a run."""
+    seed = int(os.environ.get("DSMOE_SEED", random.SystemRandom().randrange(2**31)))
+    print(f"DSMOE_SEED={seed}")
+    chosen = random.Random(seed).sample(mutate.candidates(), SAMPLE)
+    survivors = mutate.report(chosen, say=lambda _: None)
+    print(*survivors, sep="\n")
+    assert len(survivors) <= 0.05 * SAMPLE

@@ -40,13 +40,13 @@ def test_512_experts(method):
     check(1, [2] * 512, 0, dict(method=method, top_k=100))
 
 
-def check(num_tokens, sizes, num_shared, options):
+def check(num_tokens, sizes, num_shared, options, ops=None):
     offsets, num_routed = offsets_of(sizes), len(sizes) - num_shared
     g = torch.Generator().manual_seed(0)
     logits = (torch.randn(num_tokens, num_routed, generator=g) * 2).float()
     exact = logits.double().requires_grad_()
     threshold, eps = 0.6, torch.finfo(torch.float32).eps
-    ops = Ops()
+    ops = ops or Ops()
     gates, scores = ops.route(logits, threshold, offsets, **options)
     want = reference.route(exact, torch.tensor(threshold), offsets, **options)
     assert torch.equal(gates != 0, want[0] != 0)
