@@ -1,6 +1,6 @@
 // expert_mlp backward; bf16 and fp16 with fp32 sums, fp32 in exact multiply-adds.
 //
-// With g = x_t Wg_e, u = x_t Wu_e, a = silu(g) u, all recomputed:
+// With g = x_t Wg_e, u = x_t Wu_e, a = silu(g) u:
 //
 //   da = dy_t Wd_e^T         dgates [t,e] = <a, da>         at inactive pairs times grad_weight
 //   dx_t   = sum over e of dg Wg_e + du Wu_e                dg = G da u silu'(g),  du = G da silu(g)
@@ -14,7 +14,10 @@
 //
 // fp32 does the same on gemm_ffma.cuh's tile (gemm_ffma_bwd.cuh).
 //
-// What nobody wants is not launched, and nothing of the forward is kept. The workspace stays below 256 MiB
+// g and u of active pairs are what the forward saved (2 T I numbers of the caller's memory, 361 MB in bf16
+// at T 8192, I 11008), or are recomputed from x: 2/9 more work of the forward and backward together.
+//
+// What nobody wants is not launched. The workspace stays below 256 MiB
 // by going in passes, each a rectangle of tokens by neurons (rows of the weights): within one, kernels
 // see the experts clipped to its rows. Sums over several passes are fp32 to the end, in the workspace
 // for half types and in the results themselves for fp32: dx and dgates over the passes along the neurons,
@@ -22,7 +25,7 @@
 //
 //   tokens of one pass   (9984 at H 4096) go through the neurons once; T 8192, I 11008: 5 passes
 //   more, in half types  go through the tokens for dx and dgates, and once more, through the neurons, for
-//                        the weight gradients: 3/8 more work, if both are wanted
+//                        the weight gradients: 3/8 more work (saved: 1/6), if both are wanted
 //
 #include <algorithm>
 #include <type_traits>
@@ -94,14 +97,15 @@ Layout layout(const ExpertMlpBackwardParams& p) {
   return l;
 }
 
-template <class T>
+template <bool kSaved, class T>
 void launch_neurons(const NeuronsArgs<T>& args, int ctas, cudaStream_t on) {
   if constexpr (std::is_same_v<T, float>) {
-    neurons_ffma_kernel<<<ctas, kThreads, 0, on>>>(args);
+    neurons_ffma_kernel<kSaved><<<ctas, kThreads, 0, on>>>(args);
   } else {
-    cudaFuncSetAttribute(neurons_backward_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         NeuronsTile::kSharedBytes);
-    neurons_backward_kernel<T><<<ctas, kThreads, NeuronsTile::kSharedBytes, on>>>(args);
+    constexpr int kBytes = NeuronsTile<kSaved>::kSharedBytes;
+    cudaFuncSetAttribute(neurons_backward_kernel<T, kSaved>,
+                         cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    neurons_backward_kernel<T, kSaved><<<ctas, kThreads, kBytes, on>>>(args);
   }
 }
 
@@ -134,6 +138,7 @@ class Backward {
     PassArgs<T>& pass = args_.pass;
     pass.hidden_size = f_.hidden_size;
     pass.num_experts = f_.num_experts;
+    pass.intermediate_size = f_.intermediate_size;
     pass.x_stride = f_.x_stride;
     pass.gate_proj = static_cast<const T*>(f_.gate_proj);
     pass.up_proj = static_cast<const T*>(f_.up_proj);
@@ -178,7 +183,7 @@ class Backward {
   void run_pass(int64_t token_pass, int64_t row_pass, Wanted wanted) {
     if (row_pass != row_pass_) take_rows(row_pass);
     if (token_pass != token_pass_) take_tokens(token_pass);
-    launch_neurons(args_, ctas_, on_);
+    launch_neurons();
     if (wanted.tokens && args_.dgates != nullptr) {
       sum_dgates_kernel<T><<<ctas_ * 4, 256, 0, on_>>>(args_);
     }
@@ -193,6 +198,18 @@ class Backward {
       launch_weights(1, args_.dup, args_.pass.x, f_.x_stride, p_.dup_proj);
       launch_weights(2, args_.gated, args_.dy, p_.dy_stride, p_.ddown_proj_t);
     }
+  }
+
+  // What the forward saved of active pairs is read; the rest of the listed pairs is computed from x.
+  void launch_neurons() {
+    NeuronsArgs<T> args = args_;
+    if (args.saved != nullptr) {
+      args.listed = args.pass.lists;
+      cuda::launch_neurons<true>(args, ctas_, on_);
+      if (p_.grad_weight == nullptr) return;
+    }
+    args.listed = args_.listed;
+    cuda::launch_neurons<false>(args, ctas_, on_);
   }
 
   void take_rows(int64_t row_pass) {
@@ -212,6 +229,9 @@ class Backward {
     const int64_t first = token_pass * l_.tokens, experts = f_.num_experts;
     pass.num_tokens = std::min(f_.num_tokens - first, l_.tokens);
     pass.x = static_cast<const T*>(f_.x) + first * f_.x_stride;
+    if (f_.activations != nullptr) {
+      args_.saved = static_cast<const T*>(f_.activations) + first * 2 * f_.intermediate_size;
+    }
     pass.y = static_cast<T*>(p_.dx) + first * f_.hidden_size;
     args_.dy = static_cast<const T*>(p_.dy) + first * p_.dy_stride;
     auto rows = [&](const void* matrix) {  // of a [T,E] matrix of floats
@@ -233,7 +253,8 @@ class Backward {
     const int64_t count = pass.num_tokens * pass.num_experts;
     const auto ctas = static_cast<unsigned>(std::min<int64_t>(ceil_div<int64_t>(count, 256), 4096));
     if (count > 0) {
-      list_pairs_kernel<<<ctas, 256, 0, on_>>>(count, pass.gates, args_.grad_weight, listed);
+      list_pairs_kernel<<<ctas, 256, 0, on_>>>(count, pass.gates, args_.grad_weight,
+                                               args_.saved == nullptr, listed);
     }
     make(listed, l_.listed, args_.listed);
   }

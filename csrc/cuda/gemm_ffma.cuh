@@ -174,6 +174,10 @@ static __global__ void __launch_bounds__(kThreads)
       }
       __stcg(reinterpret_cast<float4*>(args.activations + token * args.width + first_column),
              as_vector(out));
+      if (args.saved == nullptr) continue;
+      float* saved = args.saved + token * 2 * args.intermediate_size + tile.first_row + C::column();
+      store_saved(saved, gates[i], tile.columns - C::column());
+      store_saved(saved + args.intermediate_size, ups[i], tile.columns - C::column());
     }
   }
 }

@@ -1,7 +1,7 @@
 // The backward's own GEMMs in exact fp32, on the tile of gemm_ffma.cuh.                   see expert_mlp_bwd.cu
 //
 //   neurons   g, u and da of 64 pairs x 64 neurons: three sums of 32 registers each, 7 loads from shared
-//             memory for 96 multiply-adds
+//             memory for 96 multiply-adds; da alone where the forward saved g and u
 //   weights   64 neurons x 64 columns of a weight gradient, the sum running over the expert's tokens;
 //             both operands have their terms outermost in global memory already
 #pragma once
@@ -12,10 +12,12 @@
 
 namespace dsmoe::cuda {
 
-static __global__ void __launch_bounds__(kThreads)
+template <bool kSaved>
+__global__ void __launch_bounds__(kThreads)
     neurons_ffma_kernel(const __grid_constant__ NeuronsArgs<float> args) {
   using C = FfmaTile;
-  enum { kX, kDy, kGate, kUp, kDown, kMatrices };
+  enum { kDy, kDown, kX, kGate, kUp };
+  constexpr int kMatrices = kSaved ? 2 : 5;
   __shared__ __align__(16) float shared[2][kMatrices][C::kMatrixFloats];
   const PassArgs<float>& pass = args.pass;
   const int num_steps = static_cast<int>(ceil_div<int64_t>(pass.hidden_size, C::kTerms));
@@ -30,11 +32,13 @@ static __global__ void __launch_bounds__(kThreads)
       const bool exists = pair < tile.pairs.end, has_column = row < tile.columns;
       const int64_t token = exists ? args.listed.token_idx[pair] : 0;
       const int64_t weights = (tile.first_row + row) * pass.hidden_size;
-      rows[kX].from[i] = exists ? pass.x + token * pass.x_stride : nullptr;
       rows[kDy].from[i] = exists ? args.dy + token * args.dy_stride : nullptr;
-      rows[kGate].from[i] = has_column ? pass.gate_proj + weights : nullptr;
-      rows[kUp].from[i] = has_column ? pass.up_proj + weights : nullptr;
       rows[kDown].from[i] = has_column ? args.down_proj_t + weights : nullptr;
+      if constexpr (!kSaved) {
+        rows[kX].from[i] = exists ? pass.x + token * pass.x_stride : nullptr;
+        rows[kGate].from[i] = has_column ? pass.gate_proj + weights : nullptr;
+        rows[kUp].from[i] = has_column ? pass.up_proj + weights : nullptr;
+      }
     }
     FfmaSums gates{}, ups{}, das{};
     ffma_pipeline(
@@ -51,9 +55,11 @@ static __global__ void __launch_bounds__(kThreads)
         },
         [&](int buffer, int term) {
           const auto& matrices = shared[buffer];
-          ffma_term(gates, matrices[kX], matrices[kGate], term);
-          ffma_term(ups, matrices[kX], matrices[kUp], term);
           ffma_term(das, matrices[kDy], matrices[kDown], term);
+          if constexpr (!kSaved) {
+            ffma_term(gates, matrices[kX], matrices[kGate], term);
+            ffma_term(ups, matrices[kX], matrices[kUp], term);
+          }
         });
 
     const int64_t tile_column = pass.expert_columns[tile.expert] + tile.column;
@@ -65,6 +71,13 @@ static __global__ void __launch_bounds__(kThreads)
       const bool exists = pair < tile.pairs.end;
       const int64_t token = exists ? args.listed.token_idx[pair] : 0;
       const float weight = exists ? pass.gates[token * pass.num_experts + tile.expert] : 0.f;
+      if constexpr (kSaved) {
+        const int count = exists ? tile.columns - C::column() : 0;
+        const float* saved =
+            args.saved + token * 2 * pass.intermediate_size + tile.first_row + C::column();
+        load_saved(gates[i], saved, count);
+        load_saved(ups[i], saved + pass.intermediate_size, count);
+      }
       float gated[C::kColumns], dgate[C::kColumns], dup[C::kColumns], dot = 0.f;
 #pragma unroll
       for (int j = 0; j < C::kColumns; ++j) {

@@ -5,6 +5,7 @@
 //   result   activations                                       [128, 64]
 #pragma once
 
+#include "cuda/saved_activations.cuh"
 #include "cuda/token_pass.cuh"
 
 namespace dsmoe::cuda {
@@ -97,6 +98,17 @@ __device__ __forceinline__ void gate_up_epilogue(const PassArgs<T>& args, const 
         const float* g = &sums.gate[i][j][half * 2];
         const float* u = &sums.up[i][j][half * 2];
         packed[j] = pack(weight * swiglu(g[0], u[0]), weight * swiglu(g[1], u[1]), T());
+      }
+      if (args.saved != nullptr) {
+        float gates[kMine], ups[kMine];
+#pragma unroll
+        for (int c = 0; c < kMine; ++c) {
+          gates[c] = sums.gate[i][c / 2][half * 2 + c % 2];
+          ups[c] = sums.up[i][c / 2][half * 2 + c % 2];
+        }
+        T* saved = args.saved + token * 2 * args.intermediate_size + tile.first_row + column;
+        store_saved(saved, gates, tile.columns - column);
+        store_saved(saved + args.intermediate_size, ups, tile.columns - column);
       }
       T* out = args.activations + token * args.width + first_column;
       if constexpr (C::kBlocks == 4) {

@@ -6,7 +6,8 @@
 //   partial [t, ..] = sum over 32 neurons of a da                                 its sum is dgates
 //
 // 128 pairs x 32 neurons: three sums of 32 registers each leave room for two CTAs per SM. Four warps of
-// 32 rows each see all of a tile's neurons, so that a row's part of dgates stays in four lanes.
+// 32 rows each see all of a tile's neurons, so that a row's part of dgates stays in four lanes. Where the
+// forward saved g and u of the active pairs, da alone is a product, of 64 neurons a tile.
 #pragma once
 
 #include "cuda/gemm_gate_up.cuh"
@@ -16,7 +17,8 @@ namespace dsmoe::cuda {
 template <class T>
 struct NeuronsArgs {
   PassArgs<T> pass;
-  PairLists listed;  // active pairs, and those that want dgates all the same
+  PairLists listed;  // pairs to compute: active ones, those that want dgates all the same, or both
+  const T* saved;    // [Tp,2,I]   what the forward kept of active pairs, or null
   int64_t dy_stride;
   const T* dy;               // [Tp,H]
   const T* down_proj_t;      // [I,H]
@@ -31,56 +33,60 @@ struct NeuronsArgs {
 // Neurons whose parts of dgates are summed up before they are stored.
 constexpr int kPartialColumns = 32;
 
+template <bool kSaved>
 struct NeuronsTile {
-  static constexpr int kTileN = kPartialColumns;
+  static constexpr int kParts = kSaved ? 2 : 1;  // of 32 neurons
+  static constexpr int kTileN = kParts * kPartialColumns;
   static constexpr int kWarpsM = 4;
   static constexpr int kRowBlocks = kTileM / 16 / kWarpsM;  // 2
-  static constexpr int kBlocks = kTileN / 8;                // 4
-  static constexpr int kRowsBytes = kTileM * kRowBytes, kColumnsBytes = kTileN * kRowBytes;
-  static constexpr int kStageBytes = 2 * kRowsBytes + 3 * kColumnsBytes;  // x, dy, Wg, Wu, Wd
-  static constexpr int kSharedBytes = kStages * kStageBytes;              // 66 KiB
+  static constexpr int kBlocks = kPartialColumns / 8;       // 4
+  static constexpr int kSources = kSaved ? 1 : 2;           // dy, x
+  static constexpr int kProducts = kSaved ? 2 : 3;          // with Wd and Wd; with Wd, Wg, Wu
+  static constexpr int kRowsBytes = kTileM * kRowBytes;
+  static constexpr int kColumnsBytes = kPartialColumns * kRowBytes;
+  static constexpr int kColumnsAt = kSources * kRowsBytes;
+  static constexpr int kStageBytes = kColumnsAt + kProducts * kColumnsBytes;
+  static constexpr int kSharedBytes = kStages * kStageBytes;  // 66 KiB; saved: 36
   static constexpr int kCopiesA = kTileM / kCopyRows;
-  static_assert(kTileN == kCopyRows, "a thread copies one row of each weight matrix");
+  static_assert(kPartialColumns == kCopyRows, "a thread copies one row of each weight matrix");
 };
 
-struct NeuronsSums {
-  float gate[NeuronsTile::kRowBlocks][NeuronsTile::kBlocks][4];
-  float up[NeuronsTile::kRowBlocks][NeuronsTile::kBlocks][4];
-  float da[NeuronsTile::kRowBlocks][NeuronsTile::kBlocks][4];
-};
+template <class C>
+using NeuronsSums = float[C::kProducts][C::kRowBlocks][C::kBlocks][4];
 
-template <class T>
-__device__ __forceinline__ void neurons_step(NeuronsSums& sums, uint32_t stage, int warp_m,
+template <class T, class C>
+__device__ __forceinline__ void neurons_step(NeuronsSums<C>& sums, uint32_t stage, int warp_m,
                                              int live) {
-  using C = NeuronsTile;
   using Columns = ColumnTile<C::kBlocks>;
   const int lane = threadIdx.x % kWarp;
-  const uint32_t columns = stage + 2 * C::kRowsBytes;
 #pragma unroll
   for (int k_chunk = 0; k_chunk < kChunksPerRow; k_chunk += 2) {
-    uint32_t x[C::kRowBlocks][4], dy[C::kRowBlocks][4];
+    uint32_t rows[C::kSources][C::kRowBlocks][4];
 #pragma unroll
     for (int i = 0; i < C::kRowBlocks; ++i) {
       if (i >= live) continue;
-      load_rows(x[i], stage, (i * C::kWarpsM + warp_m) * 16, k_chunk);
-      load_rows(dy[i], stage + C::kRowsBytes, (i * C::kWarpsM + warp_m) * 16, k_chunk);
+#pragma unroll
+      for (int s = 0; s < C::kSources; ++s) {
+        load_rows(rows[s][i], stage + s * C::kRowsBytes, (i * C::kWarpsM + warp_m) * 16, k_chunk);
+      }
     }
 #pragma unroll
     for (int j = 0; j < C::kBlocks; j += 2) {
       const int row = Columns::row_of(j + lane / 16, lane % 8);
-      const uint32_t at = columns + Columns::offset(row, k_chunk + lane / 8 % 2);
-      uint32_t gate[4], up[4], down[4];
-      ldmatrix_x4(gate, at);
-      ldmatrix_x4(up, at + C::kColumnsBytes);
-      ldmatrix_x4(down, at + 2 * C::kColumnsBytes);
+      const uint32_t at = stage + C::kColumnsAt + Columns::offset(row, k_chunk + lane / 8 % 2);
+      uint32_t columns[C::kProducts][4];
+#pragma unroll
+      for (int p = 0; p < C::kProducts; ++p) ldmatrix_x4(columns[p], at + p * C::kColumnsBytes);
 #pragma unroll
       for (int i = 0; i < C::kRowBlocks; ++i) {
         if (i >= live) continue;
 #pragma unroll
         for (int b = 0; b < 2; ++b) {
-          mma(sums.gate[i][j + b], x[i], gate[2 * b], gate[2 * b + 1], T());
-          mma(sums.up[i][j + b], x[i], up[2 * b], up[2 * b + 1], T());
-          mma(sums.da[i][j + b], dy[i], down[2 * b], down[2 * b + 1], T());
+#pragma unroll
+          for (int p = 0; p < C::kProducts; ++p) {
+            const uint32_t (&left)[4] = rows[p > 0 ? C::kSources - 1 : 0][i];
+            mma(sums[p][i][j + b], left, columns[p][2 * b], columns[p][2 * b + 1], T());
+          }
         }
       }
     }
@@ -101,13 +107,16 @@ struct Neuron {
   }
 };
 
-template <class T, class Tile>
+// Part `part` of a tile: 32 neurons, of which a lane has 8 neighbours of 4 rows.
+template <class T, bool kSaved, class Tile>
 __device__ __forceinline__ void neurons_epilogue(const NeuronsArgs<T>& args, const Tile& tile,
-                                                 const NeuronsSums& sums, int warp_m) {
-  using C = NeuronsTile;
+                                                 const NeuronsSums<NeuronsTile<kSaved>>& sums,
+                                                 int part, int warp_m) {
+  using C = NeuronsTile<kSaved>;
+  constexpr int kMine = 2 * C::kBlocks;
   const PassArgs<T>& pass = args.pass;
   const int lane = threadIdx.x % kWarp;
-  const int column = lane % 4 * 2 * C::kBlocks;  // the lane's 8 neighbouring neurons
+  const int first = part * kPartialColumns, column = first + lane % 4 * kMine;
   // up to the next multiple of 8 neurons are zeros, as the weights' rows there were
   const bool has_column = column < ceil_div(tile.columns, kChunk) * kChunk;
   const int64_t tile_column = pass.expert_columns[tile.expert] + tile.column;
@@ -119,14 +128,23 @@ __device__ __forceinline__ void neurons_epilogue(const NeuronsArgs<T>& args, con
       const bool exists = row < tile.pairs.count();
       const int64_t token = exists ? args.listed.token_idx[tile.pairs.begin + row] : 0;
       const float weight = exists ? pass.gates[token * pass.num_experts + tile.expert] : 0.f;
+      float gates[kMine], ups[kMine];
+      if constexpr (kSaved) {
+        const int count = exists ? tile.columns - column : 0;
+        const T* saved = args.saved + token * 2 * pass.intermediate_size + tile.first_row + column;
+        load_saved(gates, saved, count);
+        load_saved(ups, saved + pass.intermediate_size, count);
+      }
       uint32_t gated[C::kBlocks], dgate[C::kBlocks], dup[C::kBlocks];
       float dot = 0.f;
 #pragma unroll
       for (int j = 0; j < C::kBlocks; ++j) {
         auto neuron = [&](int b) {
-          const float g = sums.gate[i][j][half * 2 + b];
+          const int at = half * 2 + b;
+          const float g = kSaved ? gates[2 * j + b] : sums[C::kProducts - 2][i][j][at];
+          const float u = kSaved ? ups[2 * j + b] : sums[C::kProducts - 1][i][j][at];
           const float s = __fdividef(1.f, 1.f + __expf(-g));
-          return Neuron(g, sums.up[i][j][half * 2 + b], sums.da[i][j][half * 2 + b], s, weight);
+          return Neuron(g, u, sums[part][i][j][at], s, weight);
         };
         const Neuron low = neuron(0), high = neuron(1);
         dot += low.dot;
@@ -137,10 +155,9 @@ __device__ __forceinline__ void neurons_epilogue(const NeuronsArgs<T>& args, con
       }
       dot += __shfl_xor_sync(kAllLanes, dot, 1);
       dot += __shfl_xor_sync(kAllLanes, dot, 2);
-      if (!exists) continue;
-      if (lane % 4 == 0) args.partial[(token * pass.width + tile_column) / kColumnAlign] = dot;
-      if (!has_column) continue;
+      if (!exists || !has_column) continue;
       const int64_t at = token * pass.width + tile_column + column;
+      if (lane % 4 == 0) args.partial[at / kColumnAlign] = dot;
       auto store = [at](T* matrix, const uint32_t (&v)[C::kBlocks]) {
         __stcg(reinterpret_cast<uint4*>(matrix + at), uint4{v[0], v[1], v[2], v[3]});
       };
@@ -151,10 +168,10 @@ __device__ __forceinline__ void neurons_epilogue(const NeuronsArgs<T>& args, con
   }
 }
 
-template <class T>
+template <class T, bool kSaved>
 __global__ void __launch_bounds__(kThreads, 2)
     neurons_backward_kernel(const __grid_constant__ NeuronsArgs<T> args) {
-  using C = NeuronsTile;
+  using C = NeuronsTile<kSaved>;
   extern __shared__ __align__(128) unsigned char shared[];
   const uint32_t base = shared_address(shared);
   const PassArgs<T>& pass = args.pass;
@@ -165,43 +182,50 @@ __global__ void __launch_bounds__(kThreads, 2)
                                              INT32_MAX);
   typename TileScheduler<kTileM, C::kTileN>::Tile tile;
   while (scheduler.next(tile)) {
-    const T* x_rows[C::kCopiesA];  // null beyond the end
-    const T* dy_rows[C::kCopiesA];
+    const T* rows[C::kSources][C::kCopiesA];  // null beyond the end
 #pragma unroll
     for (int i = 0; i < C::kCopiesA; ++i) {
       const int pair = tile.pairs.begin + copy_row + i * kCopyRows;
       const bool exists = pair < tile.pairs.end;
       const int64_t token = exists ? args.listed.token_idx[pair] : 0;
-      x_rows[i] = exists ? pass.x + token * pass.x_stride : nullptr;
-      dy_rows[i] = exists ? args.dy + token * args.dy_stride : nullptr;
+      rows[0][i] = exists ? args.dy + token * args.dy_stride : nullptr;
+      if (!kSaved) rows[C::kSources - 1][i] = exists ? pass.x + token * pass.x_stride : nullptr;
     }
-    const bool has_weights = copy_row < tile.columns;
-    const int64_t weights = (tile.first_row + copy_row) * pass.hidden_size;
-    const T* const columns[3] = {pass.gate_proj, pass.up_proj, args.down_proj_t};
+    const T* columns[C::kProducts];  // null beyond the end
+#pragma unroll
+    for (int p = 0; p < C::kProducts; ++p) {
+      const int row = copy_row + (kSaved ? p * kPartialColumns : 0);
+      const T* const matrix = kSaved || p == 0 ? args.down_proj_t
+                              : p == 1         ? pass.gate_proj
+                                               : pass.up_proj;
+      const int64_t at = (tile.first_row + row) * pass.hidden_size;
+      columns[p] = row < tile.columns ? matrix + at : nullptr;
+    }
     auto load = [&](int stage, int step) {
-      const uint32_t to = base + stage * C::kStageBytes;
       const int64_t k = step * int64_t{kTileK} + chunk * kChunk;
-      const bool in_row = k < pass.hidden_size;
+      auto copy = [&](uint32_t at, const T* row) {
+        const bool valid = k < pass.hidden_size && row != nullptr;
+        cp_async_16(base + stage * C::kStageBytes + at, valid ? row + k : args.dy, valid);
+      };
 #pragma unroll
       for (int i = 0; i < C::kCopiesA; ++i) {
-        const uint32_t at = to + RowTile::offset(copy_row + i * kCopyRows, chunk);
-        const bool valid = in_row && x_rows[i] != nullptr;
-        cp_async_16(at, valid ? x_rows[i] + k : pass.x, valid);
-        cp_async_16(at + C::kRowsBytes, valid ? dy_rows[i] + k : args.dy, valid);
-      }
-      const uint32_t at = to + 2 * C::kRowsBytes + ColumnTile<C::kBlocks>::offset(copy_row, chunk);
-      const bool valid = in_row && has_weights;
+        const uint32_t at = RowTile::offset(copy_row + i * kCopyRows, chunk);
 #pragma unroll
-      for (int m = 0; m < 3; ++m) {
-        cp_async_16(at + m * C::kColumnsBytes, columns[m] + (valid ? weights + k : 0), valid);
+        for (int s = 0; s < C::kSources; ++s) copy(at + s * C::kRowsBytes, rows[s][i]);
       }
+      const uint32_t at = C::kColumnsAt + ColumnTile<C::kBlocks>::offset(copy_row, chunk);
+#pragma unroll
+      for (int p = 0; p < C::kProducts; ++p) copy(at + p * C::kColumnsBytes, columns[p]);
     };
-    NeuronsSums sums{};
+    NeuronsSums<C> sums{};
     const int live = live_blocks<C::kWarpsM>(tile.pairs.count(), warp_m);
     pipeline(num_steps, load, [&](int stage) {
-      neurons_step<T>(sums, base + stage * C::kStageBytes, warp_m, live);
+      neurons_step<T, C>(sums, base + stage * C::kStageBytes, warp_m, live);
     });
-    neurons_epilogue(args, tile, sums, warp_m);
+#pragma unroll
+    for (int part = 0; part < C::kParts; ++part) {
+      neurons_epilogue<T, kSaved>(args, tile, sums, part, warp_m);
+    }
   }
 }
 
@@ -228,12 +252,14 @@ __global__ void sum_dgates_kernel(const __grid_constant__ NeuronsArgs<T> args) {
   }
 }
 
-// 1 where a pair is active or wants its dgates, else 0: gates for the second list of pairs.
+// 1 where an inactive pair wants its dgates, and at active pairs if they are to be listed too, else 0:
+// gates for a list of pairs.
 static __global__ void list_pairs_kernel(int64_t count, const float* gates,
-                                         const float* grad_weight, float* listed) {
+                                         const float* grad_weight, bool with_active,
+                                         float* listed) {
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
        i += gridDim.x * int64_t{blockDim.x}) {
-    listed[i] = gates[i] != 0.f || grad_weight[i] != 0.f ? 1.f : 0.f;
+    listed[i] = (gates[i] != 0.f ? with_active : grad_weight[i] != 0.f) ? 1.f : 0.f;
   }
 }
 

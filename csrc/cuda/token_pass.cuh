@@ -44,6 +44,8 @@ struct PassArgs {
   int32_t* expert_columns;  // [E+1]  first column of an expert, a multiple of kColumnAlign
   int32_t* row_of_column;   // [width]   row of the weights, -1 in the gaps
   T* activations;           // [Tp,width]   the forward's result of gate_up
+  int64_t intermediate_size;
+  T* saved;  // [Tp,2,I]   g and u for the backward, or null: saved_activations.cuh
   int num_sources;
   SumSource<T> sources[2];
   Turn turn;      // of `down`, among passes over neurons

@@ -250,19 +250,32 @@ class Interpreter:
         p.down_proj_t, p.expert_offsets = self._in(down_proj_t), self._in(expert_offsets)
         return p
 
-    def sparse_ffn(self, *inputs):
+    def sparse_ffn(self, *inputs, save_activations=False):
         """x [T,H], gates [T,E], three weights [I,H], expert_offsets [E+1] -> y [T,H]."""
         self._begin()
         p = self._mlp_params(*inputs)
         y = self._out(inputs[0].shape, inputs[0].dtype)
         p.y = y.address
+        self.saved = None
+        if save_activations:
+            kept = self._out(2 * len(inputs[0]) * len(inputs[2]), inputs[0].dtype)
+            p.activations = kept.address
         self._run("run_expert_mlp", p, self._workspace("expert_mlp_workspace", p))
+        if save_activations:
+            kept.array.view(np.uint16)[~kept.initialised] = 0x7FFF  # NaN: the backward may not look
+            self.saved = to_torch(kept.array, inputs[0].dtype)
         return to_torch(y.array, inputs[0].dtype)
 
-    def sparse_ffn_backward(self, *inputs, dy, grad_weight=None, without=()):
+    def sparse_ffn_backward(
+        self, *inputs, dy, grad_weight=None, without=(), save_activations=False
+    ):
         """Gradients by name, dx, dgates, dgate_proj, dup_proj, ddown_proj_t, but for `without`."""
+        if save_activations:
+            self.sparse_ffn(*inputs, save_activations=True)
         self._begin()
         p = STRUCTS["ExpertMlpBackwardParams"](self._mlp_params(*inputs))
+        if save_activations:
+            p.forward.activations = self._in(self.saved)
         p.dy, p.dy_stride = self._rows(dy)
         p.grad_weight = 0 if grad_weight is None else self._in(grad_weight)
         names = ("dx", "dgates", "dgate_proj", "dup_proj", "ddown_proj_t")

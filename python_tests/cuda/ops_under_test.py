@@ -27,12 +27,15 @@ class Gpu:
     def sparse_ffn(self, *inputs):
         return self.ops.sparse_ffn(*(t.cuda() for t in inputs)).cpu()
 
-    def sparse_ffn_backward(self, *inputs, dy, grad_weight=None, without=()):
+    def sparse_ffn_backward(
+        self, *inputs, dy, grad_weight=None, without=(), save_activations=False
+    ):
         names = ("x", "gates", "gate_proj", "up_proj", "down_proj_t")
         leaves = {n: t.cuda() for n, t in zip(names, inputs, strict=False)}
         wanted = [t.requires_grad_() for n, t in leaves.items() if f"d{n}" not in without]
         weight = None if grad_weight is None else grad_weight.cuda()
-        y = self.ops.sparse_ffn(*leaves.values(), inputs[5].cuda(), grad_weight=weight)
+        options = dict(grad_weight=weight, save_activations=save_activations)
+        y = self.ops.sparse_ffn(*leaves.values(), inputs[5].cuda(), **options)
         gradients = torch.autograd.grad(y, wanted, dy.cuda())
         left = [f"d{n}" for n in names if f"d{n}" not in without]
         return {n: g.cpu() for n, g in zip(left, gradients, strict=True)}

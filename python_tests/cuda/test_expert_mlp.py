@@ -9,6 +9,8 @@ from ptx import Counters
 from dsmoe_ext import reference
 from dsmoe_ext.testing import magnitudes, random_case
 
+interpreter_only = pytest.mark.skipif(ON_GPU, reason="asks the interpreter")
+
 EDGES = {  # name: (T, H, sizes, active)
     "no token": (0, 16, [8, 8], 0.5),
     "none active": (19, 32, [16, 16], 0.0),
@@ -91,6 +93,24 @@ def test_decode(edge, dtype):
     check(random_case(0, tokens, hidden, sizes, active=active, dtype=dtype), Ops())
 
 
+@interpreter_only
+@pytest.mark.parametrize("tokens", [5, 67])
+def test_saving_activations_changes_nothing_else(tokens):
+    case = random_case(13, tokens, 56, [13, 29, 7, 1, 3], dtype=torch.bfloat16)
+    ops = Interpreter()
+    y = ops.sparse_ffn(*case.inputs(), save_activations=True)
+    saved = ops.saved.view(tokens, 2, 53)
+    active = reference.expand_experts(case.gates, case.expert_offsets) != 0
+    for kept, weight in zip(saved.unbind(1), (case.gate_proj, case.up_proj), strict=True):
+        assert torch.equal(kept.isfinite(), active)
+        exact = case.x.double() @ weight.double().t()
+        torch.testing.assert_close(
+            kept[active].double(), exact[active], rtol=2**-8, atol=2**-16 * 56
+        )
+    if tokens > 16:  # else decoding sums in another order
+        assert torch.equal(y, Interpreter().sparse_ffn(*case.inputs()))
+
+
 @pytest.mark.parametrize("tokens", [16, 17])
 def test_infinity_at_an_inactive_pair_stays_there(tokens):
     """Decoding computes inactive pairs of active experts: what they hold must not reach y."""
@@ -124,9 +144,6 @@ def test_nan_reaches_the_output_of_its_token_only(tokens):
     case.gates[11, 1] = float("nan")
     rows = Ops().sparse_ffn(*case.inputs()).isnan().any(1).nonzero().flatten()
     assert rows.tolist() == [7, 11]
-
-
-interpreter_only = pytest.mark.skipif(ON_GPU, reason="asks the interpreter")
 
 
 @pytest.mark.parametrize("tokens", [3, 17])
@@ -213,7 +230,7 @@ def test_traffic():
     """No bank conflicts; whole sectors: sizes are multiples of the tiles here."""
     case = random_case(6, 256, 128, [128, 64, 32, 32, 16, 16], active=1.0, dtype=torch.bfloat16)
     counters = Counters()
-    Interpreter(counters=counters).sparse_ffn(*case.inputs())
+    Interpreter(counters=counters).sparse_ffn(*case.inputs(), save_activations=True)
     assert counters.total(counters.cycles).excess == 0
     for kind in ("cp", "st"):
         moved = counters.total({k: v for k, v in counters.sectors.items() if k[1] == kind})

@@ -84,6 +84,17 @@ def test_float32_in_two_chunks():
     check(random_case(3, 300, 72, [72, 40, 16], exact_ste=True, dtype=torch.float32))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "edge", ["no token", "one token", "off every tile", "unequal", "large between fine"]
+)
+def test_saved_activations(edge, dtype):
+    """The forward keeps g and u of active pairs; of others nothing is read."""
+    tokens, hidden, sizes, active = EDGES[edge]
+    case = random_case(12, tokens, hidden, sizes, active=active, exact_ste=True, dtype=dtype)
+    check(case, save_activations=True)
+
+
 def test_sampled_grad_weight():
     case = random_case(2, 50, 48, [20, 12, 16, 8], dtype=torch.bfloat16)
     draw = torch.rand(case.gates.shape, generator=torch.Generator().manual_seed(0)) < 0.25
@@ -176,7 +187,7 @@ def test_passes_over_tokens_and_neurons(dtype):
 def test_passes_for_what_is_wanted(without):
     case = random_case(9, 270, 16, [40, 72], dtype=torch.bfloat16)
     passes = Interpreter(multiprocessors=1, macros=("DSMOE_CUDA_WORKSPACE_MIB=0.375",))
-    check(case, passes, without=without)
+    check(case, passes, without=without, save_activations=True)
 
 
 @interpreter_only
