@@ -1,5 +1,6 @@
 """The commands under `dsmoe bench`."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -105,6 +106,7 @@ def model(
     ste: Annotated[str, typer.Option(help="active, exact or sampled, for train.")] = "exact",
     threads: ThreadsOption = None,
     budget: Annotated[float, typer.Option(help="Seconds a task.")] = 20.0,
+    out: Annotated[Path | None, typer.Option(help="Folder for model.json.")] = None,
 ) -> None:
     """A whole model, dense in transformers against sparse: tokens a second and their ratio."""
     import torch
@@ -122,7 +124,8 @@ def model(
         raise UserError(f"layout is one of {', '.join(LAYOUTS)}; tasks of decode, prefill, train")
     if threads:
         torch.set_num_threads(threads)
-    console.print(measure_machine().describe(), highlight=False)
+    machine = measure_machine()
+    console.print(machine.describe(), highlight=False)
     kind = _dtypes(dtype)[0]
     with stage(f"making {shape} dense and sparse"):
         dense = dense_model(shape, kind) if shape in SHAPES else load_llama(shape, kind)
@@ -130,6 +133,10 @@ def model(
     with stage("timing"):
         rows = list(measure(dense, sparse, wanted, tokens, budget))
     console.print(report.model_table(f"{shape}, {dtype}, {layout} experts", rows))
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        setting = {"shape": shape, "layout": layout, "dtype": dtype, "ste": ste}
+        report.save_json(out / "model.json", machine, [setting | asdict(row) for row in rows])
 
 
 @app.command("gpu-model")
@@ -238,7 +245,8 @@ def _run(
         )
         if out:
             out.mkdir(parents=True, exist_ok=True)
-            report.save_json(out / f"{kind}_{name}.json", machine, rows)
+            records = [row.record() for row in rows]
+            report.save_json(out / f"{kind}_{name}.json", machine, records)
             report.save_plot(out / f"{kind}_{name}.png", machine, rows)
 
 

@@ -61,9 +61,9 @@ def model_table(title: str, rows: list[ModelRow]) -> Table:
     return out
 
 
-def save_json(path: Path, machine: Machine, rows: list[Row]) -> None:
+def save_json(path: Path, machine: Machine, records: list[dict]) -> None:
     """Everything measured, for later comparison."""
-    content = {"machine": asdict(machine), "rows": [row.record() for row in rows]}
+    content = {"machine": asdict(machine), "rows": records}
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
