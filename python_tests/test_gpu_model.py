@@ -22,6 +22,9 @@ def test_datasheet_rates_agree_with_cycles_per_mma():
     for gpu, share in ((A100, 1.0), (model.GPUS["h100"], 0.63)):
         rate = gpu.sms * 4 * 4096 / gpu.mma_cycles * gpu.hertz
         assert rate == pytest.approx(share * gpu.flops, rel=0.01)
+    h100 = model.GPUS["h100"]
+    rate = h100.sms * 4 * 4096 / h100.wgmma_cycles * h100.hertz
+    assert rate == pytest.approx(h100.flops, rel=0.01)
 
 
 def test_flops_bytes_and_roofline_by_hand():
@@ -39,6 +42,27 @@ def test_counts_are_those_of_a_full_tile():
     assert model.counted("down", 128, "step", "mma") == 8 * 16 * 2
     # 256 rows of 64 bytes written; 4 warps x (8 fragments of x, 8 of the weights), 4 cycles each
     assert model.counted("gate_up<64>", 128, "step", "shared_cycles") == 128 + 4 * 16 * 4
+
+
+def test_counts_of_wgmma_by_hand():
+    """A step of 256 rows, 2 x 96 columns, 64 terms: lines of 128 bytes, written once; 4 blocks of
+    rows x 4 wgmmas read 64 + 192 lines of 32 bytes."""
+    kernel = "sm90a gate_up<96>"
+    assert model.counted(kernel, 256, "step", "mma") == 16 * 24 * 4
+    assert model.counted(kernel, 256, "step", "load_bytes") == (256 + 192) * 128
+    assert model.counted(kernel, 256, "step", "shared_cycles") == 448 + 4 * 4 * 256 * 32 // 128
+    # a unit of 512 tokens: sums zeroed and read, y written
+    sums = 512 * 128 * 4
+    assert model.counted("sm90a down", 512, "unit", "store_bytes") == sums + sums // 2
+
+
+def test_tiles_of_wgmma_are_those_of_its_schedulers():
+    """Rows of 256; 64 columns up to size 128, 96 beyond. Units of 512 tokens if they suffice."""
+    h100 = model.GPUS["h100"]
+    case = load(300, 64, [16, 40, 128, 200, 0])
+    assert [p.tiles for p in model.gate_up(h100, case)] == [2, 0, 2 * (1 + 2), 2 * 3]
+    assert model.down(h100, load(300, 200, [16, 72])).tiles == 2 * (1 + 1) * 2
+    assert model.down(h100, load(512, 132 * 128, [72])).tiles == 132 * 2
 
 
 def test_pipes_follow_the_busiest_warp():
@@ -68,7 +92,8 @@ def test_time_is_never_below_any_resource():
 
 
 @pytest.mark.parametrize(
-    "gpu, tokens, least", [("a100", 8192, 0.70), ("h100", 8192, 0.45), ("a100", 1, 0.80)]
+    "gpu, tokens, least",
+    [("a100", 8192, 0.70), ("h100", 8192, 0.65), ("h100-mma", 8192, 0.45), ("a100", 1, 0.80)],
 )
 def test_llama_2_7b_reaches_its_share_of_the_roofline(gpu, tokens, least):
     case = load(tokens, 4096, [1376] * 8, 3 / 8)
@@ -89,4 +114,4 @@ def test_command_reads_a_trace(tmp_path):
 def test_unknown_gpu():
     result = CliRunner().invoke(cli.app, ["bench", "gpu-model", "--gpu", "tpu"])
     assert result.exit_code == 1
-    assert "--gpu must be of a100, h100, but is 'tpu'" in result.output
+    assert "--gpu must be of a100, h100, h100-mma, but is 'tpu'" in result.output

@@ -98,7 +98,7 @@ Status forward(const ExpertMlpParams& p, unsigned char* workspace, cudaStream_t 
       gate_up_ffma_kernel<<<2 * ctas, kThreads, 0, on>>>(args);  // half the registers
       down_ffma_kernel<<<2 * ctas, kThreads, 0, on>>>(args);
     } else if (p.intermediate_size > 0 && args.saved == nullptr && sm90a::is_available()) {
-      const Status hopper = sm90a::forward(args, p.intermediate_size, multiprocessor_count(), on);
+      const Status hopper = sm90a::forward(args, multiprocessor_count(), on);
       if (hopper != Status::kOk) return hopper;
     } else {
       launch_gate_up<T, GateUpTile<16, 4>>(args, 1, 16, ctas, on);

@@ -67,31 +67,33 @@ struct DownUnit {
   int tokens;
 };
 
-// The units of this CTA, of kChunks chunks each.
-template <int kColumns, int kChunks = 1>
+// The units of this CTA, of so many chunks each.
+template <int kColumns>
 class DownUnits {
  public:
   template <class T>
-  __device__ explicit DownUnits(const PassArgs<T>& args)
-      : num_tokens_(args.num_tokens),
+  __device__ explicit DownUnits(const PassArgs<T>& args, int chunks = 1)
+      : chunks_(chunks),
+        num_tokens_(args.num_tokens),
         strips_(static_cast<int>(ceil_div<int64_t>(args.hidden_size, kColumns))),
-        num_units_(ceil_div<int64_t>(args.lists.tables.num_chunks, kChunks) * strips_),
+        num_units_(ceil_div<int64_t>(args.lists.tables.num_chunks, chunks) * strips_),
         index_(blockIdx.x) {}
 
   __device__ bool next(DownUnit& unit) {
     if (index_ >= num_units_) return false;
     unit.index = index_;
     const int64_t row = index_ / strips_;
-    unit.chunk = row * kChunks;
+    unit.chunk = row * chunks_;
     unit.first_column = static_cast<int>(index_ - row * strips_) * kColumns;
     const int64_t left = num_tokens_ - unit.chunk * kTokensPerChunk;
-    constexpr int kTokens = kChunks * kTokensPerChunk;
-    unit.tokens = static_cast<int>(left < kTokens ? left : kTokens);
+    const int tokens = chunks_ * kTokensPerChunk;
+    unit.tokens = static_cast<int>(left < tokens ? left : tokens);
     index_ += gridDim.x;
     return true;
   }
 
  private:
+  int chunks_;
   int64_t num_tokens_;
   int strips_;
   int64_t num_units_, index_;

@@ -141,7 +141,7 @@ def model(
 
 @app.command("gpu-model")
 def gpu_model(
-    gpu: Annotated[str, typer.Option(help="a100 or h100.")] = "a100",
+    gpu: Annotated[str, typer.Option(help="a100, h100 or h100-mma: without wgmma.")] = "a100",
     shape: ShapeOption = "4096,11008",
     experts: ExpertsOption = 8,
     expert_sizes: SizesOption = None,

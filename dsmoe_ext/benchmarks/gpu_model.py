@@ -13,26 +13,45 @@ stated, and stalls within a warp that its SM's other warps do not fill.
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import torch
 
 COUNTS = Path(__file__).with_name("gpu_counts.json")
-ROWS_PER_TILE, TERMS_PER_STEP = 128, 32
-CHUNK_TOKENS, STRIP_COLUMNS = 256, 128  # of y, what a CTA of `down` owns
+CHUNK_TOKENS, STRIP_COLUMNS = 256, 128  # of y, what a CTA of `down` owns at least
 GROUP = 8  # row tiles that share weights in L2
-CTAS_PER_SM = 2
 DECODE_TOKENS = 16
 # rows that a CTA's warps take in turn: the busiest warp has its share of this many rounded up
 ROWS_DEALT = {"gate_up<16>": 64, "gate_up<32>": 32, "gate_up<64>": 32, "down": 32}
-SYNC_CYCLES = (
-    100  # barrier, first ldmatrix, last mma of a step: nothing of the same warp fills them
-)
 LATENCY_SECONDS = 0.6e-6  # of DRAM, once per kernel
 LAUNCH_SECONDS = 1.5e-6  # between kernels of one stream
 HELPER_LAUNCHES = 5  # place_columns, count, scan, write, clear_inactive
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How the kernels of one main loop cut their work."""
+
+    prefix: str  # of the kernels' names
+    tile_rows: int
+    block_rows: int  # that are multiplied together
+    step_terms: int
+    unit_tokens: int  # of y, what a CTA of `down` owns at most
+    widths: tuple[tuple[int, int], ...]  # columns of a gate_up tile, up to which size of expert
+    ctas_per_sm: int
+    # of a step, that nothing of the same CTA fills: barrier, first ldmatrix, last mma
+    sync_cycles: float
+
+    def blocks(self, rows: int) -> int:
+        """Rows, up to whole blocks."""
+        return math.ceil(rows / self.block_rows) * self.block_rows
+
+
+ANY = 2**31
+MMA = Loop("", 128, 16, 32, 256, ((16, 16), (32, 32), (64, ANY)), 2, 100.0)
+WGMMA = Loop("sm90a ", 256, 64, 64, 512, ((16, 16), (32, 32), (64, 128), (96, ANY)), 1, 0.0)
 
 
 @dataclass(frozen=True)
@@ -47,16 +66,20 @@ class Gpu:
     mma_cycles: float  # an mma.m16n8k16 on an SM quarter's tensor unit
     l2_bytes_per_cycle: float  # assumed for H100, whose datasheet does not say
     arch: str
+    loop: Loop = MMA
+    wgmma_cycles: float = 0.0  # for as much as an mma.m16n8k16
 
     @property
     def l2_bandwidth(self) -> float:
         return self.l2_bytes_per_cycle * self.hertz
 
 
-# mma.sync reaches 63 % of the wgmma rate on H100, and a wgmma of this size would take 4 cycles
+# mma.sync reaches 63 % of the wgmma rate on H100; decode uses it there too
+H100 = Gpu("H100 SXM", 132, 1.83e9, 989e12, 3.35e12, 4.0 / 0.63, 5120, "90", WGMMA, 4.0)
 GPUS = {
     "a100": Gpu("A100 SXM", 108, 1.41e9, 312e12, 2.0e12, 8.0, 5120, "80"),
-    "h100": Gpu("H100 SXM", 132, 1.83e9, 989e12, 3.35e12, 4.0 / 0.63, 5120, "90"),
+    "h100": H100,
+    "h100-mma": replace(H100, name="H100 SXM, mma.sync", loop=MMA),
 }
 
 
@@ -138,10 +161,17 @@ def counted(kernel: str, rows: float, part: str, what: str) -> float:
 
 @cache
 def pipes(gpu: Gpu, kernel: str, rows: int) -> dict[str, float]:
-    """Cycles of an SM for one step of one CTA; its four warps sit on the SM's four quarters."""
+    """Cycles of an SM for one step of one CTA; its warps sit on the SM's four quarters."""
+    if gpu.loop is WGMMA:
+        whole = gpu.loop.blocks(rows)
+        return {
+            "tensor cores": counted(kernel, whole, "step", "mma") / 4 * gpu.wgmma_cycles,
+            "issue": counted(kernel, whole, "step", "instructions") / 4,
+            "shared memory": counted(kernel, whole, "step", "shared_cycles"),
+        }
     dealt = ROWS_DEALT[kernel]
     busiest = math.ceil(rows / dealt) * dealt
-    most_mma = counted(kernel, ROWS_PER_TILE, "step", "mma") / 4
+    most_mma = counted(kernel, MMA.tile_rows, "step", "mma") / 4
     mma = counted(kernel, busiest, "step", "mma") / 4
     whole = math.ceil(rows / 16) * 16
     return {
@@ -151,23 +181,46 @@ def pipes(gpu: Gpu, kernel: str, rows: int) -> dict[str, float]:
     }
 
 
-def run_tiles(gpu: Gpu, kernel: str, ctas: list[list[tuple[int, int]]], dram: float) -> Prediction:
-    """ctas: for every CTA its tiles as (rows, steps)."""
+def aside(gpu: Gpu, kernel: str, rows: int, part: str) -> tuple[float, float, float]:
+    """What a tile or unit costs beside its steps: cycles, issue slots, bytes.
+
+    Where an SM holds one CTA, nobody multiplies while its results travel, at the SM's share of L2.
+    """
+    slots = counted(kernel, rows, part, "instructions") / 4
+    moved = sum(counted(kernel, rows, part, k) for k in ("load_bytes", "store_bytes"))
+    alone = gpu.loop.ctas_per_sm == 1
+    travel = moved * gpu.sms / gpu.l2_bytes_per_cycle if alone else 0.0
+    return max(slots, travel), slots, moved
+
+
+def run_tiles(
+    gpu: Gpu,
+    kernel: str,
+    ctas: list[list[tuple[int, int]]],
+    dram: float,
+    units: list[list[int]] | None = None,
+) -> Prediction:
+    """ctas: for every CTA its tiles as (rows, steps); units: the tokens of its units, where those
+    were counted apart from tiles."""
     sums = dict.fromkeys(("tensor cores", "issue", "shared memory"), 0.0)
     busy, longest, moved = [0.0] * gpu.sms, [0.0] * gpu.sms, 0.0
     for index, tiles in enumerate(ctas):
         sm, chain = index % gpu.sms, 0.0
         for rows, steps in tiles:
             step = pipes(gpu, kernel, rows)
-            whole = math.ceil(rows / 16) * 16
-            own = counted(kernel, whole, "tile", "instructions") / 4
+            whole = gpu.loop.blocks(rows)
+            own, slots, own_bytes = aside(gpu, kernel, whole, "tile")
             busy[sm] += steps * max(step.values()) + own
-            chain += steps * (step["tensor cores"] + SYNC_CYCLES) + own
+            chain += steps * (step["tensor cores"] + gpu.loop.sync_cycles) + own
             for name, cycles in step.items():
-                sums[name] += steps * cycles + (own if name == "issue" else 0.0)
+                sums[name] += steps * cycles + (slots if name == "issue" else 0.0)
+            moved += own_bytes
             for what in ("load_bytes", "store_bytes"):
                 moved += steps * counted(kernel, whole, "step", what)
-                moved += counted(kernel, whole, "tile", what)
+        for tokens in units[index] if units else ():
+            own, slots, own_bytes = aside(gpu, kernel, tokens, "unit")
+            busy[sm], chain, moved = busy[sm] + own, chain + own, moved + own_bytes
+            sums["issue"] += slots
         longest[sm] = max(longest[sm], chain)
     sm_seconds = max(map(max, zip(busy, longest, strict=True)), default=0.0) / gpu.hertz
     parts = {name: cycles / gpu.sms / gpu.hertz for name, cycles in sums.items()}
@@ -180,58 +233,65 @@ def run_tiles(gpu: Gpu, kernel: str, ctas: list[list[tuple[int, int]]], dram: fl
 
 def deal(gpu: Gpu, tiles: list) -> list[list]:
     """Tile i goes to CTA i modulo their number, as in TileScheduler."""
-    ctas = CTAS_PER_SM * gpu.sms
+    ctas = gpu.loop.ctas_per_sm * gpu.sms
     return [tiles[i::ctas] for i in range(ctas)]
 
 
 def gate_up(gpu: Gpu, load: Load) -> list[Prediction]:
     """One launch for each width of tile; experts choose by their size."""
-    out = []
-    for columns, smallest, largest in ((16, 1, 16), (32, 17, 32), (64, 33, 2**31)):
+    out, loop = [], gpu.loop
+    smallest = 1
+    for columns, largest in loop.widths:
         tiles, dram = [], 0.0
-        steps = math.ceil(load.hidden_size / TERMS_PER_STEP)
+        steps = math.ceil(load.hidden_size / loop.step_terms)
         for size, pairs in zip(load.sizes, load.active.sum(0).tolist(), strict=True):
             if not smallest <= size <= largest or not pairs:
                 continue
-            row_tiles = math.ceil(pairs / ROWS_PER_TILE)
-            rows = [min(ROWS_PER_TILE, pairs - i * ROWS_PER_TILE) for i in range(row_tiles)]
+            row_tiles = math.ceil(pairs / loop.tile_rows)
+            rows = [min(loop.tile_rows, pairs - i * loop.tile_rows) for i in range(row_tiles)]
             for first in range(0, row_tiles, GROUP):
                 for _ in range(math.ceil(size / columns)):
                     tiles += [(r, steps) for r in rows[first : first + GROUP]]
             groups = math.ceil(row_tiles / GROUP)  # each reads the weights again
             dram += groups * 4.0 * size * load.hidden_size
             dram += 2.0 * pairs * (load.hidden_size + size)
-        out.append(run_tiles(gpu, f"gate_up<{columns}>", deal(gpu, tiles), dram))
+        out.append(run_tiles(gpu, f"{loop.prefix}gate_up<{columns}>", deal(gpu, tiles), dram))
+        smallest = largest + 1
     return out
 
 
 def down(gpu: Gpu, load: Load) -> Prediction:
-    """A unit is 256 tokens by 128 columns; small experts that are neighbours go as one, dense."""
+    """A unit is some tokens by 128 columns; small experts that are neighbours go as one, dense."""
+    loop = gpu.loop
     strips = math.ceil(load.hidden_size / STRIP_COLUMNS)
-    units, read = [], 0.0
-    for first in range(0, load.num_tokens, CHUNK_TOKENS):
-        chunk = load.active[first : first + CHUNK_TOKENS]
+    units, tokens, read = [], [], 0.0
+    is_busy = math.ceil(load.num_tokens / loop.unit_tokens) * strips >= gpu.sms
+    unit_tokens = loop.unit_tokens if is_busy else CHUNK_TOKENS
+    for first in range(0, load.num_tokens, unit_tokens):
+        chunk = load.active[first : first + unit_tokens]
         tiles, run = [], 0
         for size, pairs in zip((*load.sizes, 0), (*chunk.sum(0).tolist(), -1), strict=True):
             small = 0 < size < 64
             run += math.ceil(size / 16) * 16 if small else 0
             if not small and run:  # the run of small experts ends here
-                tiles += row_tiles_of(len(chunk), run)
+                tiles += row_tiles_of(loop, len(chunk), run)
                 run = 0
             if not small and pairs > 0:
-                tiles += row_tiles_of(pairs, size)
+                tiles += row_tiles_of(loop, pairs, size)
             read += 2.0 * size * max(pairs, 0)
         units += [tiles] * strips
+        tokens += [len(chunk)] * strips
     ctas = [[t for unit in mine for t in unit] for mine in deal(gpu, units)]
-    waves = math.ceil(len(units) / (CTAS_PER_SM * gpu.sms))
+    waves = math.ceil(len(units) / (loop.ctas_per_sm * gpu.sms))
     dram = read + waves * 2.0 * load.hidden_size * sum(load.sizes)
     dram += 2.0 * load.num_tokens * load.hidden_size
-    return run_tiles(gpu, "down", ctas, dram)
+    apart = deal(gpu, tokens) if loop is WGMMA else None
+    return run_tiles(gpu, f"{loop.prefix}down", ctas, dram, apart)
 
 
-def row_tiles_of(rows: int, terms: int) -> list[tuple[int, int]]:
-    steps = math.ceil(terms / TERMS_PER_STEP)
-    return [(min(ROWS_PER_TILE, rows - r), steps) for r in range(0, rows, ROWS_PER_TILE)]
+def row_tiles_of(loop: Loop, rows: int, terms: int) -> list[tuple[int, int]]:
+    steps = math.ceil(terms / loop.step_terms)
+    return [(min(loop.tile_rows, rows - r), steps) for r in range(0, rows, loop.tile_rows)]
 
 
 def decode(gpu: Gpu, load: Load) -> list[Prediction]:

@@ -35,10 +35,16 @@ def prediction_table(
         out.add_column(column, justify="right", no_wrap=True)
     out.add_column("bound", no_wrap=True)
     for k in kernels:
-        if k.kernel.startswith("gate_up") and not k.tiles:
+        if "gate_up" in k.kernel and not k.tiles:
             continue  # a width of tile that no expert chooses
         alone = [microseconds(k.parts[r]) if r in k.parts else "" for r in COLUMNS]
-        out.add_row(k.kernel, str(k.tiles or ""), *alone, microseconds(k.seconds), COLUMNS[k.bound])
+        out.add_row(
+            k.kernel.rpartition(" ")[2],
+            str(k.tiles or ""),
+            *alone,
+            microseconds(k.seconds),
+            COLUMNS[k.bound],
+        )
     head = (
         f"{gpu.name}, bf16, T {load.num_tokens}, H {load.hidden_size}, experts {layout}, "
         f"{share:.3f} of the FFN active"

@@ -8,6 +8,7 @@ rest that of a tile. Both depend on how many of the tile's 16-row blocks hold ro
 for two numbers of them. Numbers are per CTA: warp instructions, cycles of shared memory (each moves
 128 bytes), bytes that global loads, copies and stores move, in whole sectors. "sass" is the length
 of the main loop in machine code, from machine_code.txt: the issue slots that a warp takes per step.
+"mma" counts products of 16 x 8 x 16, whichever instruction makes them.
 """
 
 import argparse
@@ -36,6 +37,12 @@ KERNELS = {
     # decode: two units of 8 neurons, 512 terms a step; two strips, 8 warps take a step each
     "neurons": ((1, 16), lambda steps: (512 * steps, 16), 2, 1),
     "outputs": ((1, 16), lambda steps: (128, 16 * 8 * steps), 2, 8),
+    # sm_90a
+    "sm90a gate_up<16>": ((64, 256), lambda steps: (64 * steps, 16), 1, 1),
+    "sm90a gate_up<32>": ((64, 256), lambda steps: (64 * steps, 32), 1, 1),
+    "sm90a gate_up<64>": ((64, 256), lambda steps: (64 * steps, 64), 1, 1),
+    "sm90a gate_up<96>": ((64, 256), lambda steps: (64 * steps, 192), 2, 1),
+    "sm90a down": ((64, 256), lambda steps: (128, 64 * steps), 1, 1),
 }
 
 
@@ -43,6 +50,8 @@ def short(name):
     """gate_up_kernel<bfloat16,GateUpTile<64,2>> -> gate_up<64>; None for the helpers."""
     if tile := re.match(r"gate_up_kernel<bfloat16,GateUpTile<(\d+)", name):
         return f"gate_up<{tile[1]}>"
+    if own := re.match(r"sm90a::(gate_up|down)_kernel<bfloat16(?:,(\d+))?>", name):
+        return f"sm90a {own[1]}" + (f"<{own[2]}>" if own[2] else "")
     plain = re.match(r"(down|neurons|outputs)_kernel<bfloat16", name)
     return plain[1] if plain else None
 
@@ -66,7 +75,7 @@ def summary(counters):
     moved = {"load_bytes": ("ld", "cp"), "store_bytes": ("st", "red", "atom")}
     return {
         "instructions": sum(counters.instructions.values()),
-        "mma": counters.instructions["mma"],
+        "mma": counters.products or counters.instructions["mma"],
         "ldmatrix": counters.instructions["ldmatrix"],
         "barrier": counters.instructions["barrier"],
         "shared_cycles": counters.total(counters.cycles).units,
@@ -77,10 +86,11 @@ def summary(counters):
     }
 
 
-def run(kernel, steps, rows):
+def run(kernel, steps, rows, experts=1):
     hidden, size = KERNELS[kernel][1](steps)
-    case = random_case(0, rows, hidden, [size], active=1.0, dtype=torch.bfloat16)
-    ops = CountingInterpreter(multiprocessors=1)
+    case = random_case(0, rows, hidden, [size] * experts, active=1.0, dtype=torch.bfloat16)
+    arch = "90a" if kernel.startswith("sm90a") else "80"
+    ops = CountingInterpreter(multiprocessors=1, arch=arch)
     ops.sparse_ffn(*case.inputs())
     names = readable(sorted({name for name, _ in ops.per_launch}))
     (found,) = [c for name, c in ops.per_launch if short(names[name]) == kernel]
@@ -110,7 +120,12 @@ def measure():
                 "step": {k: v / tiles / steps for k, v in step.items()},
                 "tile": {k: (few[k] - FEW * step[k]) / tiles for k in few},
             }
-        table[kernel] = {"sass": loops[kernel], "rows": rows_table}
+            if kernel == "sm90a down":  # a second expert tells a tile's cost from the unit's
+                second = run(kernel, FEW, rows, experts=2)
+                tile = {k: second[k] - few[k] - FEW * step[k] for k in few}
+                both = rows_table[str(rows)]["tile"]
+                rows_table[str(rows)] |= {"tile": tile, "unit": {k: both[k] - tile[k] for k in few}}
+        table[kernel] = {"sass": loops.get(kernel, {}), "rows": rows_table}
     return table
 
 

@@ -81,7 +81,9 @@ def test_same_bits_for_any_schedule_and_number_of_multiprocessors():
 
 def test_traffic():
     """No bank conflicts; whole sectors: sizes are multiples of the tiles here."""
-    case = random_case(6, 256, 128, [128, 64, 32, 32, 16, 16], active=1.0, dtype=torch.bfloat16)
+    case = random_case(
+        6, 256, 128, [192, 128, 64, 32, 32, 16, 16], active=1.0, dtype=torch.bfloat16
+    )
     counters = Counters()
     Interpreter(arch="90a", counters=counters).sparse_ffn(*case.inputs())
     assert counters.total(counters.cycles).excess == 0

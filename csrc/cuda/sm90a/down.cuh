@@ -14,10 +14,11 @@
 
 namespace dsmoe::cuda::sm90a {
 
-constexpr int kChunksOfUnit = 2, kTokensOfUnit = kChunksOfUnit * kTokensPerChunk;
-constexpr int kStripColumns = 128, kStripFloats = kTokensOfUnit * kStripColumns;
+constexpr int kMaxChunks = 2;  // of a unit
+constexpr int kStripColumns = 128, kStripFloats = kMaxChunks * kTokensPerChunk * kStripColumns;
 constexpr int kPanelBytes = kTerms * kLine;  // 64 terms of 64 columns; two panels
-static_assert(2 * kPanelBytes == kWeightsBytes);
+constexpr int kDownBytes = 2 * kPanelBytes;
+static_assert(kDownBytes <= kWeightsBytes);
 static_assert(kStripFloats == kCtasPerSm * DownTile::kStripFloats, "the workspace has as much");
 
 // Rows of Wd behind the 64 columns of a step: -1 in gaps and beyond the span.
@@ -50,7 +51,7 @@ __device__ __forceinline__ void fetch_rows(Producer& producer, const PassArgs<T>
     const StepRows now = ahead;
     ahead = look_up(column + kTerms);  // a step ahead: the copies need the answer at once
     const bool together = now.lie_together();
-    if (producer.begin(together ? kWeightsBytes : 0)) {
+    if (producer.begin(together ? kDownBytes : 0)) {
       for (int panel = 0; panel < 2; ++panel) {
         copy_box(producer.stage() + kRowsBytes + panel * kPanelBytes, weights, now.first,
                  unit.first_column + panel * 64, producer.full());
@@ -111,12 +112,16 @@ __device__ __forceinline__ void add_products(const PassArgs<T>& args, const Down
 template <class T, class Begin, class Tile, class End>
 __device__ __forceinline__ void for_each_unit(const PassArgs<T>& args, Begin begin, Tile tile,
                                               End end) {
-  DownUnits<kStripColumns, kChunksOfUnit> units(args);
+  // few units would leave SMs idle: then small ones
+  const int64_t large = ceil_div<int64_t>(args.lists.tables.num_chunks, kMaxChunks) *
+                        ceil_div<int64_t>(args.hidden_size, kStripColumns);
+  const int chunks = large >= gridDim.x ? kMaxChunks : 1;
+  DownUnits<kStripColumns> units(args, chunks);
   DownUnit unit;
   while (units.next(unit)) {
     begin(unit);
     SpanIterator spans(args.lists, args.expert_offsets, args.expert_columns, args.num_experts,
-                       unit.chunk, kChunksOfUnit);
+                       unit.chunk, chunks);
     SpanIterator::Span span;
     while (spans.next(span, unit.tokens)) {
       for (int row = 0; row < span.pairs.count(); row += kMaxRows) tile(unit, span, row);
@@ -134,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   make_mbarriers(base);
   auto nothing = [](const DownUnit&) {};
   if (threadIdx.x >= kConsumers) {
-    become_producer();
+    Registers<72, 216>::fetch();
     Producer producer(base);
     for_each_unit(
         args, nothing,
@@ -145,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     producer.finish();
     return;
   }
-  become_consumer();
+  Registers<72, 216>::multiply();
   Ring ring(base);
   float* strip = args.strips + blockIdx.x * int64_t{kStripFloats};
   float4* quads = reinterpret_cast<float4*>(strip);

@@ -1,9 +1,8 @@
 // The forward's two GEMMs on Hopper: as expert_mlp_fwd.cu says, by wgmma and the copy engine.
 //
 // Same passes, lists, workspace and order of sums as there; only the main loop differs: one CTA on an
-// SM, two warpgroups that multiply tiles of 256 rows by 128 columns of weights and one that fetches
-// (pipeline.cuh). A tile's operands are then 48 KiB for 1,024 cycles of the tensor cores, which is what
-// L2 can about deliver to 132 SMs; smaller tiles would wait for it.
+// SM, two warpgroups that multiply tiles of 256 rows by 128 or 192 columns of weights and one that
+// fetches (pipeline.cuh).
 //
 // Nothing falls back: the weights are plain [I,H] matrices with H a multiple of 8, so that their rows
 // are whole multiples of 16 bytes, which is all that the copy engine asks for.
@@ -55,12 +54,12 @@ bool may_use_shared_memory(Kernel* kernel) {
 
 // Experts of min_size to max_size neurons.
 template <int kColumns, class T>
-bool launch_gate_up(const PassArgs<T>& args, int64_t intermediate_size, int min_size, int max_size,
-                    int ctas, cudaStream_t on) {
+bool launch_gate_up(const PassArgs<T>& args, int min_size, int max_size, int ctas,
+                    cudaStream_t on) {
   CUtensorMap gate, up;
   const auto kernel = gate_up_kernel<T, kColumns>;
-  if (!map_matrix(gate, args.gate_proj, intermediate_size, args.hidden_size, kColumns) ||
-      !map_matrix(up, args.up_proj, intermediate_size, args.hidden_size, kColumns) ||
+  if (!map_matrix(gate, args.gate_proj, args.intermediate_size, args.hidden_size, kColumns) ||
+      !map_matrix(up, args.up_proj, args.intermediate_size, args.hidden_size, kColumns) ||
       !may_use_shared_memory(kernel)) {
     return false;
   }
@@ -79,23 +78,23 @@ bool is_available() {
 }
 
 template <class T>
-Status forward(const PassArgs<T>& args, int64_t intermediate_size, int multiprocessors,
-               cudaStream_t on) {
+Status forward(const PassArgs<T>& args, int multiprocessors, cudaStream_t on) {
   CUtensorMap down;
-  const bool is_up =
-      launch_gate_up<16>(args, intermediate_size, 1, 16, multiprocessors, on) &&
-      launch_gate_up<32>(args, intermediate_size, 17, 32, multiprocessors, on) &&
-      launch_gate_up<64>(args, intermediate_size, 33, INT32_MAX, multiprocessors, on);
+  const bool is_up = launch_gate_up<16>(args, 1, 16, multiprocessors, on) &&
+                     launch_gate_up<32>(args, 17, 32, multiprocessors, on) &&
+                     launch_gate_up<64>(args, 33, 128, multiprocessors, on) &&
+                     launch_gate_up<96>(args, 129, INT32_MAX, multiprocessors, on);
   const auto kernel = down_kernel<T>;
   if (!is_up || !may_use_shared_memory(kernel) ||
-      !map_matrix(down, args.sources[0].weights, intermediate_size, args.hidden_size, kTerms)) {
+      !map_matrix(down, args.sources[0].weights, args.intermediate_size, args.hidden_size,
+                  kTerms)) {
     return Status::kCudaError;
   }
   kernel<<<multiprocessors, kThreads, kSharedBytes, on>>>(args, down);
   return launch_status();
 }
 
-template Status forward(const PassArgs<__nv_bfloat16>&, int64_t, int, cudaStream_t);
-template Status forward(const PassArgs<__half>&, int64_t, int, cudaStream_t);
+template Status forward(const PassArgs<__nv_bfloat16>&, int, cudaStream_t);
+template Status forward(const PassArgs<__half>&, int, cudaStream_t);
 
 }  // namespace dsmoe::cuda::sm90a

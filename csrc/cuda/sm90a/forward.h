@@ -10,14 +10,13 @@ namespace dsmoe::cuda::sm90a {
 bool is_available();
 // gate_up, then down, for one pass of tokens; bf16 and fp16.
 template <class T>
-Status forward(const PassArgs<T>& args, int64_t intermediate_size, int multiprocessors,
-               cudaStream_t on);
+Status forward(const PassArgs<T>& args, int multiprocessors, cudaStream_t on);
 #else  // a compiler or a list of architectures without sm_90a
 inline bool is_available() {
   return false;
 }
 template <class T>
-Status forward(const PassArgs<T>&, int64_t, int, cudaStream_t) {
+Status forward(const PassArgs<T>&, int, cudaStream_t) {
   return Status::kUnsupported;
 }
 #endif

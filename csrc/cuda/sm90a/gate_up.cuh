@@ -1,9 +1,10 @@
 // gate_up on sm_90a: a[t, e's columns] = G[t,e] * silu(x_t Wg_e) * (x_t Wu_e)                see sm90a/forward.cu
 //
 //   rows     pairs of one expert, x gathered by token_idx      [256, H]
-//   columns  neurons of the expert, rows of Wg and of Wu       [64, H] each, one below the other
-//   result   activations                                       [256, 64]
+//   columns  neurons of the expert, rows of Wg and of Wu       [96, H] each, one below the other
+//   result   activations                                       [256, 96]
 //
+// Experts of at most 128, 32 and 16 neurons get tiles of 64, 32 and 16 columns.
 // Both products come from one wgmma, so that a thread holds gate and up of the same neurons. Rows of
 // weights beyond the expert's end belong to the next expert: what they give is never stored.
 #pragma once
@@ -101,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   typename Scheduler::Tile tile;
 
   if (threadIdx.x >= kConsumers) {
-    become_producer();
+    Registers<56, 224>::fetch();
     Producer producer(base);
     const int first = threadIdx.x % kGroup / kChunks, chunk = threadIdx.x % kChunks;
     while (scheduler.next(tile)) {
@@ -127,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     producer.finish();
   } else {
-    become_consumer();
+    Registers<56, 224>::multiply();
     Ring ring(base);
     while (scheduler.next(tile)) {
       const int live = live_blocks(tile.pairs.count(), threadIdx.x / kGroup);

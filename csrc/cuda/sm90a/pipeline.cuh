@@ -1,15 +1,17 @@
 // The main loop of sm_90a: one warpgroup fetches, two multiply; mbarriers hand stages to and fro.
 //
 // A step takes kTerms = 64 of the sum: lines of 128 bytes. Its stage holds up to 256 gathered rows
-// (the copy engine cannot gather: cp.async, by all threads of the fetching warpgroup) and up to 128
-// columns' weights (copy engine, one thread). 48 KiB a stage, four stages.
+// (the copy engine cannot gather: cp.async, by all threads of the fetching warpgroup) and up to 192
+// columns' weights (copy engine, one thread). 56 KiB a stage, four stages.
 //
 //   full[stage]    the fetching warps arrive once their rows have landed; the engine counts bytes
 //   empty[stage]   the multiplying warps arrive once their wgmmas have read
 //
-// Each multiplying warpgroup takes every other block of 64 rows, at most two: 2 x 64 x 128 sums are
-// 128 registers of a thread. Blocks without rows are neither copied nor multiplied. Of shared memory
-// two wgmmas m64n128k16 want 2 x 6 KiB, 96 cycles, and the tensor cores want 128 for them.
+// Each multiplying warpgroup takes every other block of 64 rows, at most two: 2 x 64 x 192 sums are
+// 192 registers of a thread. Blocks without rows are neither copied nor multiplied. A step of 256 rows
+// by 192 columns keeps the tensor cores busy for 1,536 cycles; meanwhile shared memory takes 56 KiB in
+// and gives 4 x 4 x 8 KiB out, 1,472 cycles, and L2's share of one SM of 132 is 58 KiB. Smaller tiles
+// would wait for L2, and do: see dsmoe bench gpu-model.
 #pragma once
 
 #include "cuda/sm90a/wgmma.cuh"
@@ -25,7 +27,7 @@ constexpr int kThreads = kConsumers + kGroup;
 constexpr int kLine = 128, kEightLines = 8 * kLine;  // bytes
 constexpr int kBlockBytes = kBlockRows * kLine;
 constexpr int kRowsBytes = kMaxRows * kLine;
-constexpr int kWeightsBytes = 128 * kLine;
+constexpr int kWeightsBytes = 192 * kLine;
 constexpr int kStageBytes = kRowsBytes + kWeightsBytes;
 constexpr int kStages = 4;
 constexpr int kLag = 2;  // steps whose rows are on their way while the next are asked for
@@ -34,13 +36,16 @@ static_assert(kSharedBytes <= 227 << 10 && kLag < kStages);
 
 // The compiler gives every thread 65536 / 384, 168 registers; those that multiply want more, those that
 // fetch need fewer. First of all in a role's branch.
-__device__ __forceinline__ void become_producer() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 72;" ::: "memory");
-}
-__device__ __forceinline__ void become_consumer() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 216;" ::: "memory");
-}
-static_assert(kGroup * 72 + kConsumers * 216 <= 168 * kThreads);
+template <int kFetching, int kMultiplying>
+struct Registers {
+  static_assert(kGroup * kFetching + kConsumers * kMultiplying <= 168 * kThreads);
+  static __device__ __forceinline__ void fetch() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kFetching) : "memory");
+  }
+  static __device__ __forceinline__ void multiply() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMultiplying) : "memory");
+  }
+};
 
 // Stage and phase of a role's next step.
 class Ring {
