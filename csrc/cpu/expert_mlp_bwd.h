@@ -136,11 +136,16 @@ struct Backward {
         return for_each_tile(
             high - low, [&](int64_t begin, int count) { epilogue(low + begin, count, zeros); });
       }
-      pack_rows(down, valid, down + kL * p.hidden_size, valid - kL, p.hidden_size, p.hidden_size,
-                panel);
-      row_panel(copied ? dy_copy : (const A*)b.dy, copied ? copy_stride() : b.dy_stride,
-                pairs.of(e), low, high, panel, steps(),
-                ahead_in_rows(down, (const T*)nullptr, min_of(valid, kN), p.hidden_size), epilogue);
+      const A* a = copied ? dy_copy : (const A*)b.dy;
+      const int64_t stride = copied ? copy_stride() : b.dy_stride, H = p.hidden_size;
+      const Ahead ahead = ahead_in_rows(down, (const T*)nullptr, min_of(valid, kN), H);
+      if (valid > kL) {
+        pack_rows(down, valid, down + kL * H, valid - kL, H, H, panel);
+        row_panel(a, stride, pairs.of(e), low, high, panel, steps(), ahead, epilogue);
+      } else {
+        pack_rows_half<T, 1>(down, H, int(valid), H, panel);
+        row_panel<T, 1>(a, stride, pairs.of(e), low, high, panel, steps(), ahead, epilogue);
+      }
     });
   }
 

@@ -60,18 +60,18 @@ constexpr int kStreamRows = 4;        // up to here a tile is bound by reading B
 constexpr int64_t kLookAhead = 4096;  // bytes: 100 ns of memory latency at 40 GB/s
 
 // Few rows leave few sums in flight, so K is then dealt to several sets of sums.
-template <int R>
-constexpr int kSets = R == 1   ? 4
-                      : R <= 3 ? 2
-                               : 1;
+template <int R, int W>
+constexpr int kSets = R * W <= 2   ? 4
+                      : R * W <= 6 ? 2
+                                   : 1;
 
-template <class T, int R, AOrder O>
-DSMOE_INLINE void tile_step(Vec<CType<T>> (&acc)[R][2], const AType<T>* const* a, int64_t lda,
+template <class T, int R, AOrder O, int W>
+DSMOE_INLINE void tile_step(Vec<CType<T>> (&acc)[R][W], const AType<T>* const* a, int64_t lda,
                             int64_t step, const T* b) {
   using M = Compute<T>;
-  typename M::B b0[M::kSub], b1[M::kSub];
-  M::load_b(b, b0);
-  M::load_b(b + kLanes<T> * M::kPair, b1);
+  typename M::B columns[W][M::kSub];
+#pragma GCC unroll 2
+  for (int w = 0; w < W; ++w) M::load_b(b + w * kLanes<T> * M::kPair, columns[w]);
 #pragma GCC unroll 2
   for (int sub = 0; sub < M::kSub; ++sub) {
     // Elements of A that one multiplication consumes: a whole pair, or one of them.
@@ -81,8 +81,8 @@ DSMOE_INLINE void tile_step(Vec<CType<T>> (&acc)[R][2], const AType<T>* const* a
       const AType<T>* p = O == kRowPointers ? a[r] + step * M::kPair + sub
                                             : a[0] + (step * M::kSub + sub) * lda + r * kTaken;
       const auto value = M::bcast(p);
-      acc[r][0] = M::mac(value, b0[sub], acc[r][0]);
-      acc[r][1] = M::mac(value, b1[sub], acc[r][1]);
+#pragma GCC unroll 2
+      for (int w = 0; w < W; ++w) acc[r][w] = M::mac(value, columns[w][sub], acc[r][w]);
     }
   }
 }
@@ -96,17 +96,17 @@ DSMOE_INLINE void store_result(const TileArgs<T>& args, int row, int64_t panel,
   for (int i = 0; i < width; ++i) narrow(sum[i / kLanes<T>][i % kLanes<T>], out[i]);
 }
 
-template <class T, int R, AOrder O>
+template <class T, int R, AOrder O, int W>
 __attribute__((noinline)) static void tile(const TileArgs<T>& args) {
   using C = CType<T>;
-  constexpr int kStep = kColumns<T> * Compute<T>::kPair;  // elements of B per step
-  constexpr int kS = kSets<R>;
+  constexpr int kStep = W * kLanes<T> * Compute<T>::kPair;  // elements of B per step
+  constexpr int kS = kSets<R, W>;
   const AType<T>* a[R];
   for (int r = 0; r < R; ++r) a[r] = args.a[O == kRowPointers ? r : 0];
   const int64_t steps = args.steps, lda = args.lda;
   const T* b = args.b;
   for (int64_t panel = 0; panel < args.panels; ++panel) {
-    Vec<C> acc[kS][R][2] = {};
+    Vec<C> acc[kS][R][W] = {};
     if (O == kRowPointers && args.accumulate) {  // at the end of a short K they would stall
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r)
@@ -126,33 +126,35 @@ __attribute__((noinline)) static void tile(const TileArgs<T>& args) {
       }
 #pragma GCC unroll 4
       for (int u = 0; u < kUnroll; ++u)
-        tile_step<T, R, O>(acc[u % kS], a, lda, s + u, b + u * kStep);
+        tile_step<T, R, O, W>(acc[u % kS], a, lda, s + u, b + u * kStep);
     }
-    for (; s < steps; ++s, b += kStep) tile_step<T, R, O>(acc[0], a, lda, s, b);
+    for (; s < steps; ++s, b += kStep) tile_step<T, R, O, W>(acc[0], a, lda, s, b);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      Vec<C> sum[2] = {acc[0][r][0], acc[0][r][1]};
+      Vec<C> sum[W];
+#pragma GCC unroll 2
+      for (int w = 0; w < W; ++w) {
+        sum[w] = acc[0][r][w];
 #pragma GCC unroll 4
-      for (int k = 1; k < kS; ++k) sum[0] += acc[k][r][0], sum[1] += acc[k][r][1];
-      if constexpr (O == kRowPointers) {
-        C* c = args.c[r] + panel * kColumns<T>;
-        if (args.accumulate) sum[0] += load(c), sum[1] += load(c + kLanes<T>);
-        store(c, sum[0]);
-        store(c + kLanes<T>, sum[1]);
-      } else {
-        store_result<T>(args, r, panel, sum);
+        for (int k = 1; k < kS; ++k) sum[w] += acc[k][r][w];
+        if constexpr (O == kRowPointers) {
+          C* c = args.c[r] + panel * kColumns<T> + w * kLanes<T>;
+          if (args.accumulate) sum[w] += load(c);
+          store(c, sum[w]);
+        }
       }
+      if constexpr (O == kStepMajor) store_result<T>(args, r, panel, sum);
     }
   }
 }
 
-// Run-time row count to compile-time tile.
-template <class T, AOrder O, int R = 1>
+// Run-time row count to compile-time tile. W: registers per row; 1 where only half a panel is wanted.
+template <class T, AOrder O, int W = 2, int R = 1>
 static void run_tile(int rows, const TileArgs<T>& args) {
   if constexpr (R < kMaxRows) {
-    if (rows != R) return run_tile<T, O, R + 1>(rows, args);
+    if (rows != R) return run_tile<T, O, W, R + 1>(rows, args);
   }
-  tile<T, R, O>(args);
+  tile<T, R, O, W>(args);
 }
 
 // Cuts count rows into as few tiles as fit, of nearly equal even height (bf16 pairs never straddle

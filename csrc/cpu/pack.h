@@ -87,10 +87,10 @@ DSMOE_INLINE void transpose_block(const uint32_t* const* rows, int64_t j0, uint3
 #endif
 
 // One register's width of columns: lane i of step s holds rows[i][s * kPair ..]. Lanes from count
-// on are zero. dst moves one whole panel step (kColumns) per step, so that two calls fill a panel.
-template <class T>
+// on are zero. dst moves W registers per step, so that two calls fill a panel (W = 2).
+template <class T, int W = 2>
 static void pack_rows_half(const T* rows, int64_t stride, int count, int64_t k, T* dst) {
-  constexpr int kPair = Compute<T>::kPair, kL = kLanes<T>, kStep = kColumns<T> * kPair;
+  constexpr int kPair = Compute<T>::kPair, kL = kLanes<T>, kStep = W * kL * kPair;
   int64_t s = 0;
   if constexpr (sizeof(T) * kPair == 4) {
     static_assert(kL == kBlock);
@@ -102,10 +102,10 @@ static void pack_rows_half(const T* rows, int64_t stride, int count, int64_t k, 
     }
     for (; count > 0 && (s + kBlock) * kPair <= k; s += kBlock) {
       uint32_t* out = (uint32_t*)(dst + s * kStep);
-      transpose_block(pointers, s, out, kColumns<T>);
+      transpose_block(pointers, s, out, W * kL);
       for (int j = 0; count < kL && j < kBlock; ++j) {
-        const VecU32 lanes = load_raw<VecU32>(out + j * kColumns<T>) & exists;
-        memcpy(out + j * kColumns<T>, &lanes, sizeof lanes);
+        const VecU32 lanes = load_raw<VecU32>(out + j * W * kL) & exists;
+        memcpy(out + j * W * kL, &lanes, sizeof lanes);
       }
     }
     for (; count == 0 && s * kPair < k; ++s) memset(dst + s * kStep, 0, kVecBytes);

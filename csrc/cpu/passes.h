@@ -100,10 +100,17 @@ DSMOE_INLINE void* list_pairs(int64_t num_tokens, int num_experts, int expert_be
     cursor[e] = sum;
     sum += count;
   }
+  // A branch on every pair would be mispredicted half the time: bits first, then the set ones.
   for (int64_t t = 0; t < num_tokens; ++t)
-    for (int e = expert_begin; e < expert_end; ++e)
-      if (expert_offsets[e + 1] > expert_offsets[e] && is_pair(t, e))
-        pairs.tokens[cursor[e]++] = int32_t(t);
+    for (int first = expert_begin; first < expert_end; first += 64) {
+      uint64_t bits = 0;
+      for (int e = first; e < min_of(first + 64, expert_end); ++e)
+        bits |= uint64_t(is_pair(t, e)) << (e - first);
+      for (; bits; bits &= bits - 1) {
+        const int e = first + __builtin_ctzll(bits);
+        if (expert_offsets[e + 1] > expert_offsets[e]) pairs.tokens[cursor[e]++] = int32_t(t);
+      }
+    }
   return memory;
 }
 
@@ -216,7 +223,7 @@ DSMOE_INLINE Ahead ahead_in_rows(const T* first, const T* second, int64_t rows, 
 
 // One panel: tiles of gathered rows of A times B into a buffer, which epilogue(first row, rows,
 // buffer) consumes.
-template <class T, class F>
+template <class T, int W = 2, class F>
 DSMOE_INLINE void row_panel(const AType<T>* a, int64_t a_stride, const int32_t* tokens, int64_t low,
                             int64_t high, const T* b, int64_t steps, Ahead ahead, F epilogue) {
   alignas(64) CType<T> buffer[kMaxRows][kColumns<T>];
@@ -228,7 +235,7 @@ DSMOE_INLINE void row_panel(const AType<T>* a, int64_t a_stride, const int32_t* 
   spread(ahead, high - low, 1, args);
   for_each_tile(high - low, [&](int64_t begin, int rows) {
     for (int r = 0; r < rows; ++r) args.a[r] = a + tokens[low + begin + r] * a_stride;
-    run_tile<T, kRowPointers>(rows, args);
+    run_tile<T, kRowPointers, W>(rows, args);
     epilogue(low + begin, rows, buffer);
   });
 }
