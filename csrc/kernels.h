@@ -121,6 +121,7 @@ struct ExpertMlpParams {
   const int32_t* expert_offsets;  // [E+1]   host memory on the CPU, device memory on CUDA
   void* y;                        // [T,H]   output
   void* activations;  // [2*T*I] output: active x Wg, x Wu for the backward; null: not kept
+  bool allow_tf32;    // CUDA may round the factors of kFloat32 products to 10 bits
 };
 
 struct ExpertMlpBackwardParams {

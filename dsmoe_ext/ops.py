@@ -219,6 +219,8 @@ def sparse_ffn(
             x's dtype a token are reserved, and touched for active pairs only. False: compute them
             again, 2/9 more work.
 
+    float32 on CUDA is multiplied exactly, or in TF32 where torch.backends.cuda.matmul allows it.
+
     Returns:
         y [T,H] like x. Gradients that nobody needs cost nothing. The same bits for any number of
         threads.
@@ -233,37 +235,51 @@ def sparse_ffn(
     weights = (gate_proj, up_proj, down_proj_t)
     wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gates, *weights))
     save = save_activations and wants_grad
-    return _ops.expert_mlp(x, gates, *weights, expert_offsets, grad_weight, save)[0]
+    tf32 = x.is_cuda and _allows_tf32()
+    return _ops.expert_mlp(x, gates, *weights, expert_offsets, grad_weight, save, tf32)[0]
+
+
+def _allows_tf32() -> bool:
+    """What torch is told for its own float32 matmuls; newer versions have more than one setting,
+    of which this is the resolved one."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        return matmul.fp32_precision == "tf32"
+    return matmul.allow_tf32
 
 
 @torch.library.register_fake("dsmoe::expert_mlp")
-def _(x, gates, gate_proj, up_proj, down_proj_t, expert_offsets, grad_weight, save_activations):
+def _(
+    x, gates, gate_proj, up_proj, down_proj_t, expert_offsets, grad_weight, save_activations,
+    allow_tf32,
+):  # fmt: skip
     num_kept = 2 * x.shape[0] * gate_proj.shape[0] if save_activations else 0
     return x.new_empty(x.shape), x.new_empty(num_kept)
 
 
 @torch.library.register_fake("dsmoe::expert_mlp_backward")
 def _(
-    dy, x, gates, gate_proj, up_proj, down_proj_t, expert_offsets, grad_weight, activations, *wanted
-):
+    dy, x, gates, gate_proj, up_proj, down_proj_t, expert_offsets, grad_weight, activations,
+    allow_tf32, *wanted,
+):  # fmt: skip
     outputs = zip((x, gates, gate_proj, up_proj, down_proj_t), wanted, strict=True)
     return tuple(t.new_empty(t.shape if is_wanted else 0) for t, is_wanted in outputs)
 
 
 def _expert_mlp_setup_context(ctx, inputs, output):
-    *tensors, _ = inputs
+    *tensors, _, ctx.allow_tf32 = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, output[1])
 
 
 def _expert_mlp_backward(ctx, dy, dactivations):
     if dy is None:
-        return (None,) * 8
+        return (None,) * 9
     wanted = ctx.needs_input_grad[:5]
-    gradients = _ops.expert_mlp_backward(dy, *ctx.saved_tensors, *wanted)
+    gradients = _ops.expert_mlp_backward(dy, *ctx.saved_tensors, ctx.allow_tf32, *wanted)
     return *(g if is_wanted else None for g, is_wanted in zip(gradients, wanted, strict=True)), *[
         None
-    ] * 3
+    ] * 4
 
 
 torch.library.register_autograd(

@@ -70,8 +70,8 @@ void forward(const ExpertMlpParams& p, const Tensor& where) {
 std::tuple<Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& gates, const Tensor& gate_proj,
                                       const Tensor& up_proj, const Tensor& down_proj_t,
                                       const Tensor& expert_offsets,
-                                      std::optional<Tensor> /*grad_weight*/,
-                                      bool save_activations) {
+                                      std::optional<Tensor> /*grad_weight*/, bool save_activations,
+                                      bool allow_tf32) {
   const Tensor gate = checked_weight(gate_proj, "gate_proj", x, gate_proj);
   const Tensor up = checked_weight(up_proj, "up_proj", x, gate_proj);
   const Tensor down = checked_weight(down_proj_t, "down_proj_t", x, gate_proj);
@@ -85,6 +85,7 @@ std::tuple<Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& gates, cons
   p.down_proj_t = down.data_ptr();
   p.y = y.data_ptr();
   p.activations = kept ? activations.data_ptr() : nullptr;
+  p.allow_tf32 = allow_tf32;
   forward(p, in.x);
   return {y, activations};
 }
@@ -93,8 +94,8 @@ std::tuple<Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& gates, cons
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
     const Tensor& dy_in, const Tensor& x, const Tensor& gates, const Tensor& gate_proj,
     const Tensor& up_proj, const Tensor& down_proj_t, const Tensor& expert_offsets,
-    std::optional<Tensor> grad_weight_in, const Tensor& activations, bool want_dx, bool want_dgates,
-    bool want_dgate_proj, bool want_dup_proj, bool want_ddown_proj_t) {
+    std::optional<Tensor> grad_weight_in, const Tensor& activations, bool allow_tf32, bool want_dx,
+    bool want_dgates, bool want_dgate_proj, bool want_dup_proj, bool want_ddown_proj_t) {
   const Tensor gate = checked_weight(gate_proj, "gate_proj", x, gate_proj);
   const Tensor up = checked_weight(up_proj, "up_proj", x, gate_proj);
   const Tensor down = checked_weight(down_proj_t, "down_proj_t", x, gate_proj);
@@ -112,6 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
         "activations must be what the forward returned.");
   check_like(activations, "activations", x);
   p.forward.activations = activations.numel() ? activations.data_ptr() : nullptr;
+  p.forward.allow_tf32 = allow_tf32;
   std::optional<Tensor> grad_weight;
   if (grad_weight_in) {
     check_like(*grad_weight_in, "grad_weight", in.gates);
@@ -194,13 +196,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dsmoe, m) {
   m.def(
       "expert_mlp(Tensor x, Tensor gates, Tensor gate_proj, Tensor up_proj, Tensor down_proj_t, "
       "Tensor "
-      "expert_offsets, Tensor? grad_weight, bool save_activations) -> (Tensor y, Tensor "
+      "expert_offsets, Tensor? grad_weight, bool save_activations, bool allow_tf32) -> "
+      "(Tensor y, Tensor "
       "activations)");
   m.def(
       "expert_mlp_backward(Tensor dy, Tensor x, Tensor gates, Tensor gate_proj, Tensor up_proj, "
       "Tensor "
-      "down_proj_t, Tensor expert_offsets, Tensor? grad_weight, Tensor activations, bool want_dx, "
-      "bool "
+      "down_proj_t, Tensor expert_offsets, Tensor? grad_weight, Tensor activations, "
+      "bool allow_tf32, bool want_dx, bool "
       "want_dgates, bool want_dgate_proj, bool want_dup_proj, bool want_ddown_proj_t) -> (Tensor "
       "dx, "
       "Tensor dgates, Tensor dgate_proj, Tensor dup_proj, Tensor ddown_proj_t)");

@@ -1,4 +1,4 @@
-// expert_mlp backward; bf16 and fp16 with fp32 sums, fp32 in exact multiply-adds.
+// expert_mlp backward; bf16 and fp16 with fp32 sums, fp32 in exact multiply-adds or tf32.
 //
 // With g = x_t Wg_e, u = x_t Wu_e, a = silu(g) u:
 //
@@ -98,9 +98,11 @@ Layout layout(const ExpertMlpBackwardParams& p) {
 }
 
 template <bool kSaved, class T>
-void launch_neurons(const NeuronsArgs<T>& args, int ctas, cudaStream_t on) {
+void launch_neurons(const NeuronsArgs<T>& args, bool allow_tf32, int ctas, cudaStream_t on) {
   if constexpr (std::is_same_v<T, float>) {
-    neurons_ffma_kernel<kSaved><<<ctas, kThreads, 0, on>>>(args);
+    with_product(allow_tf32, [&](auto product) {
+      neurons_fp32_kernel<decltype(product), kSaved><<<ctas, kThreads, 0, on>>>(args);
+    });
   } else {
     constexpr int kBytes = NeuronsTile<kSaved>::kSharedBytes;
     cudaFuncSetAttribute(neurons_backward_kernel<T, kSaved>,
@@ -110,9 +112,11 @@ void launch_neurons(const NeuronsArgs<T>& args, int ctas, cudaStream_t on) {
 }
 
 template <class T>
-void launch_down(const PassArgs<T>& args, int ctas, cudaStream_t on) {
+void launch_down(const PassArgs<T>& args, bool allow_tf32, int ctas, cudaStream_t on) {
   if constexpr (std::is_same_v<T, float>) {
-    down_ffma_kernel<<<2 * ctas, kThreads, 0, on>>>(args);
+    with_product(allow_tf32, [&](auto product) {
+      down_fp32_kernel<decltype(product)><<<2 * ctas, kThreads, 0, on>>>(args);
+    });
   } else {
     down_kernel<<<ctas, kThreads, DownTile::kSharedBytes, on>>>(args);
   }
@@ -191,7 +195,7 @@ class Backward {
       const dim3 clear(ceil_div(ctas_, 4), f_.num_experts);
       clear_inactive_kernel<<<clear, kThreads, 0, on_>>>(args_.pass, args_.dgate);
       clear_inactive_kernel<<<clear, kThreads, 0, on_>>>(args_.pass, args_.dup);
-      launch_down(args_.pass, ctas_, on_);
+      launch_down(args_.pass, f_.allow_tf32, ctas_, on_);
     }
     if (wanted.weights) {
       launch_weights(0, args_.dgate, args_.pass.x, f_.x_stride, p_.dgate_proj);
@@ -205,11 +209,11 @@ class Backward {
     NeuronsArgs<T> args = args_;
     if (args.saved != nullptr) {
       args.listed = args.pass.lists;
-      cuda::launch_neurons<true>(args, ctas_, on_);
+      cuda::launch_neurons<true>(args, f_.allow_tf32, ctas_, on_);
       if (p_.grad_weight == nullptr) return;
     }
     args.listed = args_.listed;
-    cuda::launch_neurons<false>(args, ctas_, on_);
+    cuda::launch_neurons<false>(args, f_.allow_tf32, ctas_, on_);
   }
 
   void take_rows(int64_t row_pass) {
@@ -270,7 +274,9 @@ class Backward {
     const WeightsArgs<T> weights{args_.pass, p,          q_stride,     q, static_cast<T*>(result),
                                  sums,       first_row_, weights_turn_};
     if constexpr (std::is_same_v<T, float>) {
-      weights_ffma_kernel<<<2 * ctas_, kThreads, 0, on_>>>(weights);
+      with_product(f_.allow_tf32, [&](auto product) {
+        weights_fp32_kernel<decltype(product)><<<2 * ctas_, kThreads, 0, on_>>>(weights);
+      });
     } else {
       weights_kernel<<<3 * ctas_ / kCtasPerSm, kThreads, WeightsTile::kSharedBytes, on_>>>(weights);
     }

@@ -1,6 +1,7 @@
 // expert_mlp forward: y_t = sum_e G[t,e] * (silu(x_t Wg_e) * (x_t Wu_e)) Wd_e
 //
-// In bf16 and fp16 with fp32 sums; fp32 goes the same way through exact multiply-adds (gemm_ffma.cuh).
+// In bf16 and fp16 with fp32 sums; fp32 goes the same way through exact multiply-adds or
+// tf32 (gemm_ffma.cuh).
 // Two ragged GEMMs around a workspace of activations, both CTA tile / warp tile / mma.m16n8k16 with a
 // three-stage cp.async pipeline, swizzled shared memory and ldmatrix:
 //
@@ -95,8 +96,11 @@ Status forward(const ExpertMlpParams& p, unsigned char* workspace, cudaStream_t 
     const dim3 clear(ceil_div(ctas, 4), p.num_experts);
     clear_inactive_kernel<<<clear, kThreads, 0, on>>>(args, args.activations);
     if constexpr (std::is_same_v<T, float>) {
-      gate_up_ffma_kernel<<<2 * ctas, kThreads, 0, on>>>(args);  // half the registers
-      down_ffma_kernel<<<2 * ctas, kThreads, 0, on>>>(args);
+      with_product(p.allow_tf32, [&](auto product) {
+        using Product = decltype(product);
+        gate_up_fp32_kernel<Product><<<2 * ctas, kThreads, 0, on>>>(args);  // half the registers
+        down_fp32_kernel<Product><<<2 * ctas, kThreads, 0, on>>>(args);
+      });
     } else if (p.intermediate_size > 0 && args.saved == nullptr && sm90a::is_available()) {
       const Status hopper = sm90a::forward(args, multiprocessor_count(), on);
       if (hopper != Status::kOk) return hopper;

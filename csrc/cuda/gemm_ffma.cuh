@@ -1,41 +1,14 @@
-// The two GEMMs of the forward in exact fp32: fused multiply-adds, no tensor cores.      see expert_mlp_fwd.cu
+// The two GEMMs of the forward in fp32, exact or in tf32 (fp32_product.cuh).           see expert_mlp_fwd.cu
 //
-// 64 x 64 outputs per CTA of 128 threads, 8 x 4 per thread, 16 terms of the sum per step. Operands lie
-// in shared memory with the term outermost, so that a thread reads its 8 rows and 4 columns of one term
-// as 16-byte vectors: 4 loads for 64 multiply-adds in gate_up. Rows come from global memory along their
-// terms; the transposing stores of a warp (8 rows x 4 groups of 4 terms) meet no bank conflict because
-// blocks of 8 are exchanged by the group's number. While a step is computed, registers fetch the next.
+// 64 x 64 outputs per CTA of 128 threads, 32 per thread, 16 terms of the sum per step. Operands lie in
+// shared memory with the term outermost; rows come from global memory along their terms and are
+// transposed on their way. While a step is computed, registers fetch the next.
 #pragma once
 
+#include "cuda/fp32_product.cuh"
 #include "cuda/gemm_down.cuh"  // DownUnits, token_of_row
 
 namespace dsmoe::cuda {
-
-struct FfmaTile {
-  static constexpr int kTileM = 64, kTileN = 64, kTerms = 16;
-  static constexpr int kRows = 8, kColumns = 4;                // outputs of a thread
-  static constexpr int kThreadsN = kTileN / kColumns;          // 16
-  static constexpr int kGroups = kTerms / 4;                   // groups of 4 terms, 16 bytes
-  static constexpr int kCopies = kTileM * kGroups / kThreads;  // vectors a thread copies: 2
-  static constexpr int kMatrixFloats = kTerms * kTileM;
-  static_assert(kTileM / kRows * kThreadsN == kThreads);
-
-  static __device__ __forceinline__ int at(int term, int row) {
-    return term * kTileM + (row ^ (term / 4 % 4) * 8);
-  }
-  // the thread's outputs begin here
-  static __device__ __forceinline__ int row() { return threadIdx.x / kThreadsN * kRows; }
-  static __device__ __forceinline__ int column() { return threadIdx.x % kThreadsN * kColumns; }
-};
-
-using FfmaSums = float[FfmaTile::kRows][FfmaTile::kColumns];
-
-__device__ __forceinline__ float component(const float4& v, int i) {
-  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-}
-__device__ __forceinline__ float4 as_vector(const float (&v)[4]) {
-  return float4{v[0], v[1], v[2], v[3]};
-}
 
 // Rows along their terms: thread t copies group t % 4 of rows t / 4 and t / 4 + 32.
 struct FfmaRows {
@@ -55,12 +28,13 @@ struct FfmaRows {
       ahead[i] = read ? *reinterpret_cast<const float4*>(at) : float4{};
     }
   }
+  template <class Product>
   __device__ __forceinline__ void store(float* matrix) const {
 #pragma unroll
     for (int i = 0; i < FfmaTile::kCopies; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        matrix[FfmaTile::at(group() * 4 + j, row(i))] = component(ahead[i], j);
+        matrix[FfmaTile::at(group() * 4 + j, row(i))] = Product::rounded(component(ahead[i], j));
       }
     }
   }
@@ -79,32 +53,21 @@ struct FfmaTerms {
   __device__ __forceinline__ void fetch(int copy, const float* from, bool valid) {
     ahead[copy] = valid ? *reinterpret_cast<const float4*>(from) : float4{};
   }
+  template <class Product>
   __device__ __forceinline__ void store(float* matrix) const {
 #pragma unroll
     for (int i = 0; i < FfmaTile::kCopies; ++i) {
-      *reinterpret_cast<float4*>(matrix + FfmaTile::at(term(i), column())) = ahead[i];
+      const float4& v = ahead[i];
+      *reinterpret_cast<float4*>(matrix + FfmaTile::at(term(i), column())) =
+          float4{Product::rounded(v.x), Product::rounded(v.y), Product::rounded(v.z),
+                 Product::rounded(v.w)};
     }
   }
 };
 
-// sums += the products of one term: 8 rows of a, 4 columns of b.
-__device__ __forceinline__ void ffma_term(FfmaSums& sums, const float* a, const float* b,
-                                          int term) {
-  using C = FfmaTile;
-  const float4 low = *reinterpret_cast<const float4*>(a + C::at(term, C::row()));
-  const float4 high = *reinterpret_cast<const float4*>(a + C::at(term, C::row()) + 4);
-  const float4 column = *reinterpret_cast<const float4*>(b + C::at(term, C::column()));
-#pragma unroll
-  for (int i = 0; i < C::kRows; ++i) {
-    const float row = i < 4 ? component(low, i) : component(high, i - 4);
-#pragma unroll
-    for (int j = 0; j < C::kColumns; ++j) sums[i][j] = fmaf(row, component(column, j), sums[i][j]);
-  }
-}
-
-// fetch(step) to registers, store(buffer) to shared memory, compute(buffer, term): two buffers, one
+// fetch(step) to registers, store(buffer) to shared memory, compute(buffer, term) for every kStepTerms: two buffers, one
 // barrier per step. Ends with a barrier.
-template <class Fetch, class Store, class Compute>
+template <class Product, class Fetch, class Store, class Compute>
 __device__ __forceinline__ void ffma_pipeline(int num_steps, Fetch fetch, Store store,
                                               Compute compute) {
   fetch(0);
@@ -113,19 +76,22 @@ __device__ __forceinline__ void ffma_pipeline(int num_steps, Fetch fetch, Store 
     __syncthreads();
     if (step + 1 < num_steps) fetch(step + 1);
 #pragma unroll
-    for (int term = 0; term < FfmaTile::kTerms; ++term) compute(step % 2, term);
+    for (int term = 0; term < FfmaTile::kTerms; term += Product::kStepTerms) {
+      compute(step % 2, term);
+    }
   }
   __syncthreads();
 }
 
-static __global__ void __launch_bounds__(kThreads)
-    gate_up_ffma_kernel(const __grid_constant__ PassArgs<float> args) {
+template <class Product>
+__global__ void __launch_bounds__(kThreads)
+    gate_up_fp32_kernel(const __grid_constant__ PassArgs<float> args) {
   using C = FfmaTile;
   __shared__ __align__(16) float shared[2][3][C::kMatrixFloats];  // rows of x, of Wg, of Wu
   const int num_steps = static_cast<int>(ceil_div<int64_t>(args.hidden_size, C::kTerms));
   TileScheduler<C::kTileM, C::kTileN> scheduler(args.lists, args.expert_offsets, args.num_experts,
                                                 1, INT32_MAX);
-  TileScheduler<C::kTileM, C::kTileN>::Tile tile;
+  typename TileScheduler<C::kTileM, C::kTileN>::Tile tile;
   while (scheduler.next(tile)) {
     FfmaRows x, gate, up;
 #pragma unroll
@@ -138,8 +104,8 @@ static __global__ void __launch_bounds__(kThreads)
       gate.from[i] = has_column ? args.gate_proj + weights : nullptr;
       up.from[i] = has_column ? args.up_proj + weights : nullptr;
     }
-    FfmaSums gates{}, ups{};
-    ffma_pipeline(
+    typename Product::Sums gates{}, ups{};
+    ffma_pipeline<Product>(
         num_steps,
         [&](int step) {
           const int term = step * C::kTerms;
@@ -149,41 +115,47 @@ static __global__ void __launch_bounds__(kThreads)
           up.fetch(term, valid);
         },
         [&](int buffer) {
-          x.store(shared[buffer][0]);
-          gate.store(shared[buffer][1]);
-          up.store(shared[buffer][2]);
+          x.template store<Product>(shared[buffer][0]);
+          gate.template store<Product>(shared[buffer][1]);
+          up.template store<Product>(shared[buffer][2]);
         },
         [&](int buffer, int term) {
-          ffma_term(gates, shared[buffer][0], shared[buffer][1], term);
-          ffma_term(ups, shared[buffer][0], shared[buffer][2], term);
+          Product::add(gates, shared[buffer][0], shared[buffer][1], term);
+          Product::add(ups, shared[buffer][0], shared[buffer][2], term);
         });
 
-    if (C::column() >= tile.columns)
-      continue;  // columns past the end within 4 are zeros, as the rows were
-    const int first_column = args.expert_columns[tile.expert] + tile.column + C::column();
+    const int64_t tile_column = args.expert_columns[tile.expert] + tile.column;
+    const int columns = ceil_div(tile.columns, 4) * 4;  // zeros at the end, as the rows were
 #pragma unroll
-    for (int i = 0; i < C::kRows; ++i) {
-      const int pair = tile.pairs.begin + C::row() + i;
+    for (int i = 0; i < Product::kRows; ++i) {
+      const int pair = tile.pairs.begin + Product::row(i);
       if (pair >= tile.pairs.end) continue;
       const int64_t token = args.lists.token_idx[pair];
       const float weight = args.gates[token * args.num_experts + tile.expert];
-      float out[C::kColumns];
 #pragma unroll
-      for (int j = 0; j < C::kColumns; ++j) {
-        out[j] = weight * (gates[i][j] / (1.f + expf(-gates[i][j])) * ups[i][j]);
+      for (int part = 0; part < Product::kParts; ++part) {
+        const int column = Product::column(part);
+        if (column >= columns) continue;
+        const auto &g = gates[i][part], &u = ups[i][part];
+        float out[Product::kNeighbours];
+#pragma unroll
+        for (int j = 0; j < Product::kNeighbours; ++j) {
+          out[j] = weight * (g[j] / (1.f + expf(-g[j])) * u[j]);
+        }
+        store_neighbours<Product>(args.activations + token * args.width + tile_column + column,
+                                  out);
+        if (args.saved == nullptr) continue;
+        float* saved = args.saved + token * 2 * args.intermediate_size + tile.first_row + column;
+        store_saved(saved, g, tile.columns - column);
+        store_saved(saved + args.intermediate_size, u, tile.columns - column);
       }
-      __stcg(reinterpret_cast<float4*>(args.activations + token * args.width + first_column),
-             as_vector(out));
-      if (args.saved == nullptr) continue;
-      float* saved = args.saved + token * 2 * args.intermediate_size + tile.first_row + C::column();
-      store_saved(saved, gates[i], tile.columns - C::column());
-      store_saved(saved + args.intermediate_size, ups[i], tile.columns - C::column());
     }
   }
 }
 
 // Adds the products of 64 rows of a span to y, which points to the unit's first token and column.
-__device__ __forceinline__ void down_ffma_tile(const PassArgs<float>& args,
+template <class Product>
+__device__ __forceinline__ void down_fp32_tile(const PassArgs<float>& args,
                                                const SumSource<float>& source, const DownUnit& unit,
                                                const SpanIterator::Span& span, int first_row,
                                                float (*shared)[2][FfmaTile::kMatrixFloats],
@@ -199,8 +171,8 @@ __device__ __forceinline__ void down_ffma_tile(const PassArgs<float>& args,
   }
   auto row_of_column = [&](int c) { return c < span.end_column ? args.row_of_column[c] : -1; };
   const int64_t column = unit.first_column + FfmaTerms::column();
-  FfmaSums sums{};
-  ffma_pipeline(
+  typename Product::Sums sums{};
+  ffma_pipeline<Product>(
       ceil_div(span.end_column - span.first_column, C::kTerms),
       [&](int step) {
         const int term = step * C::kTerms;
@@ -214,27 +186,31 @@ __device__ __forceinline__ void down_ffma_tile(const PassArgs<float>& args,
         }
       },
       [&](int buffer) {
-        a.store(shared[buffer][0]);
-        weights.store(shared[buffer][1]);
+        a.template store<Product>(shared[buffer][0]);
+        weights.template store<Product>(shared[buffer][1]);
       },
-      [&](int buffer, int term) { ffma_term(sums, shared[buffer][0], shared[buffer][1], term); });
+      [&](int buffer, int term) {
+        Product::add(sums, shared[buffer][0], shared[buffer][1], term);
+      });
 
   // the pipeline's barriers stand between this expert's additions and what was there before
-  if (unit.first_column + C::column() >= args.hidden_size) return;
 #pragma unroll
-  for (int i = 0; i < C::kRows; ++i) {
-    const int token = token_of_row(args, unit, span, first_row + C::row() + i);
+  for (int i = 0; i < Product::kRows; ++i) {
+    const int token = token_of_row(args, unit, span, first_row + Product::row(i));
     if (token < 0) continue;
-    float4* out = reinterpret_cast<float4*>(y + token * args.hidden_size + C::column());
-    const float4 before = *out;
-    *out = float4{before.x + sums[i][0], before.y + sums[i][1], before.z + sums[i][2],
-                  before.w + sums[i][3]};
+#pragma unroll
+    for (int part = 0; part < Product::kParts; ++part) {
+      const int own = Product::column(part);
+      if (unit.first_column + own >= args.hidden_size) continue;
+      add_neighbours<Product>(y + token * args.hidden_size + own, sums[i][part]);
+    }
   }
 }
 
 // y itself is the strip that the CTA adds to.
-static __global__ void __launch_bounds__(kThreads)
-    down_ffma_kernel(const __grid_constant__ PassArgs<float> args) {
+template <class Product>
+__global__ void __launch_bounds__(kThreads)
+    down_fp32_kernel(const __grid_constant__ PassArgs<float> args) {
   using C = FfmaTile;
   __shared__ __align__(16) float shared[2][2][C::kMatrixFloats];  // rows of a, columns of Wd
   constexpr int kQuads = C::kTileN / 4;
@@ -252,7 +228,7 @@ static __global__ void __launch_bounds__(kThreads)
       SpanIterator::Span span;
       while (spans.next(span, unit.tokens)) {
         for (int row = 0; row < span.pairs.count(); row += C::kTileM) {
-          down_ffma_tile(args, args.sources[s], unit, span, row, shared, y);
+          down_fp32_tile<Product>(args, args.sources[s], unit, span, row, shared, y);
         }
       }
     }

@@ -64,6 +64,26 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// To the nearest number of 10 bits, ties away from zero.
+__device__ __forceinline__ float round_tf32(float v) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
+  return __uint_as_float(bits);
+}
+
+// mma.m16n8k8 of tf32: with the names above, a0 (row g, k q), a1 (row g + 8, k q), a2 and a3 the same at
+// k q + 4; b0 (k q, column g), b1 (k q + 4, column g). Here by rows: low is row g, high row g + 8.
+__device__ __forceinline__ void mma_tf32(float (&low)[2], float (&high)[2], const float (&a_low)[2],
+                                         const float (&a_high)[2], const float (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(low[0]), "+f"(low[1]), "+f"(high[0]), "+f"(high[1])
+      : "r"(__float_as_uint(a_low[0])), "r"(__float_as_uint(a_high[0])),
+        "r"(__float_as_uint(a_low[1])), "r"(__float_as_uint(a_high[1])), "r"(__float_as_uint(b[0])),
+        "r"(__float_as_uint(b[1])));
+}
+
 // Two floats as 16-bit numbers in one register, the first in the low half.
 __device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16) {
   const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);

@@ -241,6 +241,8 @@ class Interpreter:
         reach = (len(x) - 1) * stride + x.shape[1] if len(x) else 0
         return self._in(x.as_strided((reach,), (1,))), stride
 
+    allow_tf32 = False
+
     def _mlp_params(self, x, gates, gate_proj, up_proj, down_proj_t, expert_offsets):
         p = STRUCTS["ExpertMlpParams"](DTYPE[KIND[x.dtype]])
         p.num_tokens, p.hidden_size = x.shape
@@ -248,6 +250,7 @@ class Interpreter:
         (p.x, p.x_stride), p.gates = self._rows(x), self._in(gates)
         p.gate_proj, p.up_proj = self._in(gate_proj), self._in(up_proj)
         p.down_proj_t, p.expert_offsets = self._in(down_proj_t), self._in(expert_offsets)
+        p.allow_tf32 = self.allow_tf32
         return p
 
     def sparse_ffn(self, *inputs, save_activations=False):

@@ -1,0 +1,54 @@
+"""float32 in TF32, where torch.backends.cuda.matmul allows it: forward and backward."""
+
+import pytest
+import torch
+from ops_under_test import ON_GPU, Ops
+from ptx import Counters
+from test_expert_mlp_backward import EDGES, gradients
+
+from dsmoe_ext import reference
+from dsmoe_ext.testing import magnitudes, random_case, run_case
+
+EPS = 2.0**-10  # of numbers with 10 bits
+
+
+@pytest.fixture
+def make():
+    """Ops under test that may use TF32."""
+    if ON_GPU:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        yield Ops
+        torch.backends.cuda.matmul.allow_tf32 = False
+    else:
+        yield type("Tf32", (Ops,), {"allow_tf32": True})
+
+
+@pytest.mark.parametrize("save", [False, True], ids=["recompute", "save"])
+@pytest.mark.parametrize(
+    "edge", ["no token", "off every tile", "unequal", "large between fine", "none active"]
+)
+def test_edges(edge, save, make):
+    """Errors are as large as the rounding of the factors, and no larger."""
+    tokens, hidden, sizes, active = EDGES[edge]
+    case = random_case(5, tokens, hidden, sizes, active=active, exact_ste=True)
+    results = gradients(case, make(), save_activations=save)
+    results["y"] = make().sparse_ffn(*case.inputs())
+    exact = run_case(reference.sparse_ffn, case.to(torch.float64))
+    for name, magnitude in magnitudes(case).items():
+        error = (results[name].double() - exact[name]).abs()
+        assert (error <= 8 * EPS * magnitude).all(), name
+        if tokens and (active or name == "dgates"):
+            assert (error > 8 * 2.0**-23 * magnitude).any(), f"{name} was not rounded"
+
+
+@pytest.mark.skipif(ON_GPU, reason="asks the interpreter")
+def test_any_schedule_and_no_bank_conflicts(make):
+    case = random_case(4, 70, 72, [72, 16, 16], exact_ste=True)
+    counters = Counters()
+    ops = make(counters=counters)
+    want = gradients(case, ops) | {"y": ops.sparse_ffn(*case.inputs())}
+    assert counters.instructions["mma"] > 0
+    assert counters.total(counters.cycles).excess == 0
+    ops = make(seed=0, multiprocessors=1)
+    got = gradients(case, ops) | {"y": ops.sparse_ffn(*case.inputs())}
+    assert all(torch.equal(got[n], want[n]) for n in want)
