@@ -190,6 +190,9 @@ namespace cuda {
 
 using Stream = void*;  // a cudaStream_t
 
+// All work goes to the stream, and nothing waits for it: workspaces and launches have worst-case
+// sizes (every pair active), known on the host, so that a CUDA graph can capture any of these calls.
+
 // workspace: device memory of at least *_workspace_bytes, uninitialised, used until the kernels end
 int64_t expert_mlp_workspace_bytes(const ExpertMlpParams& params);
 int64_t expert_mlp_backward_workspace_bytes(const ExpertMlpBackwardParams& params);

@@ -16,8 +16,10 @@ struct Callbacks {
   int (*launch)(const char* kernel, const unsigned* grid, const unsigned* block, size_t shared,
                 void** args);
   int (*memset)(size_t address, int value, size_t bytes);
+  void (*call)(const char* function, void* stream);  // every call of the runtime; null: takes none
   int multiprocessors;
   int capability;  // 90: compute capability 9.0
+  void* stream;    // what the launchers are given
 };
 
 Callbacks callbacks;
@@ -62,6 +64,7 @@ CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t ran
   }
   const TensorMap made{0x7E45024D,      2, 2, width, start, {sizes[0], sizes[1]}, strides[0],
                        {box[0], box[1]}};
+  *map = {};
   std::memcpy(map, &made, sizeof(made));
   return CUDA_SUCCESS;
 }
@@ -104,7 +107,8 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) {
   return cudaSuccess;
 }
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** args,
-                               size_t shared, cudaStream_t) {
+                               size_t shared, cudaStream_t stream) {
+  callbacks.call("cudaLaunchKernel", stream);
   const unsigned g[3] = {grid.x, grid.y, grid.z}, b[3] = {block.x, block.y, block.z};
   const int error = callbacks.launch(names().at(kernel).c_str(), g, b, shared, args);
   if (error) last_error = static_cast<cudaError_t>(error);
@@ -113,18 +117,22 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
 
 // -- what the launchers call --
 cudaError_t cudaGetLastError() {
+  callbacks.call("cudaGetLastError", nullptr);
   const cudaError_t error = last_error;
   last_error = cudaSuccess;
   return error;
 }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
+  callbacks.call("cudaFuncSetAttribute", nullptr);
   return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int* device) {
+  callbacks.call("cudaGetDevice", nullptr);
   *device = 0;
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  callbacks.call("cudaDeviceGetAttribute", nullptr);
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
       *value = callbacks.multiprocessors;
@@ -142,12 +150,14 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned,
                                              unsigned long long,
                                              cudaDriverEntryPointQueryResult* result) {
+  callbacks.call("cudaGetDriverEntryPointByVersion", nullptr);
   if (std::string(symbol) != "cuTensorMapEncodeTiled") return cudaErrorInvalidValue;
   *function = reinterpret_cast<void*>(&encode_tiled);
   *result = cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }
-cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t) {
+cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t stream) {
+  callbacks.call("cudaMemsetAsync", stream);
   return static_cast<cudaError_t>(
       callbacks.memset(reinterpret_cast<size_t>(address), value, bytes));
 }
@@ -155,25 +165,25 @@ cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t
 // -- the entry points of kernels.h, by C names --
 using namespace dsmoe;
 int run_route(const RouteParams* p, void*) {
-  return static_cast<int>(cuda::route(*p, nullptr));
+  return static_cast<int>(cuda::route(*p, callbacks.stream));
 }
 int run_route_backward(const RouteBackwardParams* p, void*) {
-  return static_cast<int>(cuda::route_backward(*p, nullptr));
+  return static_cast<int>(cuda::route_backward(*p, callbacks.stream));
 }
 int run_permute(const PermuteParams* p, void* workspace) {
-  return static_cast<int>(cuda::permute(*p, workspace, nullptr));
+  return static_cast<int>(cuda::permute(*p, workspace, callbacks.stream));
 }
 int64_t permute_workspace(const PermuteParams* p) {
   return cuda::permute_workspace_bytes(*p);
 }
 int run_expert_mlp(const ExpertMlpParams* p, void* workspace) {
-  return static_cast<int>(cuda::expert_mlp(*p, workspace, nullptr));
+  return static_cast<int>(cuda::expert_mlp(*p, workspace, callbacks.stream));
 }
 int64_t expert_mlp_workspace(const ExpertMlpParams* p) {
   return cuda::expert_mlp_workspace_bytes(*p);
 }
 int run_expert_mlp_backward(const ExpertMlpBackwardParams* p, void* workspace) {
-  return static_cast<int>(cuda::expert_mlp_backward(*p, workspace, nullptr));
+  return static_cast<int>(cuda::expert_mlp_backward(*p, workspace, callbacks.stream));
 }
 int64_t expert_mlp_backward_workspace(const ExpertMlpBackwardParams* p) {
   return cuda::expert_mlp_backward_workspace_bytes(*p);

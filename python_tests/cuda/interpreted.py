@@ -22,6 +22,9 @@ NUMPY = {torch.bfloat16: np.uint16, torch.float16: np.uint16, torch.float32: np.
 KIND = {torch.bfloat16: "kBFloat16", torch.float16: "kFloat16", torch.float32: "kFloat32"}
 
 
+STREAM = 0x57AE  # what the launchers are told to use; never dereferenced
+
+
 class Failed(RuntimeError):
     """A launcher returned a status other than kOk."""
 
@@ -39,8 +42,10 @@ class Callbacks(ctypes.Structure):
             ),
         ),
         ("memset", ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_size_t, ctypes.c_int, ctypes.c_size_t)),
+        ("call", ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_void_p)),
         ("multiprocessors", ctypes.c_int),
         ("capability", ctypes.c_int),
+        ("stream", ctypes.c_void_p),
     ]
 
 
@@ -88,16 +93,22 @@ class Interpreter:
         self.library, self.programs = build(arch, *macros)
         self.seed, self.counters, self.multiprocessors = seed, counters, multiprocessors
         self.capability = int(arch.rstrip("a"))
-        self.launches = []  # (kernel, grid, block, shared bytes)
+        self.launches = []  # (kernel, grid, block, shared bytes, bytes of the parameters)
+        self.calls = []  # of the CUDA runtime: (function, stream or None)
 
     # -- the device side --
 
     def _begin(self):
         self.device, self.problem = Device(self.seed, self.counters), None
         kinds = dict(Callbacks._fields_)
-        launch, memset = kinds["launch"](self._launch), kinds["memset"](self._memset)
-        # must outlive the calls
-        self._callbacks = Callbacks(launch, memset, self.multiprocessors, self.capability)
+        self._callbacks = Callbacks(  # must outlive the calls
+            kinds["launch"](self._launch),
+            kinds["memset"](self._memset),
+            kinds["call"](lambda name, stream: self.calls.append((name.decode(), stream))),
+            self.multiprocessors,
+            self.capability,
+            STREAM,
+        )
         self.library.set_callbacks(ctypes.byref(self._callbacks))
 
     def _launch(self, name, grid, block, shared, args):
@@ -107,7 +118,7 @@ class Interpreter:
         data = bytearray(kernel.param_bytes)
         for i, (offset, size) in enumerate(kernel.params.values()):
             data[offset : offset + size] = ctypes.string_at(args[i], size)
-        self.launches.append((name, grid, block, shared))
+        self.launches.append((name, grid, block, shared, bytes(data)))
         try:
             self.device.launch(self.programs[name], name, grid, block, shared, param_bytes=data)
         except Exception as error:  # it cannot pass through C: _run raises it again

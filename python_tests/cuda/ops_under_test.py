@@ -16,13 +16,34 @@ class Gpu:
     def permute(self, gates, capacity=None):
         if capacity is not None:
             raise NotImplementedError("the op allocates T·E")
-        return tuple(t.cpu() for t in self.ops.permute(gates.cuda()))
+        lists = tuple(t.cpu() for t in self.ops.permute(gates.cuda()))
+        active = int(lists[0][-1])  # the lists have room for T·E
+        return lists[0], lists[1][:active], lists[2], lists[3][:active]
 
     def route(self, logits, threshold, expert_offsets, **options):
         return tuple(
             t.cpu()
             for t in self.ops.route(logits.cuda(), threshold, expert_offsets.cuda(), **options)
         )
+
+    def route_backward(
+        self,
+        dgates,
+        dscores,
+        gates_out,
+        scores,
+        expert_offsets,
+        *,
+        method="threshold",
+        top_k=0,
+        gates="scores",
+        rescale=True,
+        gate_scale=1.0,
+    ):
+        options = self.ops._route_options(method, top_k, gates, rescale, gate_scale)
+        given = (dgates, dscores, gates_out, scores, expert_offsets)
+        given = (None if t is None else t.cuda() for t in given)
+        return torch.ops.dsmoe.route_backward(*given, *options).cpu()
 
     def sparse_ffn(self, *inputs):
         return self.ops.sparse_ffn(*(t.cuda() for t in inputs)).cpu()
