@@ -133,10 +133,13 @@ def list_pairs(make):
     """list_pairs_kernel with more pairs than threads, which takes 2^20 of them in the backward."""
     g = torch.Generator().manual_seed(0)
     gates, weights = (torch.rand(5000, generator=g) < 0.5 for _ in range(2))
-    ops = make()
-    if hasattr(ops, "launch"):
-        (listed,) = ops.launch("list_pairs_kernel", 2, 256, [gates.float(), weights.float()], 5000)
-        assert torch.equal(listed, (gates | weights).float())
+    for with_active in (True, False):
+        ops = make()
+        if hasattr(ops, "launch"):
+            arguments = (5000, gates.float(), weights.float(), with_active)
+            listed = ops.launch("list_pairs_kernel", 2, 256, arguments, 5000)
+            want = gates | weights if with_active else weights & ~gates
+            assert torch.equal(listed, want.float())
 
 
 # loops are unrolled four times: experts and chunks beyond 128 take every copy, others the rest

@@ -151,18 +151,18 @@ class Interpreter:
         self.workspace_bytes = self._workspace_bytes(entry, params)
         return self.device.empty(self.workspace_bytes, np.uint8).address
 
-    def launch(self, kernel, grid, block, inputs, count):
-        """One kernel(count, inputs.., output) alone, float32 all; returns the output."""
+    def launch(self, kernel, grid, block, arguments, size):
+        """One kernel(arguments.., output float32 [size]) alone; returns the output."""
         self._begin()
-        out = self._out(count, torch.float32)
-        values = [count, *map(self._in, inputs), out.address]
-        held = [ctypes.c_int64(v) for v in values]
+        out = self._out(size, torch.float32)
+        values = [self._in(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+        held = [ctypes.c_int64(v) for v in (*values, out.address)]
         args = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
         (name,) = (n for n in self.programs if kernel in n)
         self._launch(name.encode(), (grid, 1, 1), (block, 1, 1), 0, args)
         if self.problem:
             raise self.problem
-        return (torch.from_numpy(out.array.copy()),)
+        return torch.from_numpy(out.array.copy())
 
     # -- the ops --
 
