@@ -41,6 +41,14 @@ def test_one_expert_takes_all():
     check(case, Interpreter(arch="90a"))
 
 
+def test_a_warpgroup_without_rows_keeps_step():
+    """Ten steps of one block of rows, then tiles of three: who idles must not run ahead."""
+    case = random_case(4, 140, 72, [640, 136, 40], active=0.95, dtype=torch.bfloat16)
+    case.gates[30:, 0] = 0
+    for seed in (None, 0):
+        check(case, Interpreter(arch="90a", seed=seed, multiprocessors=1))
+
+
 def test_nan_and_infinity_reach_the_output_of_their_token_only():
     case = random_case(3, 20, 24, [72, 16, 8], active=1.0, dtype=torch.bfloat16)
     case.x[7, 3] = float("nan")
