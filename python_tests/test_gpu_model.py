@@ -1,6 +1,7 @@
 """The model of GPU time: what can be worked out by hand, and the command. No GPU is needed."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,6 +100,16 @@ def test_llama_2_7b_reaches_its_share_of_the_roofline(gpu, tokens, least):
     case = load(tokens, 4096, [1376] * 8, 3 / 8)
     seconds = sum(p.seconds for p in model.predict(model.GPUS[gpu], case))
     assert case.roofline(model.GPUS[gpu]) / seconds >= least
+
+
+def test_backward_does_eight_products_and_takes_longer_than_any_resource():
+    case = replace(load(700, 1024, [512] * 4, 0.5), is_backward=True)
+    assert case.flops() == 8 / 3 * replace(case, is_backward=False).flops()
+    for gpu in model.GPUS.values():
+        kernels = model.predict(gpu, case)
+        assert [p.kernel for p in kernels] == ["neurons", "down"] + ["weights"] * 3
+        assert all(p.seconds > max(p.parts.values()) for p in kernels)
+        assert sum(p.seconds for p in kernels) > case.roofline(gpu)
 
 
 def test_command_reads_a_trace(tmp_path):

@@ -153,11 +153,13 @@ def gpu_model(
             help='JSON, {"active": [[experts of token 0], ...]}: instead of random pairs.'
         ),
     ] = None,
+    backward: Annotated[bool, typer.Option("--backward", help="instead of the forward")] = False,
 ) -> None:
     """Predict the CUDA kernels' time in bf16; beside it the measured time, where a GPU is present.
 
     From the datasheet, the tiles that the kernels would run, and the instructions and bytes of a
-    tile, counted while the interpreter of the tests ran them. Forward and, up to 16 tokens, decode.
+    tile, counted while the interpreter of the tests ran them. Forward, up to 16 tokens decode, or
+    backward: all outputs, everything recomputed, in one pass; predicted only.
     """
     import torch
 
@@ -179,9 +181,10 @@ def gpu_model(
             for fraction in numbers(active, float, "--active")
         ]
     for mask in loads:
-        load = model.Load(hidden_size, tuple(sizes), mask)
+        load = model.Load(hidden_size, tuple(sizes), mask, backward)
         kernels = model.predict(model.GPUS[gpu], load)
-        measured = model.measure(load) if torch.cuda.is_available() else None
+        is_measured = torch.cuda.is_available() and not backward
+        measured = model.measure(load) if is_measured else None
         console.print(prediction_table(model.GPUS[gpu], load, _layout(sizes), kernels, measured))
 
 

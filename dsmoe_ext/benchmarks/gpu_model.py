@@ -1,4 +1,4 @@
-"""Predicted time of the CUDA forward and decode on a named GPU, from work counted in the kernels.
+"""Predicted time of the CUDA kernels (forward, backward, decode) on a named GPU, from counted work.
 
 A kernel's tiles are dealt to the CTAs as its scheduler deals them. A tile costs its steps times the
 busiest pipe of an SM (tensor cores, issue slots, shared memory), plus its own instructions; an SM's
@@ -24,7 +24,8 @@ CHUNK_TOKENS, STRIP_COLUMNS = 256, 128  # of y, what a CTA of `down` owns at lea
 GROUP = 8  # row tiles that share weights in L2
 DECODE_TOKENS = 16
 # rows that a CTA's warps take in turn: the busiest warp has its share of this many rounded up
-ROWS_DEALT = {"gate_up<16>": 64, "gate_up<32>": 32, "gate_up<64>": 32, "down": 32}
+ROWS_DEALT = {"gate_up<16>": 64, "gate_up<32>": 32, "gate_up<64>": 32, "down": 32,
+              "neurons_backward": 64, "weights": 64}  # fmt: skip
 LATENCY_SECONDS = 0.6e-6  # of DRAM, once per kernel
 LAUNCH_SECONDS = 1.5e-6  # between kernels of one stream
 HELPER_LAUNCHES = 5  # place_columns, count, scan, write, clear_inactive
@@ -90,6 +91,13 @@ class Load:
     hidden_size: int
     sizes: tuple[int, ...]
     active: torch.Tensor
+    is_backward: bool = False
+
+    @property
+    def products(self) -> int:
+        """Of tokens and an expert's weights: 3 forward; backward g, u, da, two for dx, and three
+        weight gradients."""
+        return 8 if self.is_backward else 3
 
     @property
     def num_tokens(self) -> int:
@@ -97,7 +105,8 @@ class Load:
 
     def flops(self) -> float:
         """Operations of the active pairs."""
-        return 6.0 * self.hidden_size * float((self.active * torch.tensor(self.sizes)).sum())
+        terms = self.hidden_size * float((self.active * torch.tensor(self.sizes)).sum())
+        return 2.0 * self.products * terms
 
     def weight_bytes(self) -> float:
         """Of the experts that any token wants, bf16."""
@@ -105,8 +114,10 @@ class Load:
         return 6.0 * self.hidden_size * float(used)
 
     def roofline(self, gpu: Gpu) -> float:
-        """Seconds: operations at the peak, or weights, x and y once at full bandwidth."""
+        """Seconds: operations at the peak, or weights, x and y once at full bandwidth; backward
+        with the gradients of all of them."""
         moved = self.weight_bytes() + 4.0 * self.num_tokens * self.hidden_size
+        moved *= 2 if self.is_backward else 1
         return max(self.flops() / gpu.flops, moved / gpu.bandwidth)
 
 
@@ -321,8 +332,38 @@ def decode(gpu: Gpu, load: Load) -> list[Prediction]:
     return out
 
 
+def backward(gpu: Gpu, load: Load) -> list[Prediction]:
+    """Everything recomputed, in one pass: mma.sync on every GPU."""
+    gpu = replace(gpu, loop=MMA)
+    steps = math.ceil(load.hidden_size / MMA.step_terms)
+    neurons, weights, dram = [], [], [0.0, 0.0]
+    for size, pairs in zip(load.sizes, load.active.sum(0).tolist(), strict=True):
+        row_tiles = math.ceil(pairs / MMA.tile_rows)
+        rows = [min(MMA.tile_rows, pairs - i * MMA.tile_rows) for i in range(row_tiles)]
+        for first in range(0, row_tiles, GROUP):
+            for _ in range(math.ceil(size / 32)):
+                neurons += [(r, steps) for r in rows[first : first + GROUP]]
+        dram[0] += math.ceil(row_tiles / GROUP) * 6.0 * size * load.hidden_size
+        dram[0] += pairs * (4.0 * load.hidden_size + 6.0 * size)
+        tiles = math.ceil(size / 64) * math.ceil(load.hidden_size / STRIP_COLUMNS)
+        weights += [(64, math.ceil(pairs / MMA.step_terms))] * tiles
+        dram[1] += 2.0 * (pairs * (load.hidden_size + size) + size * load.hidden_size)
+    dx = down(gpu, load)  # one of the two sources
+    both = {k: 2 * v for k, v in dx.parts.items()}
+    three_ctas = replace(gpu, loop=replace(MMA, ctas_per_sm=3))
+    one = run_tiles(three_ctas, "weights", deal(three_ctas, weights), dram[1])
+    first = run_tiles(gpu, "neurons_backward", deal(gpu, neurons), dram[0])
+    return [
+        replace(first, kernel="neurons"),
+        replace(dx, tiles=2 * dx.tiles, parts=both, seconds=2 * dx.seconds),
+        *[one] * 3,
+    ]
+
+
 def predict(gpu: Gpu, load: Load) -> list[Prediction]:
-    """Every kernel of one forward, in order."""
+    """Every kernel of one forward or backward, in order."""
+    if load.is_backward:
+        return backward(gpu, load)
     if load.num_tokens <= DECODE_TOKENS:
         return decode(gpu, load)
     moved = 3 * 4.0 * load.active.numel()  # gates, read by count, by write, by clear_inactive

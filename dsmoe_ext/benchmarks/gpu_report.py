@@ -28,7 +28,14 @@ def prediction_table(
     measured: seconds on this machine's GPU, or None.
     """
     total, roofline = sum(k.seconds for k in kernels), load.roofline(gpu)
-    share = load.flops() / 6 / load.hidden_size / max(load.num_tokens, 1) / sum(load.sizes)
+    share = (
+        load.flops()
+        / 2
+        / load.products
+        / load.hidden_size
+        / max(load.num_tokens, 1)
+        / sum(load.sizes)
+    )
     out = Table(box=SIMPLE_HEAD, pad_edge=False)
     out.add_column("us", no_wrap=True)
     for column in ("tiles", *COLUMNS.values(), "predicted"):

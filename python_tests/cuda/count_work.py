@@ -37,6 +37,9 @@ KERNELS = {
     # decode: two units of 8 neurons, 512 terms a step; two strips, 8 warps take a step each
     "neurons": ((1, 16), lambda steps: (512 * steps, 16), 2, 1),
     "outputs": ((1, 16), lambda steps: (128, 16 * 8 * steps), 2, 8),
+    # backward; the weights' steps are of tokens, their rows neurons
+    "neurons_backward": ((32, 128), lambda steps: (32 * steps, 32), 1, 1),
+    "weights": ((32, 64), lambda steps: (128, 32 * steps), 1, 1),
     # sm_90a
     "sm90a gate_up<16>": ((64, 256), lambda steps: (64 * steps, 16), 1, 1),
     "sm90a gate_up<32>": ((64, 256), lambda steps: (64 * steps, 32), 1, 1),
@@ -52,7 +55,9 @@ def short(name):
         return f"gate_up<{tile[1]}>"
     if own := re.match(r"sm90a::(gate_up|down)_kernel<bfloat16(?:,(\d+))?>", name):
         return f"sm90a {own[1]}" + (f"<{own[2]}>" if own[2] else "")
-    plain = re.match(r"(down|neurons|outputs)_kernel<bfloat16", name)
+    if re.match(r"neurons_backward_kernel<bfloat16,false>", name):
+        return "neurons_backward"
+    plain = re.match(r"(down|neurons|outputs|weights)_kernel<bfloat16", name)
     return plain[1] if plain else None
 
 
@@ -88,10 +93,16 @@ def summary(counters):
 
 def run(kernel, steps, rows, experts=1):
     hidden, size = KERNELS[kernel][1](steps)
+    if kernel == "weights":
+        rows, size = size, rows
     case = random_case(0, rows, hidden, [size] * experts, active=1.0, dtype=torch.bfloat16)
     arch = "90a" if kernel.startswith("sm90a") else "80"
     ops = CountingInterpreter(multiprocessors=1, arch=arch)
-    ops.sparse_ffn(*case.inputs())
+    if kernel in ("neurons_backward", "weights"):  # of the three gradients that of gate_proj alone
+        others = ("dx", "dgates", "dup_proj", "ddown_proj_t")
+        ops.sparse_ffn_backward(*case.inputs(), dy=case.dy, without=others)
+    else:
+        ops.sparse_ffn(*case.inputs())
     names = readable(sorted({name for name, _ in ops.per_launch}))
     (found,) = [c for name, c in ops.per_launch if short(names[name]) == kernel]
     return summary(found)

@@ -32,3 +32,10 @@ def test_down_reads_the_strip_and_writes_it():
     tile, sums = table["down"]["rows"]["128"]["tile"], 128 * 128 * 4
     assert tile["store_bytes"] == 2 * sums + sums // 2
     assert 2 * sums <= tile["load_bytes"] <= 1.02 * 2 * sums
+
+
+def test_weight_gradients_are_stored_once_in_whole_sectors():
+    """64 neurons by 128 columns in bf16."""
+    table = json.loads(count_work.TABLE.read_text())
+    assert table["weights"]["rows"]["64"]["tile"]["store_bytes"] == 64 * 128 * 2
+    assert table["weights"]["rows"]["64"]["step"]["store_bytes"] == 0
