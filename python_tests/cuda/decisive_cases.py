@@ -11,10 +11,11 @@ import test_expert_mlp
 import test_expert_mlp_backward
 import test_permute
 import test_route
+import test_tf32
 import torch
 
 from dsmoe_ext import reference
-from dsmoe_ext.testing import random_case
+from dsmoe_ext.testing import magnitudes, random_case, run_case
 
 
 def permute(tokens, experts, active):
@@ -71,10 +72,31 @@ def expert_mlp(*shape, multiprocessors=1, **options):
     )
 
 
-def expert_mlp_backward(*shape, **options):
+def expert_mlp_backward(*shape, save_activations=False, **options):
     inputs = functools.cache(lambda: inputs_of(*shape, **options))
     expected = functools.cache(lambda: test_expert_mlp_backward.expect(inputs()))
-    return lambda make: test_expert_mlp_backward.check(inputs(), make(), expected())
+    return lambda make: test_expert_mlp_backward.check(
+        inputs(), make(), expected(), save_activations=save_activations
+    )
+
+
+def tf32(*shape, save_activations):
+    """float32 on tensor cores, forward and backward, to the bounds of test_tf32.py."""
+    inputs = functools.cache(lambda: inputs_of(*shape, exact_ste=True, dtype=torch.float32))
+    exact = functools.cache(lambda: run_case(reference.sparse_ffn, inputs().to(torch.float64)))
+
+    def case(make):
+        ops = make()
+        ops.allow_tf32 = True
+        results = test_expert_mlp_backward.gradients(
+            inputs(), ops, save_activations=save_activations
+        )
+        results["y"] = ops.sparse_ffn(*inputs().inputs())
+        for name, magnitude in magnitudes(inputs()).items():
+            error = (results[name].double() - exact()[name]).abs()
+            assert (error <= 8 * test_tf32.EPS * magnitude).all(), name
+
+    return case
 
 
 def later_tokens_without_experts(make):
@@ -225,6 +247,18 @@ CASES = {
             *shape, exact_ste=True, dtype=torch.float32
         )
         for name, shape in BACKWARD.items()
+    },
+    **{
+        f"backward, {name}, saved, {dtype}": expert_mlp_backward(
+            *shape, exact_ste=True, dtype=dtype, save_activations=True
+        )
+        for name, shape in BACKWARD.items()
+        for dtype in (torch.bfloat16, torch.float32)
+    },
+    **{
+        f"TF32, {name}{', saved' * save}": tf32(*shape, save_activations=save)
+        for name, shape in BACKWARD.items()
+        for save in (False, True)
     },
     "backward, later tokens without experts": later_tokens_without_experts,
     "decode beside NaN": decode_beside_nan,
