@@ -19,9 +19,7 @@ class _CrossEntropySum(torch.autograd.Function):
     """Sum over tokens of -log softmax(logits)[label]; logits [N,V], labels [N]."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-        ctx.save_for_backward(logits, labels)
-        ctx.ignore_index = ignore_index
+    def forward(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
         dtype = at_least_float32(logits.dtype)
         total = logits.new_zeros((), dtype=dtype)
         for part, chosen in _pieces(logits, labels):
@@ -29,6 +27,11 @@ class _CrossEntropySum(torch.autograd.Function):
                 part.to(dtype), chosen, reduction="sum", ignore_index=ignore_index
             )
         return total
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        logits, labels, ctx.ignore_index = inputs
+        ctx.save_for_backward(logits, labels)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -40,7 +43,7 @@ class _CrossEntropySum(torch.autograd.Function):
             is_kept = chosen != ctx.ignore_index
             index = torch.where(is_kept, chosen, 0).unsqueeze(1)
             softmax.scatter_add_(1, index, softmax.new_full((), -1.0).expand(index.shape))
-            out.copy_(softmax.mul_((is_kept * dtotal).unsqueeze(1)))
+            out.copy_(softmax.mul_(torch.where(is_kept, dtotal, 0).unsqueeze(1)))
         return dlogits, None, None
 
 

@@ -69,7 +69,8 @@ def random_case(
     num_experts, intermediate_size = len(sizes), sum(sizes)
     mask = torch.rand(num_tokens, num_experts, generator=g) < active
     gates = (torch.rand(num_tokens, num_experts, generator=g) + 0.5) * mask
-    weights = [normal(intermediate_size, hidden_size, scale=hidden_size**-0.5) for _ in range(3)]
+    scale = max(hidden_size, 1) ** -0.5
+    weights = [normal(intermediate_size, hidden_size, scale=scale) for _ in range(3)]
     case = Case(
         normal(num_tokens, hidden_size, scale=1.0),
         gates,

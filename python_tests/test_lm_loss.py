@@ -61,10 +61,18 @@ def test_shifted_labels_and_other_index(seed):
 
 
 def test_no_label_is_nan_and_teaches_nothing():
-    """As in transformers: 0 / 0."""
+    """As in transformers: the loss is 0 / 0, its gradient zero."""
     logits, labels = batch(num_ignored=14)
-    loss, _ = with_gradient(causal_lm_loss, logits, labels)
-    want, _ = with_gradient(ForCausalLMLoss, logits, labels)
+    loss, gradient = with_gradient(causal_lm_loss, logits, labels)
+    want, want_gradient = with_gradient(ForCausalLMLoss, logits, labels)
     assert loss.isnan() and want.isnan()
+    assert not want_gradient.any() and torch.equal(gradient, want_gradient)
     summed, gradient = with_gradient(causal_lm_loss, logits, labels, num_items_in_batch=5)
     assert summed == 0 and torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_torch_func(seed):
+    logits, labels = batch()
+    want = with_gradient(ForCausalLMLoss, logits, labels)[1] / 3
+    got = torch.func.grad(lambda z: causal_lm_loss(z, labels, 11))(logits.detach())
+    torch.testing.assert_close(got, want)

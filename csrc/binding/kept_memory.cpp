@@ -28,7 +28,8 @@ struct alignas(64) Block {
 
 constexpr size_t kSmallest = size_t{1} << 20;  // below, malloc keeps what it gets
 constexpr size_t kMost = size_t{512} << 20;
-constexpr size_t kPage = 4096, kHugePage = size_t{2} << 20;
+constexpr size_t kPage = size_t{64} << 10;  // a multiple of every system's
+constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kSlots = 256;
 std::atomic<Block*> slots[kSlots];
 std::atomic<size_t> newest{0}, kept_bytes{0};
@@ -58,6 +59,10 @@ void drop(Block* block) {
 // A ring: the newest block takes the place of the oldest, and more of the oldest go if there are too
 // many bytes.
 void keep(Block* block) {
+  if (block->bytes > kMost) {
+    munmap(block, block->bytes);
+    return;
+  }
   kept_bytes.fetch_add(block->bytes);
   const size_t at = newest.fetch_add(1) + 1;
   drop(slots[at % kSlots].exchange(block));
@@ -79,6 +84,9 @@ Block* acquire(size_t bytes) {
     Block* none = nullptr;
     if (!slot.compare_exchange_strong(none, block)) drop(block);
   }
+  Block* block = map(bytes);
+  if (block) return block;
+  for (auto& slot : slots) drop(slot.exchange(nullptr));  // unused memory of other sizes
   return map(bytes);
 }
 

@@ -113,6 +113,10 @@ template <class T>
 Status backward(const ExpertMlpBackwardParams& b, const Team& team) {
   using C = CType<T>;
   const ExpertMlpParams& p = b.forward;
+  if (p.hidden_size == 0) {  // dgates alone has elements: sums of nothing
+    if (b.dgates) memset(b.dgates, 0, size_t(p.num_tokens * p.num_experts) * sizeof(C));
+    return Status::kOk;
+  }
   const C* gates = (const C*)p.gates;
   const C* weights = b.dgates ? (const C*)b.grad_weight : nullptr;
   const auto is_active = [&](int64_t t, int e) { return gates[t * p.num_experts + e] != 0; };

@@ -272,10 +272,11 @@ static void add_section(const Section<T>& s, int64_t hidden, int64_t panel_begin
   TileArgs<T> args;
   args.steps = steps;
   args.accumulate = true;
+  Ahead ahead = {};
   for (int64_t begin = panel_begin; begin < panel_end; begin += at_once) {
     const int64_t panels = min_of(at_once, panel_end - begin);
     const T* b = s.packed ? s.packed + begin * panel_size : scratch;
-    Ahead ahead = {};
+    ahead = {};
     if (!s.packed) {
       pack_columns([&](int64_t i) { return row(i); }, s.k, begin * kColumns<T>, hidden, panels,
                    scratch);

@@ -134,7 +134,7 @@ Status expert_mlp(const ExpertMlpParams& p, void* workspace, Stream stream) {
       p.num_experts > kMaxExperts) {
     return Status::kUnsupported;
   }
-  if (p.num_tokens == 0) return Status::kOk;
+  if (p.num_tokens == 0 || p.hidden_size == 0) return Status::kOk;
   auto* bytes = static_cast<unsigned char*>(workspace);
   if (p.dtype == Dtype::kFloat32) return forward<float>(p, bytes, on);
   if (is_decode(p)) return decode(p, workspace, stream);
