@@ -2,7 +2,7 @@
 
 DSMOE_TORCH_DIR            folder of the torch package, where the build cannot find it by itself
 DSMOE_CUDA=auto|1|0        CUDA kernels; auto (default): if torch is a CUDA build and nvcc is found
-CUDACXX                    nvcc, if it is not on PATH
+CUDACXX                    nvcc, if it is neither on PATH nor in wheels beside torch
 CMAKE_CUDA_ARCHITECTURES   such as "80;90a";  MAX_JOBS  compiler processes at once
 """
 
@@ -53,10 +53,13 @@ def cuda_compiler() -> str:
     if choice == "0" or (choice == "auto" and not has_cuda):
         return ""
     nvcc = shutil.which(os.environ.get("CUDACXX", "nvcc"))
+    for place in torch_places() if nvcc is None else []:  # NVIDIA's wheels lie beside torch
+        nvcc = nvcc or next(map(str, place.parent.glob("nvidia/cu*/bin/nvcc")), None)
     if nvcc is None and choice == "1":
         sys.exit(
-            "DSMOE_CUDA=1 needs nvcc (CUDA 12.8 or newer), and there is none: put it on PATH, or "
-            "name it in CUDACXX, or build for the CPU alone with DSMOE_CUDA=0."
+            "DSMOE_CUDA=1 needs nvcc (CUDA 12.8 or newer), and there is none: put it on PATH, name "
+            "it in CUDACXX, install the wheels `nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm "
+            "nvidia-cuda-runtime nvidia-cuda-cccl`, or build for the CPU with DSMOE_CUDA=0."
         )
     return nvcc or ""
 
