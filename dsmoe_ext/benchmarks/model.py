@@ -95,10 +95,10 @@ def prefill(model, ids: torch.Tensor) -> Callable:
 
 def decode(model, ids: torch.Tensor) -> Callable:
     """One more token after CONTEXT tokens in the KV cache."""
-    cache = model(input_ids=ids[:, :CONTEXT], use_cache=True).past_key_values
+    cache = model(input_ids=ids[:, :CONTEXT], use_cache=True).cache
 
     def step():
-        model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+        model(input_ids=ids[:, :1], cache=cache, use_cache=True)
         cache.crop(-1)
 
     return step

@@ -47,7 +47,7 @@ class Streams:
                     config=self.model.config,
                     inputs_embeds=x,
                     attention_mask=None,
-                    past_key_values=None,
+                    cache=None,
                     position_ids=positions,
                 )
                 attended, _ = layer.self_attn(

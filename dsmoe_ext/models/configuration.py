@@ -28,7 +28,7 @@ class DSMoELlamaConfig(LlamaConfig):
     """
 
     model_type = MODEL_TYPE
-    keys_to_ignore_at_inference = ["past_key_values", "lm_loss", "sparsity_loss"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["cache", "lm_loss", "sparsity_loss"]  # noqa: RUF012
     # Experts are not split over devices (yet): tensor parallelism covers attention only.
     base_model_tp_plan = {  # noqa: RUF012 (transformers' own form)
         name: plan for name, plan in LlamaConfig.base_model_tp_plan.items() if ".mlp." not in name

@@ -25,6 +25,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -149,13 +150,14 @@ class DSMoELlamaModel(DSMoELlamaPreTrainedModel):
         self.post_init()
 
     @merge_with_config_defaults
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @capture_outputs
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         loss_mask: Tensor | None = None,
@@ -169,16 +171,16 @@ class DSMoELlamaModel(DSMoELlamaPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         num_tokens = inputs_embeds.shape[1]
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(num_tokens, device=inputs_embeds.device).unsqueeze(0) + past
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             position_ids=position_ids,
         )
         token_mask = None
@@ -202,7 +204,7 @@ class DSMoELlamaModel(DSMoELlamaPreTrainedModel):
                 attention_mask=causal_mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                cache=cache,
                 use_cache=use_cache,
                 **kwargs,
             )
@@ -214,7 +216,7 @@ class DSMoELlamaModel(DSMoELlamaPreTrainedModel):
             total = torch.stack([term.to(hidden_states.device) for term in sparsity_sums]).sum()
         return DSMoEModelOutput(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
+            cache=cache,
             sparsity_sum=total,
         )
 
@@ -233,12 +235,13 @@ class DSMoELlamaForCausalLM(DSMoELlamaPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @can_return_tuple
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -264,7 +267,7 @@ class DSMoELlamaForCausalLM(DSMoELlamaPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             loss_mask=loss_mask,
@@ -290,7 +293,7 @@ class DSMoELlamaForCausalLM(DSMoELlamaPreTrainedModel, GenerationMixin):
         return DSMoECausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             lm_loss=lm_loss,
