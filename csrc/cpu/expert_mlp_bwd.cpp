@@ -57,8 +57,7 @@ template <class T>
 typename Backward<T>::Starts place(const Backward<T>& w, typename Backward<T>::Starts* starts) {
   typename Backward<T>::Starts next = {};
   for (int e = w.expert_begin; e < w.expert_end; ++e) {
-    const int64_t S = w.size(e), n = w.active.count(e), m = w.extra.count(e),
-                  padded = w.padded_size(S);
+    const int64_t S = w.size(e), n = w.active.count(e), m = w.extra.count(e);
     const int64_t panels = ceil_div(S, kColumns<T>);
     if (starts) {
       next.saved = starts[e].saved;
@@ -66,8 +65,8 @@ typename Backward<T>::Starts place(const Backward<T>& w, typename Backward<T>::S
     }
     if (!w.p.activations) next.inner_active += n * 2 * S;
     next.inner_extra += m * 2 * S;
-    if (!w.kPaired || w.b.dx) next.rows += round_up(n, 2) * w.kRowParts * padded;
-    if (w.kPaired && w.wants_weights) next.row_pairs += ceil_div(n, 2) * 3 * padded * 2;
+    if (!w.kPaired || w.b.dx) next.rows += round_up(n, 2) * w.row_stride(S);
+    if (w.kPaired && w.wants_weights) next.row_pairs += ceil_div(n, 2) * w.pair_stride(S);
     if (w.b.dgates) next.shares_active += n * panels, next.shares_extra += m * panels;
   }
   return next;
@@ -76,7 +75,10 @@ typename Backward<T>::Starts place(const Backward<T>& w, typename Backward<T>::S
 template <class T>
 Status backward_group(Backward<T>& w, const Team& team) {
   const int threads = team.max_size;
-  const int64_t copied = needs_copy<T>(w.p.hidden_size) ? w.p.num_tokens * w.copy_stride() : 0;
+  const ExpertMlpParams& p = w.p;
+  const int64_t copy = p.num_tokens * copy_stride<T>(p.hidden_size);
+  const bool copies_x = needs_copy<T>(p.hidden_size, p.x_stride, p.num_tokens);
+  const bool copies_dy = needs_copy<T>(p.hidden_size, w.b.dy_stride, p.num_tokens);
   w.recompute_active = w.recompute_extra = w.grad_active = w.grad_extra = {};
   plan(w, threads);
   const auto sizes = place(w, nullptr);
@@ -86,8 +88,8 @@ Status backward_group(Backward<T>& w, const Team& team) {
     arena.take(w.recompute_extra.items, w.recompute_extra.count);
     arena.take(w.grad_active.items, w.grad_active.count);
     arena.take(w.grad_extra.items, w.grad_extra.count);
-    arena.take(w.x_copy, copied);
-    arena.take(w.dy_copy, copied);
+    arena.take(w.x_copy, copies_x ? copy : 0);
+    arena.take(w.dy_copy, copies_dy ? copy : 0);
     arena.take(w.inner_active, sizes.inner_active);
     arena.take(w.inner_extra, sizes.inner_extra);
     arena.take(w.rows, sizes.rows);
@@ -98,7 +100,8 @@ Status backward_group(Backward<T>& w, const Team& team) {
     arena.take(w.scratch, w.scratch_size * threads);
   });
   if (!memory) return Status::kWorkspaceTooSmall;
-  if (!copied) w.x_copy = w.dy_copy = nullptr;
+  if (!copies_x) w.x_copy = nullptr;
+  if (!copies_dy) w.dy_copy = nullptr;
   *w.sync = {};
   plan(w, threads);
   place(w, w.starts);

@@ -52,10 +52,10 @@ struct Backward {
       int64_t next;
     } recompute_active, recompute_extra, grad_active, grad_extra, columns, weights;
   }* sync = nullptr;
-  A *x_copy = nullptr, *dy_copy = nullptr;            // [T, H padded]
+  A *x_copy = nullptr, *dy_copy = nullptr;            // [T, H padded]   null: read in place
   T *inner_active = nullptr, *inner_extra = nullptr;  // per expert [n_e, 2 S]: g | u
-  A* rows = nullptr;       // per expert [n_e, row_parts * S padded]: dG | dU (| h)
-  A* row_pairs = nullptr;  // per expert [n_e / 2, 3 * S padded, 2]: dG | dU | h
+  A* rows = nullptr;       // per expert [n_e, row_parts, S padded]: dG | dU (| h)
+  A* row_pairs = nullptr;  // per expert [n_e / 2, 3, S padded, 2]: dG | dU | h
   C *shares_active = nullptr,
     *shares_extra = nullptr;  // per expert [n_e, panels]: <a, dA> of a panel's neurons
   C* dx_sums = nullptr;       // [T, H]  only with several groups
@@ -68,11 +68,12 @@ struct Backward {
 
   static constexpr int64_t kRowParts = kPaired ? 2 : 3;
   static int64_t padded_size(int64_t size) { return round_up(size, kN); }
+  static int64_t row_stride(int64_t size) { return unaliased<A>(kRowParts * padded_size(size)); }
+  static int64_t pair_stride(int64_t size) { return unaliased<A>(3 * padded_size(size) * 2); }
   int64_t size(int e) const { return p.expert_offsets[e + 1] - p.expert_offsets[e]; }
   // Where dU begins in a row: right after dG if no register of dG reaches over it.
   int64_t up_start(int e) const { return size(e) % kL == 0 ? size(e) : padded_size(size(e)); }
   int64_t steps() const { return ceil_div(p.hidden_size, kPair); }
-  int64_t copy_stride() const { return round_up(p.hidden_size, kPair); }
   const T* weight(const void* matrix, int e) const {
     return (const T*)matrix + p.expert_offsets[e] * p.hidden_size;
   }
@@ -90,15 +91,14 @@ struct Backward {
 
   void recompute(const RowItem& item, bool is_extra, T* panel) {
     const Pairs& pairs = is_extra ? extra : active;
-    const bool copied = needs_copy<T>(p.hidden_size);
     for_each_panel(item, gate_up_shape, pairs, [&](int e, int64_t i, int64_t low, int64_t high) {
       const int64_t row = i * kL, valid = size(e) - row, S = size(e);
       const T *gate = weight(p.gate_proj, e) + row * p.hidden_size,
               *up = weight(p.up_proj, e) + row * p.hidden_size;
       pack_rows(gate, valid, up, valid, p.hidden_size, p.hidden_size, panel);
-      row_panel(copied ? x_copy : (const A*)p.x, copied ? copy_stride() : p.x_stride, pairs.of(e),
-                low, high, panel, steps(),
-                ahead_in_rows(gate, up, min_of(valid, kL), p.hidden_size),
+      row_panel(x_copy ? x_copy : (const A*)p.x,
+                x_copy ? copy_stride<T>(p.hidden_size) : p.x_stride, pairs.of(e), low, high, panel,
+                steps(), ahead_in_rows(gate, up, min_of(valid, kL), p.hidden_size),
                 [&](int64_t first, int count, const C(*tile_sums)[kColumns<T>]) {
                   for (int r = 0; r < count; ++r) {
                     T* out = const_cast<T*>(inner(e, is_extra, first + r)) + row;
@@ -124,7 +124,6 @@ struct Backward {
 
   void grad(const RowItem& item, bool is_extra, T* panel) {
     const Pairs& pairs = is_extra ? extra : active;
-    const bool copied = needs_copy<T>(p.hidden_size);
     for_each_panel(item, grad_shape, pairs, [&](int e, int64_t i, int64_t low, int64_t high) {
       const int64_t row = i * kN, valid = size(e) - row;
       const T* down = weight(p.down_proj_t, e) + row * p.hidden_size;
@@ -136,8 +135,8 @@ struct Backward {
         return for_each_tile(
             high - low, [&](int64_t begin, int count) { epilogue(low + begin, count, zeros); });
       }
-      const A* a = copied ? dy_copy : (const A*)b.dy;
-      const int64_t stride = copied ? copy_stride() : b.dy_stride, H = p.hidden_size;
+      const int64_t H = p.hidden_size, stride = dy_copy ? copy_stride<T>(H) : b.dy_stride;
+      const A* a = dy_copy ? dy_copy : (const A*)b.dy;
       const Ahead ahead = ahead_in_rows(down, (const T*)nullptr, min_of(valid, kN), H);
       if (valid > kL) {
         pack_rows(down, valid, down + kL * H, valid - kL, H, H, panel);
@@ -189,7 +188,7 @@ struct Backward {
         // row of zeros after it.
         const int written = kPaired ? min_of(2, count - r) : kPair == 2 ? 2 : min_of(2, count - r);
         for (int i = 0; i < written; ++i) {
-          A* out = rows + starts[e].rows + (first + r + i) * kRowParts * padded + column;
+          A* out = rows + starts[e].rows + (first + r + i) * row_stride(S) + column;
           store(out, v[i].dg);
           store(out + up_start(e), v[i].du);
           if (!kPaired) store(out + 2 * padded, v[i].h);
@@ -207,7 +206,7 @@ struct Backward {
   void store_row_pair(int e, int64_t pair, int64_t padded, int64_t column,
                       const InnerGrad (&v)[2]) {
     if constexpr (kPaired) {
-      A* out = row_pairs + starts[e].row_pairs + (pair * 3 * padded + column) * 2;
+      A* out = row_pairs + starts[e].row_pairs + pair * pair_stride(size(e)) + column * 2;
       store_pair(out, v[0].dg, v[1].dg);
       store_pair(out + padded * 2, v[0].du, v[1].du);
       store_pair(out + padded * 4, v[0].h, v[1].h);
@@ -243,12 +242,11 @@ struct Backward {
              size_t(width) * sizeof(C));
     for (int e = expert_begin; e < expert_end; ++e) {
       if (active.count(e) == 0) continue;
-      const int64_t padded = padded_size(size(e));
       Section<T> section;
       section.tokens = active.of(e);
       section.n = active.count(e);
       section.a = rows + starts[e].rows;
-      section.a_stride = kRowParts * padded;
+      section.a_stride = row_stride(size(e));
       section.k = size(e);
       section.matrix = weight(p.gate_proj, e);
       section.packed = nullptr;
@@ -309,7 +307,7 @@ struct Backward {
     args.steps = ceil_div(n, kPair);
     args.panels = panels;
     args.accumulate = false;
-    args.lda = kPaired ? 3 * padded * 2 : 3 * padded;
+    args.lda = kPaired ? pair_stride(S) : row_stride(S);
     const int64_t part_start = part == 1 ? up_start(e) : part * padded;
     const A* a = kPaired ? row_pairs + starts[e].row_pairs + part * padded * 2
                          : rows + starts[e].rows + part_start;

@@ -43,12 +43,11 @@ struct Forward {
   T* scratch = nullptr;             // per thread
   int64_t sums_size = 0, scratch_size = 0;
 
-  static int64_t padded_size(int64_t size) { return round_up(size, kLanes<T>); }
+  static int64_t padded_size(int64_t size) { return unaliased<A>(round_up(size, kLanes<T>)); }
   int64_t size(int e) const { return p.expert_offsets[e + 1] - p.expert_offsets[e]; }
-  const A* x() const { return needs_copy<T>(p.hidden_size) ? x_copy : (const A*)p.x; }
-  int64_t x_stride() const {
-    return needs_copy<T>(p.hidden_size) ? round_up(p.hidden_size, Compute<T>::kPair) : p.x_stride;
-  }
+  bool copies_x() const { return needs_copy<T>(p.hidden_size, p.x_stride, p.num_tokens); }
+  const A* x() const { return copies_x() ? x_copy : (const A*)p.x; }
+  int64_t x_stride() const { return copies_x() ? copy_stride<T>(p.hidden_size) : p.x_stride; }
   const T* packed_expert(int e) const {
     return p.packed ? (const T*)p.packed + packed_start[e] : nullptr;
   }
@@ -122,7 +121,7 @@ struct Forward {
   void run(int thread, int team_size) {
     C* thread_sums = sums + thread * sums_size;
     T* thread_scratch = scratch + thread * scratch_size;
-    if (needs_copy<T>(p.hidden_size)) {
+    if (copies_x()) {
       copy_rows((const T*)p.x, p.x_stride, p.hidden_size, p.num_tokens * thread / team_size,
                 p.num_tokens * (thread + 1) / team_size, x_copy);
       barrier_wait(sync->barrier, team_size);
@@ -180,7 +179,7 @@ Status forward_block(const ExpertMlpParams& p, int64_t* saved_start, const Team&
     arena.take(f.items, f.num_items);
     arena.take(f.a_start, p.num_experts);
     arena.take(f.packed_start, p.num_experts);
-    arena.take(f.x_copy, needs_copy<T>(p.hidden_size) ? p.num_tokens * f.x_stride() : 0);
+    arena.take(f.x_copy, f.copies_x() ? p.num_tokens * f.x_stride() : 0);
     arena.take(f.activated, a_size);
     arena.take(f.sums, f.sums_size * f.threads);
     arena.take(f.scratch, f.scratch_size * f.threads);

@@ -16,7 +16,7 @@ namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
 
 enum AOrder { kRowPointers, kStepMajor };
 
-// Memory to bring into L2 while tiles multiply, ahead_lines cache lines for every kUnroll steps: rows
+// Memory to bring into L2 while tiles multiply, ahead_lines cache lines for every run of steps: rows
 // of run lines, stride bytes apart, first those at `at`, then as many at `then`.
 struct Ahead {
   const char *at, *then;
@@ -49,14 +49,13 @@ struct TileArgs {
   int64_t out_stride = 0;
   int64_t out_width = 0;  // columns that exist in out; the last panel may be wider
   bool stream = false;  // past the caches: out is aligned and too large to be read from them again
-  // What the caller will read next. Tiles of a few rows are bound by memory and look ahead in B by
-  // themselves, or leave that to the hardware.
+  // What the caller will read after this B; in B itself tiles look ahead, or leave it to the hardware.
   Ahead* ahead = nullptr;
   int64_t ahead_lines = 0;
 };
 
 constexpr int kUnroll = 4;
-constexpr int kStreamRows = 4;        // up to here a tile is bound by reading B
+constexpr int kRun = 16;  // steps between two looks ahead, whose code stays out of the inner loop
 constexpr int64_t kLookAhead = 4096;  // bytes: 100 ns of memory latency at 40 GB/s
 
 // Few rows leave few sums in flight, so K is then dealt to several sets of sums.
@@ -87,6 +86,35 @@ DSMOE_INLINE void tile_step(Vec<CType<T>> (&acc)[R][W], const AType<T>* const* a
   }
 }
 
+// count steps from step on. This loop needs no general register but those of the rows' pointers, of B
+// and of an index that counts up to 0: with more in it, pointers of 12 rows are spilled and it takes
+// 6 % longer.
+template <class T, int R, AOrder O, int W>
+DSMOE_INLINE void tile_run(Vec<CType<T>> (&acc)[kSets<R, W>][R][W], const AType<T>* const* a,
+                           int64_t lda, int64_t step, int64_t count, const T* b) {
+  using M = Compute<T>;
+  constexpr int kStep = W * kLanes<T> * M::kPair, kS = kSets<R, W>;
+  const int64_t whole = count / kUnroll * kUnroll, end = step + whole;
+  const AType<T>* to[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+    to[r] = O == kRowPointers ? a[r] + end * M::kPair : a[r] + end * M::kSub * lda;
+#pragma GCC unroll 1
+  for (int64_t i = -whole; i != 0; i += kUnroll, b += kUnroll * kStep) {
+    // The hardware's prefetchers keep up with one row by themselves; asking too costs 6 to 8 %.
+    if constexpr (R > 1) {
+#pragma GCC unroll 16
+      for (int j = 0; j < kUnroll * kStep * int(sizeof(T)); j += 64)
+        __builtin_prefetch((const char*)b + kLookAhead + j, 0, 3);
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u)
+      tile_step<T, R, O, W>(acc[u % kS], to, lda, i + u, b + u * kStep);
+  }
+  for (int64_t i = 0; i < count - whole; ++i, b += kStep)
+    tile_step<T, R, O, W>(acc[0], to, lda, i, b);
+}
+
 template <class T>
 DSMOE_INLINE void store_result(const TileArgs<T>& args, int row, int64_t panel,
                                const Vec<CType<T>> (&sum)[2]) {
@@ -113,22 +141,12 @@ __attribute__((noinline)) static void tile(const TileArgs<T>& args) {
         for (int i = 0; i < 2 * kVecBytes; i += 64)
           __builtin_prefetch((const char*)(args.c[r] + panel * kColumns<T>)+i, 1, 3);
     }
-    int64_t s = 0;
-    for (; s + kUnroll <= steps; s += kUnroll, b += kUnroll * kStep) {
-      if constexpr (R == 1) {
-        // The hardware's prefetchers keep up with one row by themselves; asking too costs 6 to 8 %.
-      } else if constexpr (R <= kStreamRows) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kUnroll * kStep * int(sizeof(T)); i += 64)
-          __builtin_prefetch((const char*)b + kLookAhead + i, 0, 3);
-      } else {
-        if (args.ahead) Ahead::fetch(*args.ahead, args.ahead_lines);
-      }
-#pragma GCC unroll 4
-      for (int u = 0; u < kUnroll; ++u)
-        tile_step<T, R, O, W>(acc[u % kS], a, lda, s + u, b + u * kStep);
+    for (int64_t s = 0; s < steps; s += kRun) {
+      const int64_t count = min_of<int64_t>(kRun, steps - s);
+      if (args.ahead) Ahead::fetch(*args.ahead, args.ahead_lines);
+      tile_run<T, R, O, W>(acc, a, lda, s, count, b);
+      b += count * kStep;
     }
-    for (; s < steps; ++s, b += kStep) tile_step<T, R, O, W>(acc[0], a, lda, s, b);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       Vec<C> sum[W];
