@@ -25,6 +25,9 @@ EDGES = {  # name: (T, H, sizes, active)
     "two chunks": (300, 40, [72, 40, 16], 0.5),
     "more row tiles than a group": (1100, 8, [40], 1.0),
     "wide": (20, 264, [72, 16], 0.7),
+    "no hidden": (20, 0, [16, 72], 0.5),
+    "no neuron": (20, 24, [0, 0, 0], 0.5),
+    "one expert without neurons": (20, 24, [0], 1.0),
 }
 
 
@@ -39,6 +42,9 @@ DECODE = {  # the same, T <= 16
     "shared and fine": (5, 96, [96] + [16] * 18, 0.5),
     "512 experts": (3, 16, [2] * 512, 0.1),
     "longer than a warp's loads": (4, 1000, [24, 8], 0.7),
+    "no hidden": (3, 0, [16, 72], 0.5),
+    "no neuron": (3, 24, [0, 0, 0], 0.5),
+    "one expert without neurons": (3, 24, [0], 1.0),
 }
 
 
@@ -74,7 +80,16 @@ def test_edges_in_float16(edge):
 
 
 @pytest.mark.parametrize(
-    "edge", ["no token", "none active", "off every tile", "large between fine", "shared and fine"]
+    "edge",
+    [
+        "no token",
+        "none active",
+        "off every tile",
+        "large between fine",
+        "shared and fine",
+        "no hidden",
+        "no neuron",
+    ],
 )
 def test_edges_in_float32(edge):
     tokens, hidden, sizes, active = EDGES[edge]
@@ -109,6 +124,16 @@ def test_saving_activations_changes_nothing_else(tokens):
         )
     if tokens > 16:  # else decoding sums in another order
         assert torch.equal(y, Interpreter().sparse_ffn(*case.inputs()))
+
+
+@interpreter_only
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_without_hidden_size_zeros_are_saved(arch):
+    """The backward reads them."""
+    case = random_case(13, 20, 0, [13, 16], active=1.0, dtype=torch.bfloat16)
+    ops = Interpreter(arch=arch)
+    ops.sparse_ffn(*case.inputs(), save_activations=True)
+    assert (ops.saved == 0).all()
 
 
 @pytest.mark.parametrize("tokens", [16, 17])

@@ -22,6 +22,9 @@ EDGES = {  # name: (T, H, sizes, active)
     "large between fine": (40, 24, [16, 24, 80, 16, 0, 72, 8], 0.5),
     "one expert": (40, 32, [72], 1.0),
     "two chunks": (300, 40, [72, 40, 16], 0.5),
+    "no hidden": (20, 0, [16, 72], 0.5),
+    "no neuron": (20, 24, [0, 0, 0], 0.5),
+    "one expert without neurons": (20, 24, [0], 1.0),
 }
 
 
@@ -72,7 +75,16 @@ def test_edges_in_float16(edge):
 
 @pytest.mark.parametrize("exact_ste", [False, True], ids=["active", "exact"])
 @pytest.mark.parametrize(
-    "edge", ["no token", "none active", "off every tile", "unequal", "large between fine"]
+    "edge",
+    [
+        "no token",
+        "none active",
+        "off every tile",
+        "unequal",
+        "large between fine",
+        "no hidden",
+        "no neuron",
+    ],
 )
 def test_edges_in_float32(edge, exact_ste):
     tokens, hidden, sizes, active = EDGES[edge]
@@ -86,7 +98,16 @@ def test_float32_in_two_chunks():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    "edge", ["no token", "one token", "off every tile", "unequal", "large between fine"]
+    "edge",
+    [
+        "no token",
+        "one token",
+        "off every tile",
+        "unequal",
+        "large between fine",
+        "no hidden",
+        "no neuron",
+    ],
 )
 def test_saved_activations(edge, dtype):
     """The forward keeps g and u of active pairs; of others nothing is read."""
@@ -199,6 +220,7 @@ def test_workspace_is_bounded(dtype, with_grad_weight):
         for tokens in (1, 8192, 2**20):
             sizes = (tokens, hidden, intermediate, experts, dtype)
             assert ops.backward_workspace(*sizes, with_grad_weight) <= 256 << 20
+            assert ops.backward_workspace(tokens, 0, *sizes[2:], with_grad_weight) <= 256 << 20
 
 
 @interpreter_only
