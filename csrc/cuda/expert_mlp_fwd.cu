@@ -101,8 +101,7 @@ Status forward(const ExpertMlpParams& p, unsigned char* workspace, cudaStream_t 
         gate_up_fp32_kernel<Product><<<2 * ctas, kThreads, 0, on>>>(args);  // half the registers
         down_fp32_kernel<Product><<<2 * ctas, kThreads, 0, on>>>(args);
       });
-    } else if (p.intermediate_size > 0 && p.hidden_size > 0 && args.saved == nullptr &&
-               sm90a::is_available()) {
+    } else if (p.intermediate_size > 0 && p.hidden_size > 0 && sm90a::is_available()) {
       const Status hopper = sm90a::forward(args, multiprocessor_count(), on);
       if (hopper != Status::kOk) return hopper;
     } else {
