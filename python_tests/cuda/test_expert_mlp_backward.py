@@ -186,11 +186,21 @@ def test_same_bits_for_any_schedule_and_number_of_multiprocessors():
         assert all(torch.equal(got[n], want[n]) for n in want)
 
 
+def terms_of_dgates(case):
+    """Of every pair, the sum of |a da| over the expert's neurons."""
+    c = case.to(torch.float64)
+    g, u, da = (t @ w.t() for t, w in ((c.x, c.gate_proj), (c.x, c.up_proj), (c.dy, c.down_proj_t)))
+    terms = (torch.nn.functional.silu(g) * u * da).abs()
+    experts = torch.repeat_interleave(reference.expert_sizes(c.expert_offsets))
+    return torch.zeros_like(c.gates).index_add_(1, experts, terms)
+
+
 @interpreter_only
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_passes_over_tokens_and_neurons(dtype):
     """A small workspace: sums over several passes stay fp32 until the last one. In bfloat16 nearly
-    every result is then the same number; had passes been rounded, half of them would not be."""
+    every result is then the same number; had passes been rounded, half of them would not be.
+    dgates, which is fp32, sums at most five parts of 32 neurons in another order: (5 - 1) eps."""
     case = random_case(8, 300, 16, [136, 40], dtype=dtype, exact_ste=True)
     passes = Interpreter(multiprocessors=1, macros=("DSMOE_CUDA_WORKSPACE_MIB=0.375",))
     want, got = gradients(case, Interpreter()), check(case, passes)
@@ -198,9 +208,11 @@ def test_passes_over_tokens_and_neurons(dtype):
     launches = [name for name, *_ in passes.launches]
     assert sum("neurons" in name for name in launches) >= 4
     assert sum("weights" in name for name in launches) >= 12
-    for name, result in got.items():
-        changed = result != want[name]
-        assert dtype == torch.float32 or changed.float().mean() < 0.02 or name == "dgates", name
+    allowed = 4 * torch.finfo(torch.float32).eps * terms_of_dgates(case)
+    assert ((got["dgates"] - want["dgates"]).abs() <= allowed).all()
+    if dtype == torch.bfloat16:
+        for name in got.keys() - {"dgates"}:
+            assert (got[name] != want[name]).float().mean() < 0.02, name
 
 
 @interpreter_only
