@@ -5,8 +5,8 @@ phase stands still until something happens at its CTA; under a wild schedule it 
 `false` that try_wait may always give.
 
 Parity tells a phase from the next, not from the one after: whoever waits for a phase must have seen
-its end before the next phase ends. A wait that is not ordered before that is a trap, whether or not
-this run missed the phase.
+its end before the next phase ends, and whoever arrives must know that the phase before has ended. A
+wait or an arrival that is not ordered so is a trap, whether or not it went wrong in this run.
 """
 
 import numpy as np
@@ -27,6 +27,10 @@ class Mbarrier:
         self.maker = maker  # the thread that made it, until the asynchronous proxy may know it
         self.gathered = self.message = None  # knowledge of this phase's arrivals; of past phases'
         self.looked = {}  # thread -> its clock when it saw the end of the phase before
+        self.arrived, self.before = (
+            {},
+            {},
+        )  # thread -> its clock at its arrival; in the phase before
 
     def expect(self, m, number):
         self._add(number)
@@ -36,6 +40,11 @@ class Mbarrier:
         self._add(bytes_too)  # first, or the phase might end without the bytes
         if self.pending < count:
             raise Trap(f"more arrivals at an mbarrier than its {self.count}")
+        for t in map(int, threads):
+            known = m.clocks.known[self.number, t % m.per]
+            if any(known[u % m.per] < clock for u, clock in self.before.items() if u != t):
+                raise Trap("an arrival might come before the end of the phase before")
+            self.arrived[t] = m.clocks.clock[t]
         self.gathered = merge(self.gathered, m.clocks.release(threads))
         self.pending -= count
         self._step(m)
@@ -53,6 +62,7 @@ class Mbarrier:
         if any(known[t % m.per] < clock for t, clock in self.looked.items()):
             raise Trap("a phase ends, and a thread may still be waiting for the one before")
         self.looked.clear()
+        self.before, self.arrived = self.arrived, {}
         self.phase += 1
         self.pending = self.count
         self.message = merge(self.message, self.gathered)
