@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import test_expert_mlp
 import test_expert_mlp_backward
+import test_expert_mlp_sm90a
 import test_permute
 import test_route
 import test_tf32
@@ -64,12 +65,24 @@ def inputs_of(tokens, hidden, sizes, active, dtype=torch.bfloat16, exact_ste=Fal
     return inputs
 
 
-def expert_mlp(*shape, multiprocessors=1, **options):
+def expert_mlp(*shape, multiprocessors=1, arch="80", **options):
     inputs = functools.cache(lambda: inputs_of(*shape, **options))
     expected = functools.cache(lambda: test_expert_mlp.expect(inputs()))
     return lambda make: test_expert_mlp.check(
-        inputs(), make(multiprocessors=multiprocessors), expected()
+        inputs(), make(multiprocessors=multiprocessors, arch=arch), expected()
     )
+
+
+def saved_on_hopper(*shape):
+    """The forward for sm_90a keeps g and u; on a GPU the backward's cases see them."""
+    inputs = functools.cache(lambda: inputs_of(*shape))
+
+    def case(make):
+        ops = make(arch="90a")
+        if hasattr(ops, "launches"):
+            test_expert_mlp.check_saved(inputs(), ops)
+
+    return case
 
 
 def expert_mlp_backward(*shape, save_activations=False, **options):
@@ -192,6 +205,12 @@ FORWARD = {
     "a short span first": (24, 40, [16, 72, 8], 0.5),
     "63 experts": (17, 8, [2] * 63, 0.3),
 }
+HOPPER = {
+    **FORWARD,
+    **test_expert_mlp_sm90a.OWN,
+    "a step of one neuron": (20, 24, [16, 16, 16, 16, 1], 0.6),
+    "three row tiles": (600, 8, [24, 136, 16, 64], 1.0),
+}
 BACKWARD = {
     **SHAPES,
     "whole tiles": (20, 24, [64, 32, 128, 64], 0.6),
@@ -233,6 +252,12 @@ CASES = {
         for name, shape in FORWARD.items()
         if name != "many"
     },
+    **{f"sm_90a, {name}": expert_mlp(*shape, arch="90a") for name, shape in HOPPER.items()},
+    "sm_90a, small units": expert_mlp(
+        530, 136, [64, 8, 8, 128], 0.3, arch="90a", multiprocessors=3
+    ),
+    **{f"sm_90a, {name}, saved": saved_on_hopper(*shape) for name, shape in SHAPES.items()},
+    "sm_90a, two blocks of rows, saved": saved_on_hopper(130, 24, [13, 29, 67, 3], 1.0),
     **{
         f"decode, {name}": expert_mlp(*shape, multiprocessors=multiprocessors)
         for name, (shape, multiprocessors) in DECODE.items()

@@ -92,6 +92,7 @@ class Interpreter:
     def __init__(self, seed=None, counters=None, arch="80", multiprocessors=2, macros=()):
         self.library, self.programs = build(arch, *macros)
         self.seed, self.counters, self.multiprocessors = seed, counters, multiprocessors
+        self.arch = arch
         self.capability = int(arch.rstrip("a"))
         self.launches = []  # (kernel, grid, block, shared bytes, bytes of the parameters)
         self.calls = []  # of the CUDA runtime: (function, stream or None)
@@ -248,7 +249,7 @@ class Interpreter:
 
     def _rows(self, x):
         """(address of a matrix whose rows may lie apart, elements between rows)."""
-        stride = x.stride(0) if len(x) > 1 else x.shape[1]
+        stride = x.stride(0) if len(x) > 1 and x.shape[1] else x.shape[1]
         reach = (len(x) - 1) * stride + x.shape[1] if len(x) else 0
         return self._in(x.as_strided((reach,), (1,))), stride
 

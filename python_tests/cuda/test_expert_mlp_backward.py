@@ -22,6 +22,9 @@ EDGES = {  # name: (T, H, sizes, active)
     "large between fine": (40, 24, [16, 24, 80, 16, 0, 72, 8], 0.5),
     "one expert": (40, 32, [72], 1.0),
     "two chunks": (300, 40, [72, 40, 16], 0.5),
+    "no hidden": (20, 0, [16, 72], 0.5),
+    "no neuron": (20, 24, [0, 0, 0], 0.5),
+    "one expert without neurons": (20, 24, [0], 1.0),
 }
 
 
@@ -72,7 +75,16 @@ def test_edges_in_float16(edge):
 
 @pytest.mark.parametrize("exact_ste", [False, True], ids=["active", "exact"])
 @pytest.mark.parametrize(
-    "edge", ["no token", "none active", "off every tile", "unequal", "large between fine"]
+    "edge",
+    [
+        "no token",
+        "none active",
+        "off every tile",
+        "unequal",
+        "large between fine",
+        "no hidden",
+        "no neuron",
+    ],
 )
 def test_edges_in_float32(edge, exact_ste):
     tokens, hidden, sizes, active = EDGES[edge]
@@ -86,7 +98,16 @@ def test_float32_in_two_chunks():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    "edge", ["no token", "one token", "off every tile", "unequal", "large between fine"]
+    "edge",
+    [
+        "no token",
+        "one token",
+        "off every tile",
+        "unequal",
+        "large between fine",
+        "no hidden",
+        "no neuron",
+    ],
 )
 def test_saved_activations(edge, dtype):
     """The forward keeps g and u of active pairs; of others nothing is read."""
@@ -165,11 +186,21 @@ def test_same_bits_for_any_schedule_and_number_of_multiprocessors():
         assert all(torch.equal(got[n], want[n]) for n in want)
 
 
+def terms_of_dgates(case):
+    """Of every pair, the sum of |a da| over the expert's neurons."""
+    c = case.to(torch.float64)
+    g, u, da = (t @ w.t() for t, w in ((c.x, c.gate_proj), (c.x, c.up_proj), (c.dy, c.down_proj_t)))
+    terms = (torch.nn.functional.silu(g) * u * da).abs()
+    experts = torch.repeat_interleave(reference.expert_sizes(c.expert_offsets))
+    return torch.zeros_like(c.gates).index_add_(1, experts, terms)
+
+
 @interpreter_only
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_passes_over_tokens_and_neurons(dtype):
     """A small workspace: sums over several passes stay fp32 until the last one. In bfloat16 nearly
-    every result is then the same number; had passes been rounded, half of them would not be."""
+    every result is then the same number; had passes been rounded, half of them would not be.
+    dgates, which is fp32, sums at most five parts of 32 neurons in another order: (5 - 1) eps."""
     case = random_case(8, 300, 16, [136, 40], dtype=dtype, exact_ste=True)
     passes = Interpreter(multiprocessors=1, macros=("DSMOE_CUDA_WORKSPACE_MIB=0.375",))
     want, got = gradients(case, Interpreter()), check(case, passes)
@@ -177,9 +208,11 @@ def test_passes_over_tokens_and_neurons(dtype):
     launches = [name for name, *_ in passes.launches]
     assert sum("neurons" in name for name in launches) >= 4
     assert sum("weights" in name for name in launches) >= 12
-    for name, result in got.items():
-        changed = result != want[name]
-        assert dtype == torch.float32 or changed.float().mean() < 0.02 or name == "dgates", name
+    allowed = 4 * torch.finfo(torch.float32).eps * terms_of_dgates(case)
+    assert ((got["dgates"] - want["dgates"]).abs() <= allowed).all()
+    if dtype == torch.bfloat16:
+        for name in got.keys() - {"dgates"}:
+            assert (got[name] != want[name]).float().mean() < 0.02, name
 
 
 @interpreter_only
@@ -199,6 +232,7 @@ def test_workspace_is_bounded(dtype, with_grad_weight):
         for tokens in (1, 8192, 2**20):
             sizes = (tokens, hidden, intermediate, experts, dtype)
             assert ops.backward_workspace(*sizes, with_grad_weight) <= 256 << 20
+            assert ops.backward_workspace(tokens, 0, *sizes[2:], with_grad_weight) <= 256 << 20
 
 
 @interpreter_only

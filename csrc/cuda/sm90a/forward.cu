@@ -80,10 +80,11 @@ bool is_available() {
 template <class T>
 Status forward(const PassArgs<T>& args, int multiprocessors, cudaStream_t on) {
   CUtensorMap down;
+  const bool saves = args.saved != nullptr;
   const bool is_up = launch_gate_up<16>(args, 1, 16, multiprocessors, on) &&
                      launch_gate_up<32>(args, 17, 32, multiprocessors, on) &&
-                     launch_gate_up<64>(args, 33, 128, multiprocessors, on) &&
-                     launch_gate_up<96>(args, 129, INT32_MAX, multiprocessors, on);
+                     launch_gate_up<64>(args, 33, saves ? INT32_MAX : 128, multiprocessors, on) &&
+                     (saves || launch_gate_up<96>(args, 129, INT32_MAX, multiprocessors, on));
   const auto kernel = down_kernel<T>;
   if (!is_up || !may_use_shared_memory(kernel) ||
       !map_matrix(down, args.sources[0].weights, args.intermediate_size, args.hidden_size,

@@ -2,9 +2,10 @@
 //
 //   rows     pairs of one expert, x gathered by token_idx      [256, H]
 //   columns  neurons of the expert, rows of Wg and of Wu       [96, H] each, one below the other
-//   result   activations                                       [256, 96]
+//   result   activations; g and u too where they are wanted    [256, 96]
 //
-// Experts of at most 128, 32 and 16 neurons get tiles of 64, 32 and 16 columns.
+// Experts of at most 128, 32 and 16 neurons get tiles of 64, 32 and 16 columns; all larger ones 64 where
+// g and u are wanted. The width of a tile changes no bit.
 // Both products come from one wgmma, so that a thread holds gate and up of the same neurons. Rows of
 // weights beyond the expert's end belong to the next expert: what they give is never stored.
 #pragma once
@@ -22,19 +23,34 @@ __device__ __forceinline__ void exchange(uint32_t& low, uint32_t& high, int step
   (keeps_high ? low : high) = got;
 }
 
+// Of pairs of columns of so many blocks, the same in each: neighbours. Returns the first one's column.
+__device__ __forceinline__ int make_neighbours(uint32_t (&pairs)[2]) {
+  exchange(pairs[0], pairs[1], 1);
+  return threadIdx.x % 2 * 8 + threadIdx.x / 2 % 2 * 4;
+}
+__device__ __forceinline__ int make_neighbours(uint32_t (&pairs)[4]) {
+  exchange(pairs[0], pairs[1], 1);
+  exchange(pairs[2], pairs[3], 1);
+  exchange(pairs[0], pairs[2], 2);
+  exchange(pairs[1], pairs[3], 2);
+  return threadIdx.x % 4 * 8;
+}
+
 template <int kColumns>
 struct Neurons {
   static constexpr int kBlocks = kColumns / 8;                 // of 8 columns, of each matrix
-  static constexpr int kSums = 2 * kColumns / 2;               // of a thread and block of rows
   static constexpr int kTogether = kBlocks < 4 ? kBlocks : 4;  // blocks that lanes exchange
   static constexpr int kBytes = 2 * kColumns * kLine;          // weights of a step
+  // 96 columns leave no registers for where g and u go
+  static constexpr bool kMaySave = kColumns <= 64;
 };
 
 template <class T, int kColumns, int kLive, class Tile>
 __device__ __forceinline__ void store_activations(const PassArgs<T>& args, const Tile& tile,
                                                   const float (&sums)[kLive][kColumns]) {
   using N = Neurons<kColumns>;
-  constexpr int kMine = 2 * N::kTogether;  // neighbouring columns of a lane in the end
+  using All = Access<4 * N::kTogether>;  // what a lane stores at once
+  using Rounded = T[2 * N::kTogether];
   const int group = threadIdx.x / kGroup, warp = threadIdx.x % kGroup / kWarp;
   const int lane = threadIdx.x % kWarp, rows = tile.pairs.count();
   const int columns = ceil_div(tile.columns, kChunk) * kChunk;  // the last ones are zeros
@@ -50,7 +66,7 @@ __device__ __forceinline__ void store_activations(const PassArgs<T>& args, const
       T* out = first + token * args.width;
 #pragma unroll
       for (int j = 0; j < N::kBlocks; j += N::kTogether) {
-        uint32_t packed[N::kTogether];
+        alignas(16) uint32_t packed[N::kTogether];
 #pragma unroll
         for (int i = 0; i < N::kTogether; ++i) {
           const float* gate = &sums[block][(j + i) * 4 + half * 2];
@@ -59,21 +75,22 @@ __device__ __forceinline__ void store_activations(const PassArgs<T>& args, const
           packed[i] = pack(column < tile.columns ? weight * swiglu(gate[0], up[0]) : 0.f,
                            column + 1 < tile.columns ? weight * swiglu(gate[1], up[1]) : 0.f, T());
         }
-        exchange(packed[0], packed[1], 1);
-        if constexpr (N::kTogether == 4) {
-          exchange(packed[2], packed[3], 1);
-          exchange(packed[0], packed[2], 2);
-          exchange(packed[1], packed[3], 2);
-          const int column = (j + lane % 4) * 8;
-          if (exists && column < columns) {
-            __stcg(reinterpret_cast<uint4*>(out + column),
-                   uint4{packed[0], packed[1], packed[2], packed[3]});
+        const int column = j * 8 + make_neighbours(packed);
+        if (exists && column < columns) {
+          __stcg(reinterpret_cast<All*>(out + column), reinterpret_cast<const All&>(packed));
+        }
+        if (!N::kMaySave || args.saved == nullptr) continue;
+#pragma unroll
+        for (int matrix = 0; matrix < 2; ++matrix) {
+#pragma unroll
+          for (int i = 0; i < N::kTogether; ++i) {
+            const float* v = &sums[block][(matrix * N::kBlocks + j + i) * 4 + half * 2];
+            packed[i] = pack(v[0], v[1], T());
           }
-        } else {
-          const int column = lane % 2 * 8 + lane / 2 % 2 * 4;
-          if (exists && column < columns) {
-            __stcg(reinterpret_cast<uint2*>(out + column), uint2{packed[0], packed[1]});
-          }
+          make_neighbours(packed);
+          const int64_t at = (2 * token + matrix) * args.intermediate_size + tile.first_row;
+          store_rounded<T>(args.saved + at + column, reinterpret_cast<const Rounded&>(packed),
+                           exists ? tile.columns - column : 0);
         }
       }
     }
