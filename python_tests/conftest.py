@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# By default an eighth of the machine's memory: tests of the bound need a small one.
+os.environ.setdefault("DSMOE_KEPT_BYTES", str(512 * 2**20))
+
 # The tests are for the installed package. `python -m pytest` puts the working directory first on
 # the path, where the source folder of the same name would hide it.
 ROOT = Path(__file__).resolve().parent.parent
