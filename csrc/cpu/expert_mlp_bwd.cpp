@@ -76,12 +76,13 @@ template <class T>
 Status backward_group(Backward<T>& w, const Team& team) {
   const int threads = team.max_size;
   const ExpertMlpParams& p = w.p;
-  const int64_t copy = p.num_tokens * copy_stride<T>(p.hidden_size);
-  const bool copies_x = needs_copy<T>(p.hidden_size, p.x_stride, p.num_tokens);
-  const bool copies_dy = needs_copy<T>(p.hidden_size, w.b.dy_stride, p.num_tokens);
   w.recompute_active = w.recompute_extra = w.grad_active = w.grad_extra = {};
   plan(w, threads);
   const auto sizes = place(w, nullptr);
+  const int64_t copy = p.num_tokens * copy_stride<T>(p.hidden_size);
+  const bool copies_x = (w.recompute_active.count || w.recompute_extra.count) &&
+                        needs_copy<T>(p.hidden_size, p.x_stride, p.num_tokens);
+  const bool copies_dy = w.wants_inner && needs_copy<T>(p.hidden_size, w.b.dy_stride, p.num_tokens);
   void* memory = allocate([&](Arena& arena) {
     arena.take(w.sync, 1);
     arena.take(w.recompute_active.items, w.recompute_active.count);

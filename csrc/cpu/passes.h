@@ -307,7 +307,7 @@ static void add_section(const Section<T>& s, int64_t hidden, int64_t panel_begin
     if (!s.packed) spread(ahead, s.n, panels, args);
     for (int64_t panel = 0; panel < panels; panel += args.panels) {
       args.b = b + panel * panel_size;
-      if (s.packed && (!all || s.n <= kMaxRows)) {
+      if (s.packed && !all) {
         ahead = ahead_in_packed(args.b, args.panels * panel_size, s.n);
         spread(ahead, s.n, args.panels, args);
       }
@@ -361,7 +361,7 @@ static int64_t column_chunks(int64_t num_tokens, int64_t hidden, int threads) {
 template <class T>
 static bool needs_copy(int64_t hidden, int64_t stride, int64_t num_tokens) {
   return sizeof(AType<T>) != sizeof(T) || hidden % Compute<T>::kPair != 0 ||
-         (num_tokens > kCacheWays && is_aliased<T>(stride));
+         (kMaxRows > kCacheWays && num_tokens > kCacheWays && stride != 0 && is_aliased<T>(stride));
 }
 template <class T>
 static int64_t copy_stride(int64_t hidden) {

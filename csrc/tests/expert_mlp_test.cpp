@@ -125,6 +125,9 @@ std::vector<Case> edge_table() {
       {"shared beside fine", 65, 96, {64, 16, 16, 16, 16, 16, 16, 16, 16}, 0.5},
       {"several token blocks", 1601, 48, {40, 24}, 0.4, 0.1},
       {"wide H, token blocks", 300, 1030, {17, 40}, 0.5, 0.2},
+      {"rows of x a page apart", 13, 2048, {31}, 0.9},
+      {"rows of x a page apart, padded", 11, 2000, {20}, 1, 0.5, 48},
+      {"rows of the activations a page apart", 11, 32, {1024, 2048}, 0.9},
   };
   cases.push_back({"E=512", 7, 24, std::vector<int>(512, 3), 0.2, 0.1});
   return cases;

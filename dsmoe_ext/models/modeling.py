@@ -149,8 +149,8 @@ class DSMoELlamaModel(DSMoELlamaPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @merge_with_config_defaults
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
@@ -234,8 +234,8 @@ class DSMoELlamaForCausalLM(DSMoELlamaPreTrainedModel, GenerationMixin):
         self.loss_function = causal_lm_loss
         self.post_init()
 
-    @can_return_tuple
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
