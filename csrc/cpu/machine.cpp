@@ -7,10 +7,14 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <thread>
 #include <vector>
+
+#include "cpu/team.h"
 
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -21,7 +25,7 @@ namespace {
 
 constexpr int kAccumulators = 16;
 constexpr int64_t kSteps = 2000000;  // some milliseconds: starting a thread must not count
-constexpr size_t kBytes = size_t{256} << 20;
+constexpr size_t kBytes = size_t{256} << 20, kHugePage = size_t{2} << 20;
 
 double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -161,13 +165,18 @@ Peaks measure_peaks(int threads) {
   if (__builtin_cpu_supports("avx512f")) fma = fma_avx512;
   if (__builtin_cpu_supports("avx512bf16")) dot = dot_avx512_bf16;
 #endif
-  std::vector<char> buffer(kBytes, 1);
+  // Huge pages, as under packed weights: with small ones the walks through page tables are measured.
+  const std::unique_ptr<char, void (*)(void*)> buffer(
+      static_cast<char*>(std::aligned_alloc(kHugePage, kBytes)), std::free);
+  if (!buffer) throw std::bad_alloc();
+  prefer_huge_pages(buffer.get(), kBytes);
+  std::memset(buffer.get(), 1, kBytes);
   const size_t share = kBytes / threads / 256 * 256;
   Peaks peaks{};
   peaks.fp32_flops = arithmetic_rate(threads, fma);
   peaks.bf16_flops = dot ? arithmetic_rate(threads, dot) : 0;
   peaks.read_bytes = best_rate(threads, 6, [&](int thread) {
-    const double sum = read(buffer.data() + thread * share, share);
+    const double sum = read(buffer.get() + thread * share, share);
     return sum == 12345.0 ? 0.0 : static_cast<double>(share);
   });
   return peaks;
