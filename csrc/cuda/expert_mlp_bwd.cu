@@ -34,6 +34,7 @@
 #include "cuda/gemm_ffma_bwd.cuh"
 #include "cuda/gemm_neurons.cuh"
 #include "cuda/gemm_weights.cuh"
+#include "cuda/sm90a/backward.h"
 
 namespace dsmoe::cuda {
 namespace {
@@ -130,6 +131,16 @@ __global__ void clip_experts_kernel(const int32_t* offsets, int num_experts, int
   }
 }
 
+// 1 where an inactive pair wants its dgates, and at active pairs if they are to be listed too, else 0:
+// gates for a list of pairs.
+__global__ void list_pairs_kernel(int64_t count, const float* gates, const float* grad_weight,
+                                  bool with_active, float* listed) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
+       i += gridDim.x * int64_t{blockDim.x}) {
+    listed[i] = (gates[i] != 0.f ? with_active : grad_weight[i] != 0.f) ? 1.f : 0.f;
+  }
+}
+
 struct Wanted {
   bool tokens, weights;  // dx and dgates; weight gradients
 };
@@ -138,7 +149,14 @@ template <class T>
 class Backward {
  public:
   Backward(const ExpertMlpBackwardParams& p, unsigned char* workspace, int ctas, cudaStream_t on)
-      : p_(p), f_(p.forward), l_(layout(p)), workspace_(workspace), ctas_(ctas), on_(on) {
+      : p_(p),
+        f_(p.forward),
+        l_(layout(p)),
+        workspace_(workspace),
+        ctas_(ctas),
+        on_(on),
+        on_hopper_(p.forward.intermediate_size > 0 && p.forward.hidden_size > 0 &&
+                   sm90a::is_available()) {
     PassArgs<T>& pass = args_.pass;
     pass.hidden_size = f_.hidden_size;
     pass.num_experts = f_.num_experts;
@@ -209,11 +227,24 @@ class Backward {
     NeuronsArgs<T> args = args_;
     if (args.saved != nullptr) {
       args.listed = args.pass.lists;
-      cuda::launch_neurons<true>(args, f_.allow_tf32, ctas_, on_);
+      launch_neurons<true>(args);
       if (p_.grad_weight == nullptr) return;
     }
     args.listed = args_.listed;
-    cuda::launch_neurons<false>(args, f_.allow_tf32, ctas_, on_);
+    args.saved = nullptr;
+    launch_neurons<false>(args);
+  }
+
+  template <bool kSaved>
+  void launch_neurons(const NeuronsArgs<T>& args) {
+    if constexpr (sizeof(T) == 2) {
+      if (on_hopper_) return note(sm90a::neurons(args, ctas_ / kCtasPerSm, on_));
+    }
+    cuda::launch_neurons<kSaved>(args, f_.allow_tf32, ctas_, on_);
+  }
+
+  void note(Status status) {
+    if (status != Status::kOk) status_ = status;
   }
 
   void take_rows(int64_t row_pass) {
@@ -264,8 +295,7 @@ class Backward {
   }
 
   void make(const float* gates, const ListsLayout& l, PairLists& lists) {
-    const Status status = make_lists(f_, args_.pass.num_tokens, gates, l, workspace_, on_, lists);
-    if (status != Status::kOk) status_ = status;
+    note(make_lists(f_, args_.pass.num_tokens, gates, l, workspace_, on_, lists));
   }
 
   void launch_weights(int matrix, const T* p, const T* q, int64_t q_stride, void* result) {
@@ -288,6 +318,7 @@ class Backward {
   unsigned char* const workspace_;
   const int ctas_;
   const cudaStream_t on_;
+  const bool on_hopper_;
   NeuronsArgs<T> args_{};
   int64_t token_pass_ = -1, row_pass_ = -1, first_row_ = 0;
   Turn weights_turn_;

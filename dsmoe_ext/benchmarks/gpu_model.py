@@ -13,6 +13,7 @@ stated, and stalls within a warp that its SM's other warps do not fill.
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -248,13 +249,15 @@ def deal(gpu: Gpu, tiles: list) -> list[list]:
     return [tiles[i::ctas] for i in range(ctas)]
 
 
-def gate_up(gpu: Gpu, load: Load) -> list[Prediction]:
-    """One launch for each width of tile; experts choose by their size."""
-    out, loop = [], gpu.loop
-    smallest = 1
-    for columns, largest in loop.widths:
+def gathered(
+    gpu: Gpu, load: Load, kernels: list[tuple[str, int, int]], products: int, numbers: Callable
+) -> list[Prediction]:
+    """Gathered rows times rows of `products` weight matrices, over H: a launch for each kernel
+    (name, columns of a tile, up to which size of expert). numbers(size): of a pair, moved."""
+    out, loop, smallest = [], gpu.loop, 1
+    steps = math.ceil(load.hidden_size / loop.step_terms)
+    for kernel, columns, largest in kernels:
         tiles, dram = [], 0.0
-        steps = math.ceil(load.hidden_size / loop.step_terms)
         for size, pairs in zip(load.sizes, load.active.sum(0).tolist(), strict=True):
             if not smallest <= size <= largest or not pairs:
                 continue
@@ -264,11 +267,17 @@ def gate_up(gpu: Gpu, load: Load) -> list[Prediction]:
                 for _ in range(math.ceil(size / columns)):
                     tiles += [(r, steps) for r in rows[first : first + GROUP]]
             groups = math.ceil(row_tiles / GROUP)  # each reads the weights again
-            dram += groups * 4.0 * size * load.hidden_size
-            dram += 2.0 * pairs * (load.hidden_size + size)
-        out.append(run_tiles(gpu, f"{loop.prefix}gate_up<{columns}>", deal(gpu, tiles), dram))
+            dram += groups * 2.0 * products * size * load.hidden_size
+            dram += 2.0 * pairs * numbers(size)
+        out.append(run_tiles(gpu, kernel, deal(gpu, tiles), dram))
         smallest = largest + 1
     return out
+
+
+def gate_up(gpu: Gpu, load: Load) -> list[Prediction]:
+    """One launch for each width of tile; experts choose by their size."""
+    kernels = [(f"{gpu.loop.prefix}gate_up<{c}>", c, most) for c, most in gpu.loop.widths]
+    return gathered(gpu, load, kernels, 2, lambda size: load.hidden_size + size)
 
 
 def down(gpu: Gpu, load: Load) -> Prediction:
@@ -332,37 +341,11 @@ def decode(gpu: Gpu, load: Load) -> list[Prediction]:
     return out
 
 
-def backward(gpu: Gpu, load: Load) -> list[Prediction]:
-    """Everything recomputed, in one pass: mma.sync on every GPU."""
-    gpu = replace(gpu, loop=MMA)
-    steps = math.ceil(load.hidden_size / MMA.step_terms)
-    neurons, weights, dram = [], [], [0.0, 0.0]
-    for size, pairs in zip(load.sizes, load.active.sum(0).tolist(), strict=True):
-        row_tiles = math.ceil(pairs / MMA.tile_rows)
-        rows = [min(MMA.tile_rows, pairs - i * MMA.tile_rows) for i in range(row_tiles)]
-        for first in range(0, row_tiles, GROUP):
-            for _ in range(math.ceil(size / 32)):
-                neurons += [(r, steps) for r in rows[first : first + GROUP]]
-        dram[0] += math.ceil(row_tiles / GROUP) * 6.0 * size * load.hidden_size
-        dram[0] += pairs * (4.0 * load.hidden_size + 6.0 * size)
-        tiles = math.ceil(size / 64) * math.ceil(load.hidden_size / STRIP_COLUMNS)
-        weights += [(64, math.ceil(pairs / MMA.step_terms))] * tiles
-        dram[1] += 2.0 * (pairs * (load.hidden_size + size) + size * load.hidden_size)
-    dx = down(gpu, load)  # one of the two sources
-    both = {k: 2 * v for k, v in dx.parts.items()}
-    three_ctas = replace(gpu, loop=replace(MMA, ctas_per_sm=3))
-    one = run_tiles(three_ctas, "weights", deal(three_ctas, weights), dram[1])
-    first = run_tiles(gpu, "neurons_backward", deal(gpu, neurons), dram[0])
-    return [
-        replace(first, kernel="neurons"),
-        replace(dx, tiles=2 * dx.tiles, parts=both, seconds=2 * dx.seconds),
-        *[one] * 3,
-    ]
-
-
 def predict(gpu: Gpu, load: Load) -> list[Prediction]:
     """Every kernel of one forward or backward, in order."""
     if load.is_backward:
+        from dsmoe_ext.benchmarks.gpu_backward import backward
+
         return backward(gpu, load)
     if load.num_tokens <= DECODE_TOKENS:
         return decode(gpu, load)

@@ -46,14 +46,23 @@ KERNELS = {
     "sm90a gate_up<64>": ((64, 256), lambda steps: (64 * steps, 64), 1, 1),
     "sm90a gate_up<96>": ((64, 256), lambda steps: (64 * steps, 192), 2, 1),
     "sm90a down": ((64, 256), lambda steps: (128, 64 * steps), 1, 1),
+    "sm90a recompute<32>": ((64, 256), lambda steps: (64 * steps, 32), 1, 1),
+    "sm90a recompute<64>": ((64, 256), lambda steps: (64 * steps, 64), 1, 1),
+    "sm90a recompute<96>": ((64, 256), lambda steps: (64 * steps, 192), 2, 1),
+    "sm90a neurons<32>": ((64, 256), lambda steps: (64 * steps, 32), 1, 1),
+    "sm90a neurons<64>": ((64, 256), lambda steps: (64 * steps, 128), 1, 1),
+    "sm90a neurons<80>": ((64, 256), lambda steps: (64 * steps, 160), 1, 1),
 }
+BACKWARD = ("neurons_backward", "weights", "sm90a recompute", "sm90a neurons")
 
 
 def short(name):
     """gate_up_kernel<bfloat16,GateUpTile<64,2>> -> gate_up<64>; None for the helpers."""
     if tile := re.match(r"gate_up_kernel<bfloat16,GateUpTile<(\d+)", name):
         return f"gate_up<{tile[1]}>"
-    if own := re.match(r"sm90a::(gate_up|down)_kernel<bfloat16(?:,(\d+))?>", name):
+    if own := re.match(
+        r"sm90a::(gate_up|down|recompute|neurons)_kernel<bfloat16(?:,(\d+))?>", name
+    ):
         return f"sm90a {own[1]}" + (f"<{own[2]}>" if own[2] else "")
     if re.match(r"neurons_backward_kernel<bfloat16,false>", name):
         return "neurons_backward"
@@ -98,7 +107,7 @@ def run(kernel, steps, rows, experts=1):
     case = random_case(0, rows, hidden, [size] * experts, active=1.0, dtype=torch.bfloat16)
     arch = "90a" if kernel.startswith("sm90a") else "80"
     ops = CountingInterpreter(multiprocessors=1, arch=arch)
-    if kernel in ("neurons_backward", "weights"):  # of the three gradients that of gate_proj alone
+    if kernel.startswith(BACKWARD):  # of the three gradients that of gate_proj alone
         others = ("dx", "dgates", "dup_proj", "ddown_proj_t")
         ops.sparse_ffn_backward(*case.inputs(), dy=case.dy, without=others)
     else:

@@ -84,7 +84,6 @@ template <class T, int kLive>
 __device__ __forceinline__ void add_products(const PassArgs<T>& args, const DownUnit& unit,
                                              const SpanIterator::Span& span, int first_row,
                                              Ring& ring, int num_steps, float* strip) {
-  const int group = threadIdx.x / kGroup, warp = threadIdx.x % kGroup / kWarp;
   const int lane = threadIdx.x % kWarp;
   float sums[kLive][kStripColumns / 2]{};
   multiply<T, 1>(ring, num_steps, sums);
@@ -93,8 +92,7 @@ __device__ __forceinline__ void add_products(const PassArgs<T>& args, const Down
   for (int block = 0; block < kLive; ++block) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = (2 * block + group) * kBlockRows + warp * 16 + half * 8 + lane / 4;
-      const int token = token_of_row(args, unit, span, first_row + row);
+      const int token = token_of_row(args, unit, span, first_row + row_of_sums(block, half));
       if (token < 0) continue;
       float* out = strip + token * kStripColumns + lane % 4 * 2;
 #pragma unroll

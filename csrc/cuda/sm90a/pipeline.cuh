@@ -173,6 +173,12 @@ __device__ __forceinline__ int live_blocks(int rows, int group) {
   return (blocks_of(rows) - group + 1) / 2;
 }
 
+// The tile's row of a thread's sums [block][4 j + 2 half + ..], in a multiplying warpgroup.
+__device__ __forceinline__ int row_of_sums(int block, int half) {
+  const int group = threadIdx.x / kGroup, warp = threadIdx.x % kGroup / kWarp;
+  return (2 * block + group) * kBlockRows + warp * 16 + half * 8 + threadIdx.x % kWarp / 4;
+}
+
 // ---- gathered rows: a thread of the fetching warpgroup copies chunk t % 8 of every 16th row
 
 constexpr int kChunks = kLine / 16;

@@ -93,7 +93,8 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address, int lines, int 
 #define SUMS16 SUMS8(0), SUMS8(8)
 #define SUMS32 SUMS16, SUMS8(16), SUMS8(24)
 #define SUMS64 SUMS32, SUMS8(32), SUMS8(40), SUMS8(48), SUMS8(56)
-#define SUMS96 SUMS64, SUMS8(64), SUMS8(72), SUMS8(80), SUMS8(88)
+#define SUMS80 SUMS64, SUMS8(64), SUMS8(72)
+#define SUMS96 SUMS80, SUMS8(80), SUMS8(88)
 #define NAMES16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define NAMES32 \
   NAMES16       \
@@ -102,9 +103,11 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address, int lines, int 
   NAMES32                                                                            \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define NAMES96                                                                      \
-  NAMES64                                                                            \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+#define NAMES80 \
+  NAMES64       \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define NAMES96 \
+  NAMES80       \
   ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define DSMOE_WGMMA(type, name, columns, sums, left, right, across)                            \
   template <int kAcross>                                                                       \
@@ -119,17 +122,21 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address, int lines, int 
 DSMOE_WGMMA(__nv_bfloat16, "bf16", 32, 16, 16, 17, 18)
 DSMOE_WGMMA(__nv_bfloat16, "bf16", 64, 32, 32, 33, 34)
 DSMOE_WGMMA(__nv_bfloat16, "bf16", 128, 64, 64, 65, 66)
+DSMOE_WGMMA(__nv_bfloat16, "bf16", 160, 80, 80, 81, 82)
 DSMOE_WGMMA(__nv_bfloat16, "bf16", 192, 96, 96, 97, 98)
 DSMOE_WGMMA(__half, "f16", 32, 16, 16, 17, 18)
 DSMOE_WGMMA(__half, "f16", 64, 32, 32, 33, 34)
 DSMOE_WGMMA(__half, "f16", 128, 64, 64, 65, 66)
+DSMOE_WGMMA(__half, "f16", 160, 80, 80, 81, 82)
 DSMOE_WGMMA(__half, "f16", 192, 96, 96, 97, 98)
 #undef DSMOE_WGMMA
 #undef NAMES96
+#undef NAMES80
 #undef NAMES64
 #undef NAMES32
 #undef NAMES16
 #undef SUMS96
+#undef SUMS80
 #undef SUMS64
 #undef SUMS32
 #undef SUMS16
