@@ -52,6 +52,10 @@ def test_counts_of_wgmma_by_hand():
     assert model.counted(kernel, 256, "step", "mma") == 16 * 24 * 4
     assert model.counted(kernel, 256, "step", "load_bytes") == (256 + 192) * 128
     assert model.counted(kernel, 256, "step", "shared_cycles") == 448 + 4 * 4 * 256 * 32 // 128
+    # 256 neurons of 64 tokens by 192 columns, both with lines across the sum
+    kernel = "sm90a weights"
+    assert model.counted(kernel, 256, "step", "mma") == 16 * 24 * 4
+    assert model.counted(kernel, 256, "step", "shared_cycles") == 448 + 4 * 4 * 256 * 32 // 128
     # a unit of 512 tokens: sums zeroed and read, y written
     sums = 512 * 128 * 4
     assert model.counted("sm90a down", 512, "unit", "store_bytes") == sums + sums // 2
@@ -64,6 +68,14 @@ def test_tiles_of_wgmma_are_those_of_its_schedulers():
     assert [p.tiles for p in model.gate_up(h100, case)] == [2, 0, 2 * (1 + 2), 2 * 3]
     assert model.down(h100, load(300, 200, [16, 72])).tiles == 2 * (1 + 1) * 2
     assert model.down(h100, load(512, 132 * 128, [72])).tiles == 132 * 2
+
+
+def test_tiles_of_the_backward_by_wgmma():
+    """Rows of 256; 32, 64 or 96 gates and ups, 64, 128 or 160 of the rest; gradients 256 x 192."""
+    h100, case = model.GPUS["h100"], load(300, 200, [16, 40, 300])
+    tiles = [p.tiles for p in model.predict(h100, replace(case, is_backward=True))]
+    assert tiles[:6] == [2, 2, 2 * 4, 2, 2, 2 * 2]
+    assert tiles[-1] == 3 * 2 * (1 + 1 + 2)
 
 
 def test_pipes_follow_the_busiest_warp():

@@ -98,31 +98,6 @@ Layout layout(const ExpertMlpBackwardParams& p) {
   return l;
 }
 
-template <bool kSaved, class T>
-void launch_neurons(const NeuronsArgs<T>& args, bool allow_tf32, int ctas, cudaStream_t on) {
-  if constexpr (std::is_same_v<T, float>) {
-    with_product(allow_tf32, [&](auto product) {
-      neurons_fp32_kernel<decltype(product), kSaved><<<ctas, kThreads, 0, on>>>(args);
-    });
-  } else {
-    constexpr int kBytes = NeuronsTile<kSaved>::kSharedBytes;
-    cudaFuncSetAttribute(neurons_backward_kernel<T, kSaved>,
-                         cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-    neurons_backward_kernel<T, kSaved><<<ctas, kThreads, kBytes, on>>>(args);
-  }
-}
-
-template <class T>
-void launch_down(const PassArgs<T>& args, bool allow_tf32, int ctas, cudaStream_t on) {
-  if constexpr (std::is_same_v<T, float>) {
-    with_product(allow_tf32, [&](auto product) {
-      down_fp32_kernel<decltype(product)><<<2 * ctas, kThreads, 0, on>>>(args);
-    });
-  } else {
-    down_kernel<<<ctas, kThreads, DownTile::kSharedBytes, on>>>(args);
-  }
-}
-
 // One CTA: the experts' offsets, clipped to the rows of a pass.
 __global__ void clip_experts_kernel(const int32_t* offsets, int num_experts, int first, int end,
                                     int32_t* clipped) {
@@ -213,13 +188,9 @@ class Backward {
       const dim3 clear(ceil_div(ctas_, 4), f_.num_experts);
       clear_inactive_kernel<<<clear, kThreads, 0, on_>>>(args_.pass, args_.dgate);
       clear_inactive_kernel<<<clear, kThreads, 0, on_>>>(args_.pass, args_.dup);
-      launch_down(args_.pass, f_.allow_tf32, ctas_, on_);
+      launch_down();
     }
-    if (wanted.weights) {
-      launch_weights(0, args_.dgate, args_.pass.x, f_.x_stride, p_.dgate_proj);
-      launch_weights(1, args_.dup, args_.pass.x, f_.x_stride, p_.dup_proj);
-      launch_weights(2, args_.gated, args_.dy, p_.dy_stride, p_.ddown_proj_t);
-    }
+    if (wanted.weights) launch_weights();
   }
 
   // What the forward saved of active pairs is read; the rest of the listed pairs is computed from x.
@@ -237,10 +208,28 @@ class Backward {
 
   template <bool kSaved>
   void launch_neurons(const NeuronsArgs<T>& args) {
-    if constexpr (sizeof(T) == 2) {
-      if (on_hopper_) return note(sm90a::neurons(args, ctas_ / kCtasPerSm, on_));
+    if constexpr (std::is_same_v<T, float>) {
+      with_product(f_.allow_tf32, [&](auto product) {
+        neurons_fp32_kernel<decltype(product), kSaved><<<ctas_, kThreads, 0, on_>>>(args);
+      });
+    } else if (on_hopper_) {
+      note(sm90a::neurons(args, ctas_ / kCtasPerSm, on_));
+    } else {
+      constexpr int kBytes = NeuronsTile<kSaved>::kSharedBytes;
+      const auto kernel = neurons_backward_kernel<T, kSaved>;
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+      kernel<<<ctas_, kThreads, kBytes, on_>>>(args);
     }
-    cuda::launch_neurons<kSaved>(args, f_.allow_tf32, ctas_, on_);
+  }
+
+  void launch_down() {
+    if constexpr (std::is_same_v<T, float>) {
+      with_product(f_.allow_tf32, [&](auto product) {
+        down_fp32_kernel<decltype(product)><<<2 * ctas_, kThreads, 0, on_>>>(args_.pass);
+      });
+    } else {
+      down_kernel<<<ctas_, kThreads, DownTile::kSharedBytes, on_>>>(args_.pass);
+    }
   }
 
   void note(Status status) {
@@ -298,17 +287,31 @@ class Backward {
     note(make_lists(f_, args_.pass.num_tokens, gates, l, workspace_, on_, lists));
   }
 
-  void launch_weights(int matrix, const T* p, const T* q, int64_t q_stride, void* result) {
-    if (result == nullptr) return;
-    float* sums = at<float>(l_.sums) + matrix * l_.rows * f_.hidden_size;
-    const WeightsArgs<T> weights{args_.pass, p,          q_stride,     q, static_cast<T*>(result),
-                                 sums,       first_row_, weights_turn_};
+  void launch_weights() {
+    AllWeights<T> all;
+    auto want = [&](int matrix, const T* p, const T* q, int64_t q_stride, void* result) {
+      if (result == nullptr) return;
+      float* sums = at<float>(l_.sums) + matrix * l_.rows * f_.hidden_size;
+      all.of[all.count++] = {args_.pass, p,          q_stride,     q, static_cast<T*>(result),
+                             sums,       first_row_, weights_turn_};
+    };
+    want(0, args_.dgate, args_.pass.x, f_.x_stride, p_.dgate_proj);
+    want(1, args_.dup, args_.pass.x, f_.x_stride, p_.dup_proj);
+    want(2, args_.gated, args_.dy, p_.dy_stride, p_.ddown_proj_t);
+    if (all.count == 0) return;
     if constexpr (std::is_same_v<T, float>) {
       with_product(f_.allow_tf32, [&](auto product) {
-        weights_fp32_kernel<decltype(product)><<<2 * ctas_, kThreads, 0, on_>>>(weights);
+        for (int i = 0; i < all.count; ++i) {
+          weights_fp32_kernel<decltype(product)><<<2 * ctas_, kThreads, 0, on_>>>(all.of[i]);
+        }
       });
+    } else if (on_hopper_) {
+      note(sm90a::weights(all, ctas_ / kCtasPerSm, on_));
     } else {
-      weights_kernel<<<3 * ctas_ / kCtasPerSm, kThreads, WeightsTile::kSharedBytes, on_>>>(weights);
+      for (int i = 0; i < all.count; ++i) {
+        weights_kernel<<<3 * ctas_ / kCtasPerSm, kThreads, WeightsTile::kSharedBytes, on_>>>(
+            all.of[i]);
+      }
     }
   }
 

@@ -45,14 +45,21 @@ def dx(gpu: Gpu, load: Load) -> Prediction:
 
 
 def weights(gpu: Gpu, load: Load) -> list[Prediction]:
-    """Three gradients; a tile has 64 neurons by 128 columns, its steps are of tokens."""
-    gpu = replace(gpu, loop=replace(MMA, ctas_per_sm=3))
+    """Three gradients, whose tiles have neurons as rows and tokens as steps: three launches by
+    mma.sync, else one."""
+    if gpu.loop is MMA:
+        gpu = replace(gpu, loop=replace(MMA, tile_rows=64, ctas_per_sm=3))
+    columns, launches = (STRIP_COLUMNS, 3) if gpu.loop.ctas_per_sm > 1 else (192, 1)
     tiles, dram = [], 0.0
     for size, pairs in zip(load.sizes, load.active.sum(0).tolist(), strict=True):
-        count = math.ceil(size / 64) * math.ceil(load.hidden_size / STRIP_COLUMNS)
-        tiles += [(64, math.ceil(pairs / gpu.loop.step_terms))] * count
+        steps = math.ceil(pairs / gpu.loop.step_terms)
+        for first in range(0, size, gpu.loop.tile_rows):
+            rows = min(size - first, gpu.loop.tile_rows)
+            tiles += [(rows, steps)] * math.ceil(load.hidden_size / columns)
         dram += 2.0 * (pairs * (load.hidden_size + size) + size * load.hidden_size)
-    return [run_tiles(gpu, "weights", deal(gpu, tiles), dram)] * 3
+    tiles, dram = tiles * (3 // launches), dram * (3 // launches)
+    one = run_tiles(gpu, f"{gpu.loop.prefix}weights", deal(gpu, tiles), dram)
+    return [one] * launches
 
 
 def backward(gpu: Gpu, load: Load) -> list[Prediction]:

@@ -52,8 +52,9 @@ KERNELS = {
     "sm90a neurons<32>": ((64, 256), lambda steps: (64 * steps, 32), 1, 1),
     "sm90a neurons<64>": ((64, 256), lambda steps: (64 * steps, 128), 1, 1),
     "sm90a neurons<80>": ((64, 256), lambda steps: (64 * steps, 160), 1, 1),
+    "sm90a weights": ((64, 256), lambda steps: (192, 64 * steps), 1, 1),
 }
-BACKWARD = ("neurons_backward", "weights", "sm90a recompute", "sm90a neurons")
+BACKWARD = ("neurons_backward", "weights", "sm90a recompute", "sm90a neurons", "sm90a weights")
 
 
 def short(name):
@@ -61,7 +62,7 @@ def short(name):
     if tile := re.match(r"gate_up_kernel<bfloat16,GateUpTile<(\d+)", name):
         return f"gate_up<{tile[1]}>"
     if own := re.match(
-        r"sm90a::(gate_up|down|recompute|neurons)_kernel<bfloat16(?:,(\d+))?>", name
+        r"sm90a::(gate_up|down|recompute|neurons|weights)_kernel<bfloat16(?:,(\d+))?>", name
     ):
         return f"sm90a {own[1]}" + (f"<{own[2]}>" if own[2] else "")
     if re.match(r"neurons_backward_kernel<bfloat16,false>", name):
@@ -102,7 +103,7 @@ def summary(counters):
 
 def run(kernel, steps, rows, experts=1):
     hidden, size = KERNELS[kernel][1](steps)
-    if kernel == "weights":
+    if kernel.endswith("weights"):
         rows, size = size, rows
     case = random_case(0, rows, hidden, [size] * experts, active=1.0, dtype=torch.bfloat16)
     arch = "90a" if kernel.startswith("sm90a") else "80"

@@ -34,8 +34,10 @@ def test_down_reads_the_strip_and_writes_it():
     assert 2 * sums <= tile["load_bytes"] <= 1.02 * 2 * sums
 
 
-def test_weight_gradients_are_stored_once_in_whole_sectors():
-    """64 neurons by 128 columns in bf16."""
-    table = json.loads(count_work.TABLE.read_text())
-    assert table["weights"]["rows"]["64"]["tile"]["store_bytes"] == 64 * 128 * 2
-    assert table["weights"]["rows"]["64"]["step"]["store_bytes"] == 0
+@pytest.mark.parametrize("kernel, neurons, columns", [("weights", 64, 128),
+                                                      ("sm90a weights", 256, 192)])  # fmt: skip
+def test_weight_gradients_are_stored_once_in_whole_sectors(kernel, neurons, columns):
+    """In bf16."""
+    counts = json.loads(count_work.TABLE.read_text())[kernel]["rows"][str(neurons)]
+    assert counts["tile"]["store_bytes"] == neurons * columns * 2
+    assert counts["step"]["store_bytes"] == 0

@@ -5,6 +5,7 @@
 #include "cuda/sm90a/backward.h"
 #include "cuda/sm90a/neurons.cuh"
 #include "cuda/sm90a/tensor_map.h"
+#include "cuda/sm90a/weights.cuh"
 
 namespace dsmoe::cuda::sm90a {
 namespace {
@@ -42,7 +43,17 @@ Status neurons(const NeuronsArgs<T>& args, int multiprocessors, cudaStream_t on)
   return is_launched ? launch_status() : Status::kCudaError;
 }
 
+template <class T>
+Status weights(const AllWeights<T>& all, int multiprocessors, cudaStream_t on) {
+  const auto kernel = weights_kernel<T>;
+  if (!may_use_shared_memory(kernel)) return Status::kCudaError;
+  kernel<<<multiprocessors, kThreads, kSharedBytes, on>>>(all);
+  return launch_status();
+}
+
 template Status neurons(const NeuronsArgs<__nv_bfloat16>&, int, cudaStream_t);
 template Status neurons(const NeuronsArgs<__half>&, int, cudaStream_t);
+template Status weights(const AllWeights<__nv_bfloat16>&, int, cudaStream_t);
+template Status weights(const AllWeights<__half>&, int, cudaStream_t);
 
 }  // namespace dsmoe::cuda::sm90a

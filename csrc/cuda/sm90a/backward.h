@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/gemm_neurons.cuh"
+#include "cuda/gemm_weights.cuh"
 #include "cuda/sm90a/forward.h"  // is_available
 
 namespace dsmoe::cuda::sm90a {
@@ -10,9 +11,15 @@ namespace dsmoe::cuda::sm90a {
 // What every gradient is made of, for the listed pairs; g and u are recomputed if args.saved is null.
 template <class T>
 Status neurons(const NeuronsArgs<T>& args, int multiprocessors, cudaStream_t on);
+template <class T>
+Status weights(const AllWeights<T>& all, int multiprocessors, cudaStream_t on);
 #else  // a compiler or a list of architectures without sm_90a
 template <class T>
 Status neurons(const NeuronsArgs<T>&, int, cudaStream_t) {
+  return Status::kUnsupported;
+}
+template <class T>
+Status weights(const AllWeights<T>&, int, cudaStream_t) {
   return Status::kUnsupported;
 }
 #endif

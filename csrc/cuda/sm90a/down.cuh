@@ -86,7 +86,7 @@ __device__ __forceinline__ void add_products(const PassArgs<T>& args, const Down
                                              Ring& ring, int num_steps, float* strip) {
   const int lane = threadIdx.x % kWarp;
   float sums[kLive][kStripColumns / 2]{};
-  multiply<T, 1>(ring, num_steps, sums);
+  multiply<T, 0, 1>(ring, num_steps, sums);
   consumers_meet();
 #pragma unroll
   for (int block = 0; block < kLive; ++block) {

@@ -49,7 +49,7 @@ template <class T, int kColumns, int kLive, class Tile, class Finish>
 __device__ __forceinline__ void multiply_tile(const Tile& tile, Ring& ring, int num_steps,
                                               Finish finish) {
   float sums[kLive][kColumns]{};
-  multiply<T, 0>(ring, num_steps, sums);
+  multiply<T, 0, 0>(ring, num_steps, sums);
   finish(tile, sums);
 }
 
