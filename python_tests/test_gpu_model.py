@@ -71,11 +71,12 @@ def test_tiles_of_wgmma_are_those_of_its_schedulers():
 
 
 def test_tiles_of_the_backward_by_wgmma():
-    """Rows of 256; 32, 64 or 96 gates and ups, 64, 128 or 160 of the rest; gradients 256 x 192."""
+    """Rows of 256; 32, 64 or 96 gates and ups, 64, 128 or 160 of the rest. Gradients of 256 by 192;
+    both sources of dx in one sum."""
     h100, case = model.GPUS["h100"], load(300, 200, [16, 40, 300])
     tiles = [p.tiles for p in model.predict(h100, replace(case, is_backward=True))]
     assert tiles[:6] == [2, 2, 2 * 4, 2, 2, 2 * 2]
-    assert tiles[-1] == 3 * 2 * (1 + 1 + 2)
+    assert tiles[6:] == [model.down(h100, case).tiles, 3 * 2 * (1 + 1 + 2)]
 
 
 def test_pipes_follow_the_busiest_warp():

@@ -12,7 +12,8 @@
 //   down      dx, as the forward sums y: a CTA owns its part and goes through experts in order  gemm_down.cuh
 //   weights   one weight gradient, the sum running over the expert's tokens                     gemm_weights.cuh
 //
-// fp32 does the same on gemm_ffma.cuh's tile (gemm_ffma_bwd.cuh).
+// fp32 does the same on gemm_ffma.cuh's tile (gemm_ffma_bwd.cuh), half types on Hopper by wgmma
+// (sm90a/backward.cu).
 //
 // g and u of active pairs are what the forward saved (2 T I numbers of the caller's memory, 361 MB in bf16
 // at T 8192, I 11008), or are recomputed from x: 2/9 more work of the forward and backward together.
@@ -227,6 +228,8 @@ class Backward {
       with_product(f_.allow_tf32, [&](auto product) {
         down_fp32_kernel<decltype(product)><<<2 * ctas_, kThreads, 0, on_>>>(args_.pass);
       });
+    } else if (on_hopper_) {
+      note(sm90a::down(args_.pass, true, ctas_ / kCtasPerSm, on_));
     } else {
       down_kernel<<<ctas_, kThreads, DownTile::kSharedBytes, on_>>>(args_.pass);
     }

@@ -38,8 +38,10 @@ def neurons(gpu: Gpu, load: Load) -> list[Prediction]:
 
 
 def dx(gpu: Gpu, load: Load) -> Prediction:
-    """The forward's kernel, with two sources."""
-    one = down(replace(gpu, loop=MMA), load)
+    """The forward's kernel, with two sources: by mma.sync one after the other."""
+    if gpu.loop is not MMA:
+        return down(gpu, load, sources=2)
+    one = down(gpu, load)
     both = {k: 2 * v for k, v in one.parts.items()}
     return replace(one, tiles=2 * one.tiles, parts=both, seconds=2 * one.seconds)
 

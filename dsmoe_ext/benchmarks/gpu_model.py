@@ -280,8 +280,9 @@ def gate_up(gpu: Gpu, load: Load) -> list[Prediction]:
     return gathered(gpu, load, kernels, 2, lambda size: load.hidden_size + size)
 
 
-def down(gpu: Gpu, load: Load) -> Prediction:
-    """A unit is some tokens by 128 columns; small experts that are neighbours go as one, dense."""
+def down(gpu: Gpu, load: Load, sources: int = 1) -> Prediction:
+    """A unit is some tokens by 128 columns; small experts that are neighbours go as one, dense.
+    Several sources make one sum of several times the steps."""
     loop = gpu.loop
     strips = math.ceil(load.hidden_size / STRIP_COLUMNS)
     units, tokens, read = [], [], 0.0
@@ -294,23 +295,23 @@ def down(gpu: Gpu, load: Load) -> Prediction:
             small = 0 < size < 64
             run += math.ceil(size / 16) * 16 if small else 0
             if not small and run:  # the run of small experts ends here
-                tiles += row_tiles_of(loop, len(chunk), run)
+                tiles += row_tiles_of(loop, len(chunk), run, sources)
                 run = 0
             if not small and pairs > 0:
-                tiles += row_tiles_of(loop, pairs, size)
+                tiles += row_tiles_of(loop, pairs, size, sources)
             read += 2.0 * size * max(pairs, 0)
         units += [tiles] * strips
         tokens += [len(chunk)] * strips
     ctas = [[t for unit in mine for t in unit] for mine in deal(gpu, units)]
     waves = math.ceil(len(units) / (loop.ctas_per_sm * gpu.sms))
-    dram = read + waves * 2.0 * load.hidden_size * sum(load.sizes)
+    dram = sources * (read + waves * 2.0 * load.hidden_size * sum(load.sizes))
     dram += 2.0 * load.num_tokens * load.hidden_size
     apart = deal(gpu, tokens) if loop is WGMMA else None
     return run_tiles(gpu, f"{loop.prefix}down", ctas, dram, apart)
 
 
-def row_tiles_of(loop: Loop, rows: int, terms: int) -> list[tuple[int, int]]:
-    steps = math.ceil(terms / loop.step_terms)
+def row_tiles_of(loop: Loop, rows: int, terms: int, sources: int) -> list[tuple[int, int]]:
+    steps = sources * math.ceil(terms / loop.step_terms)
     return [(min(loop.tile_rows, rows - r), steps) for r in range(0, rows, loop.tile_rows)]
 
 

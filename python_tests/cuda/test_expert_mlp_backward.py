@@ -24,7 +24,7 @@ EDGES = {  # name: (T, H, sizes, active)
     "large between fine": (40, 24, [16, 24, 80, 16, 0, 72, 8], 0.5),
     "one expert": (40, 32, [72], 1.0),
     "two chunks": (300, 40, [72, 40, 16], 0.5),
-    "more than a tile": (300, 200, [264, 72, 24], 0.6),
+    "more than a tile": (530, 200, [264, 8], 0.55),
 }
 
 

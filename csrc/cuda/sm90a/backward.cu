@@ -1,6 +1,11 @@
 // The backward's GEMMs on Hopper: as expert_mlp_bwd.cu says, by wgmma and the copy engine.
 //
-// Same passes, lists, workspace and order of sums as there; only the main loop differs (pipeline.cuh).
+//   neurons   in two kernels, the first only where g and u were not saved      neurons.cuh
+//   dx        by the forward's down                                            down.cuh
+//   weights   all gradients in one launch                                      weights.cuh
+//
+// Same passes, lists and workspace as there, the main loop of pipeline.cuh. Sums are as fixed: those of dx
+// take an expert's dg Wg and du Wu together, which halves how often a strip is read and written.
 #define DSMOE_SM90A 1
 #include "cuda/sm90a/backward.h"
 #include "cuda/sm90a/neurons.cuh"

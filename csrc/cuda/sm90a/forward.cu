@@ -41,22 +41,31 @@ bool is_available() {
 }
 
 template <class T>
+Status down(const PassArgs<T>& args, bool strip_per_unit, int multiprocessors, cudaStream_t on) {
+  SourceMaps weights;
+  const auto kernel = down_kernel<T>;
+  if (!may_use_shared_memory(kernel)) return Status::kCudaError;
+  for (int s = 0; s < args.num_sources; ++s) {
+    if (!map_matrix(weights.of[s], args.sources[s].weights, args.intermediate_size,
+                    args.hidden_size, kTerms)) {
+      return Status::kCudaError;
+    }
+  }
+  kernel<<<multiprocessors, kThreads, kSharedBytes, on>>>(args, weights, strip_per_unit);
+  return launch_status();
+}
+
+template <class T>
 Status forward(const PassArgs<T>& args, int multiprocessors, cudaStream_t on) {
-  CUtensorMap down;
   const bool is_up = launch_gate_up<16>(args, 1, 16, multiprocessors, on) &&
                      launch_gate_up<32>(args, 17, 32, multiprocessors, on) &&
                      launch_gate_up<64>(args, 33, 128, multiprocessors, on) &&
                      launch_gate_up<96>(args, 129, INT32_MAX, multiprocessors, on);
-  const auto kernel = down_kernel<T>;
-  if (!is_up || !may_use_shared_memory(kernel) ||
-      !map_matrix(down, args.sources[0].weights, args.intermediate_size, args.hidden_size,
-                  kTerms)) {
-    return Status::kCudaError;
-  }
-  kernel<<<multiprocessors, kThreads, kSharedBytes, on>>>(args, down);
-  return launch_status();
+  return is_up ? down(args, false, multiprocessors, on) : Status::kCudaError;
 }
 
+template Status down(const PassArgs<__nv_bfloat16>&, bool, int, cudaStream_t);
+template Status down(const PassArgs<__half>&, bool, int, cudaStream_t);
 template Status forward(const PassArgs<__nv_bfloat16>&, int, cudaStream_t);
 template Status forward(const PassArgs<__half>&, int, cudaStream_t);
 
