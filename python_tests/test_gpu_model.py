@@ -8,32 +8,52 @@ import torch
 from typer.testing import CliRunner
 
 from dsmoe_ext.benchmarks import gpu_model as model
+from dsmoe_ext.benchmarks.gpu_load import DTYPES, Load, draw, read_trace
+from dsmoe_ext.benchmarks.gpu_specs import GPUS
 from dsmoe_ext.command_line import app as cli
 
 pytestmark = pytest.mark.quick
-A100 = model.GPUS["a100"]
+A100 = GPUS["a100"]
 
 
-def load(tokens, hidden, sizes, active=1.0):
-    return model.Load(hidden, tuple(sizes), model.draw(tokens, len(sizes), active))
+def load(tokens, hidden, sizes, active=1.0, **options):
+    return Load(hidden, tuple(sizes), draw(tokens, len(sizes), active), **options)
 
 
 def test_datasheet_rates_agree_with_cycles_per_mma():
     """4 quarters per SM, 2 x 16 x 8 x 16 operations an mma."""
-    for gpu, share in ((A100, 1.0), (model.GPUS["h100"], 0.63)):
+    for gpu, share in ((A100, 1.0), (GPUS["h100"], 0.63)):
         rate = gpu.sms * 4 * 4096 / gpu.mma_cycles * gpu.hertz
         assert rate == pytest.approx(share * gpu.flops, rel=0.01)
-    h100 = model.GPUS["h100"]
+    h100 = GPUS["h100"]
     rate = h100.sms * 4 * 4096 / h100.wgmma_cycles * h100.hertz
     assert rate == pytest.approx(h100.flops, rel=0.01)
 
 
 def test_flops_bytes_and_roofline_by_hand():
     active = torch.tensor([[True, False], [True, True], [False, False]])
-    case = model.Load(100, (8, 24), active)
+    case = Load(100, (8, 24), active)
     assert case.flops() == 6 * 100 * (2 * 8 + 24)
     assert case.weight_bytes() == 3 * 2 * 100 * 32
     assert case.roofline(A100) == (3 * 2 * 100 * 32 + 3 * 100 * 4) / 2.0e12
+
+
+def test_fp32_tf32_and_saved_activations_by_hand():
+    """Datasheet of A100: 19.5 TFLOP/s in fp32, 156 in TF32."""
+    assert A100.peak("fp32") == pytest.approx(19.5e12, rel=0.01)
+    assert A100.peak("tf32") == 156e12
+    active = torch.tensor([[True, False], [True, True], [False, False]])
+    case = Load(100, (8, 24), active, dtype="fp32", is_saved=True)
+    assert case.saved_bytes() == 2 * 4 * (2 * 8 + 24)
+    assert case.weight_bytes() == 3 * 4 * 100 * 32
+    assert replace(case, is_backward=True).products == 6
+    # a step of 64 x 64 x 16 terms, two products: 64 x 64 x 16 x 2 / 32 lanes; in mma.m16n8k8
+    assert model.counted("fp32 gate_up<64>", 64, "step", "fma") == 64 * 64 * 16 * 2 / 32
+    assert model.counted("tf32 gate_up<64>", 64, "step", "mma") == 4 * 8 * 2 * 2
+    # g and u of 128 pairs x 64 neurons besides the activations, in bf16
+    plain, saving = (f"gate_up<64>{how}" for how in ("", ", saving"))
+    more = (model.counted(name, 128, "tile", "store_bytes") for name in (saving, plain))
+    assert next(more) - next(more) == 2 * 128 * 64 * 2
 
 
 def test_counts_are_those_of_a_full_tile():
@@ -63,7 +83,7 @@ def test_counts_of_wgmma_by_hand():
 
 def test_tiles_of_wgmma_are_those_of_its_schedulers():
     """Rows of 256; 64 columns up to size 128, 96 beyond. Units of 512 tokens if they suffice."""
-    h100 = model.GPUS["h100"]
+    h100 = GPUS["h100"]
     case = load(300, 64, [16, 40, 128, 200, 0])
     assert [p.tiles for p in model.gate_up(h100, case)] == [2, 0, 2 * (1 + 2), 2 * 3]
     assert model.down(h100, load(300, 200, [16, 72])).tiles == 2 * (1 + 1) * 2
@@ -73,7 +93,7 @@ def test_tiles_of_wgmma_are_those_of_its_schedulers():
 def test_tiles_of_the_backward_by_wgmma():
     """Rows of 256; 32, 64 or 96 gates and ups, 64, 128 or 160 of the rest. Gradients of 256 by 192;
     both sources of dx in one sum."""
-    h100, case = model.GPUS["h100"], load(300, 200, [16, 40, 300])
+    h100, case = GPUS["h100"], load(300, 200, [16, 40, 300])
     tiles = [p.tiles for p in model.predict(h100, replace(case, is_backward=True))]
     assert tiles[:6] == [2, 2, 2 * 4, 2, 2, 2 * 2]
     assert tiles[6:] == [model.down(h100, case).tiles, 3 * 2 * (1 + 1 + 2)]
@@ -97,7 +117,7 @@ def test_small_experts_go_through_down_as_one():
 
 
 def test_time_is_never_below_any_resource():
-    for gpu in model.GPUS.values():
+    for gpu in GPUS.values():
         for tokens in (1, 16, 17, 700):
             case = load(tokens, 1024, [512] * 4, 0.5)
             for p in model.predict(gpu, case):
@@ -111,14 +131,60 @@ def test_time_is_never_below_any_resource():
 )
 def test_llama_2_7b_reaches_its_share_of_the_roofline(gpu, tokens, least):
     case = load(tokens, 4096, [1376] * 8, 3 / 8)
-    seconds = sum(p.seconds for p in model.predict(model.GPUS[gpu], case))
-    assert case.roofline(model.GPUS[gpu]) / seconds >= least
+    seconds = sum(p.seconds for p in model.predict(GPUS[gpu], case))
+    assert case.roofline(GPUS[gpu]) / seconds >= least
+
+
+@pytest.mark.parametrize("gpu", ["a100", "h100"])
+def test_llama_2_7bs_backward_reaches_70_percent_of_the_roofline(gpu):
+    case = load(8192, 4096, [1376] * 8, 3 / 8, is_backward=True)
+    seconds = sum(p.seconds for p in model.predict(GPUS[gpu], case))
+    assert case.roofline(GPUS[gpu]) / seconds >= 0.70
+
+
+@pytest.mark.parametrize("kernel", ["gate_up<64>", "down", "neurons_backward", "weights"])
+@pytest.mark.parametrize("gpu", ["a100", "h100-mma"])
+def test_tensor_cores_have_60_percent_of_what_a_full_tile_takes(gpu, kernel):
+    """Of the cycles that the busiest pipe of an SM, issue among them, allows."""
+    step = model.pipes(GPUS[gpu], kernel, 64 if kernel == "weights" else 128)
+    assert step["tensor cores"] >= 0.6 * max(step.values())
+
+
+@pytest.mark.parametrize(
+    "kernel", ["gate_up<96>", "gate_up<64>", "down", "recompute<96>", "neurons<80>", "weights"]
+)
+def test_wgmma_has_60_percent_of_what_a_full_tile_takes(kernel):
+    step = model.pipes(GPUS["h100"], f"sm90a {kernel}", 256)
+    assert step["tensor cores"] >= 0.6 * max(step.values())
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gpu", GPUS)
+def test_every_mode_is_slower_than_its_roofline(gpu, dtype, saved, backward):
+    options = dict(dtype=dtype, is_saved=saved, is_backward=backward)
+    case = load(700, 1024, [512] * 4, 0.5, **options)
+    kernels = model.predict(GPUS[gpu], case)
+    assert all(p.seconds > max(p.parts.values()) for p in kernels)
+    assert sum(p.seconds for p in kernels) > case.roofline(GPUS[gpu])
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_saving_pays_in_the_backward_and_costs_in_the_forward(gpu):
+    case = load(8192, 4096, [1376] * 8, 3 / 8)
+
+    def seconds(**how):
+        return sum(p.seconds for p in model.predict(GPUS[gpu], replace(case, **how)))
+
+    assert seconds(is_saved=True) > seconds()
+    assert seconds(is_saved=True, is_backward=True) < 0.9 * seconds(is_backward=True)
 
 
 def test_backward_does_eight_products_and_takes_longer_than_any_resource():
     case = replace(load(700, 1024, [512] * 4, 0.5), is_backward=True)
     assert case.flops() == 8 / 3 * replace(case, is_backward=False).flops()
-    for gpu in model.GPUS.values():
+    for gpu in GPUS.values():
         kernels = model.predict(gpu, case)
         named = dict.fromkeys(p.kernel.rpartition(" ")[2].partition("<")[0] for p in kernels)
         recomputed = ["recompute"] if gpu.loop is model.WGMMA else []
@@ -130,7 +196,7 @@ def test_backward_does_eight_products_and_takes_longer_than_any_resource():
 def test_command_reads_a_trace(tmp_path):
     trace = tmp_path / "routing.json"
     trace.write_text(json.dumps({"active": [[0], [0, 2], [], [1]]}))
-    assert model.read_trace(trace, 3).int().tolist() == [[1, 0, 0], [1, 0, 1], [0, 0, 0], [0, 1, 0]]
+    assert read_trace(trace, 3).int().tolist() == [[1, 0, 0], [1, 0, 1], [0, 0, 0], [0, 1, 0]]
     arguments = ["bench", "gpu-model", "--gpu", "h100", "--shape", "64,96", "--experts", "3"]
     result = CliRunner().invoke(cli.app, [*arguments, "--trace", str(trace)])
     assert result.exit_code == 0, result.output
@@ -141,3 +207,12 @@ def test_unknown_gpu():
     result = CliRunner().invoke(cli.app, ["bench", "gpu-model", "--gpu", "tpu"])
     assert result.exit_code == 1
     assert "--gpu must be of a100, h100, h100-mma, but is 'tpu'" in result.output
+
+
+def test_command_in_other_modes():
+    arguments = ["--shape", "64,96", "--experts", "3", "--tokens", "40", "--saved", "--backward"]
+    for dtype, unit in (("tf32", "tensor"), ("fp32", "fp32")):
+        command = ["bench", "gpu-model", *arguments, "--dtype", dtype]
+        result = CliRunner().invoke(cli.app, command)
+        assert result.exit_code == 0, result.output
+        assert f"{dtype}, activations saved" in result.output and unit in result.output

@@ -79,7 +79,7 @@ inline Tensor with_dense_rows(const Tensor& tensor) {
 }
 
 inline int64_t row_stride(const Tensor& tensor) {
-  return tensor.size(0) <= 1 ? tensor.size(1) : tensor.stride(0);
+  return tensor.size(0) <= 1 || tensor.size(1) == 0 ? tensor.size(1) : tensor.stride(0);
 }
 
 inline void check_status(Status status) {

@@ -318,8 +318,8 @@ DecodeLayout decode_layout(const ExpertMlpParams& p, int multiprocessors) {
   l.max_units = static_cast<int>(ceil_div<int64_t>(p.intermediate_size, kUnit)) + p.num_experts;
   l.max_units += l.max_units % 2;
   l.strips = static_cast<int>(ceil_div<int64_t>(p.hidden_size, kStripColumns));
-  l.parts =
-      ceil_div(2 * multiprocessors, l.strips);  // 16 warps per SM, each with 8 loads in flight
+  // 16 warps per SM, each with 8 loads in flight
+  l.parts = ceil_div(2 * multiprocessors, max(l.strips, 1));
   auto place = [&l](int64_t bytes) {
     const int64_t at = l.bytes;
     l.bytes += ceil_div<int64_t>(bytes, 256) * 256;

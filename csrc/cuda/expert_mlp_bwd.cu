@@ -78,7 +78,7 @@ Layout layout(const ExpertMlpBackwardParams& p) {
   const int64_t columns = (limit - chunks * chunk_bytes) / matrix_bytes(l.tokens);
   int64_t rows = std::max(columns - (kColumnAlign - 1) * experts, columns / kColumnAlign);
   if (has_sums && f.num_tokens > l.tokens) {  // the same room must hold sums of weight gradients
-    rows = std::min(rows, chunks * chunk_sums / (3 * 4 * f.hidden_size));
+    rows = std::min(rows, chunks * chunk_sums / (3 * 4 * std::max<int64_t>(f.hidden_size, 1)));
   }
   l.rows = per_pass(f.intermediate_size, WeightsTile::kTileM, rows);
   l.width = columns_for(l.rows, experts);

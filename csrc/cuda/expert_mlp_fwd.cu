@@ -101,7 +101,7 @@ Status forward(const ExpertMlpParams& p, unsigned char* workspace, cudaStream_t 
         gate_up_fp32_kernel<Product><<<2 * ctas, kThreads, 0, on>>>(args);  // half the registers
         down_fp32_kernel<Product><<<2 * ctas, kThreads, 0, on>>>(args);
       });
-    } else if (p.intermediate_size > 0 && args.saved == nullptr && sm90a::is_available()) {
+    } else if (p.intermediate_size > 0 && p.hidden_size > 0 && sm90a::is_available()) {
       const Status hopper = sm90a::forward(args, multiprocessor_count(), on);
       if (hopper != Status::kOk) return hopper;
     } else {
@@ -134,7 +134,8 @@ Status expert_mlp(const ExpertMlpParams& p, void* workspace, Stream stream) {
       p.num_experts > kMaxExperts) {
     return Status::kUnsupported;
   }
-  if (p.num_tokens == 0 || p.hidden_size == 0) return Status::kOk;
+  const bool has_results = p.hidden_size > 0 || p.activations != nullptr;  // then zeros are saved
+  if (p.num_tokens == 0 || !has_results) return Status::kOk;
   auto* bytes = static_cast<unsigned char*>(workspace);
   if (p.dtype == Dtype::kFloat32) return forward<float>(p, bytes, on);
   if (is_decode(p)) return decode(p, workspace, stream);

@@ -34,19 +34,23 @@ __device__ __forceinline__ bool in_one_access(const T* at, int count) {
 
 // count: numbers that exist; others are not touched.
 template <class T, int kCount>
-__device__ __forceinline__ void store_saved(T* to, const float (&v)[kCount], int count) {
+__device__ __forceinline__ void store_rounded(T* to, const T (&v)[kCount], int count) {
   using All = Access<kCount * sizeof(T)>;
-  alignas(16) T rounded[kCount];
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) rounded[i] = static_cast<T>(v[i]);
   if (in_one_access<T, kCount>(to, count)) {
-    __stcg(reinterpret_cast<All*>(to), reinterpret_cast<const All&>(rounded));
+    __stcg(reinterpret_cast<All*>(to), reinterpret_cast<const All&>(v));
   } else {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (i < count) to[i] = rounded[i];
+      if (i < count) to[i] = v[i];
     }
   }
+}
+template <class T, int kCount>
+__device__ __forceinline__ void store_saved(T* to, const float (&v)[kCount], int count) {
+  alignas(16) T rounded[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) rounded[i] = static_cast<T>(v[i]);
+  store_rounded(to, rounded, count);
 }
 
 // Zeros where no number exists.

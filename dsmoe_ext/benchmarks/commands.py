@@ -154,38 +154,44 @@ def gpu_model(
         ),
     ] = None,
     backward: Annotated[bool, typer.Option("--backward", help="instead of the forward")] = False,
+    dtype: Annotated[str, typer.Option(help="bf16, tf32 or fp32.")] = "bf16",
+    saved: Annotated[
+        bool, typer.Option("--saved", help="activations kept for the backward, or read by it")
+    ] = False,
 ) -> None:
-    """Predict the CUDA kernels' time in bf16; beside it the measured time, where a GPU is present.
+    """Predict the CUDA kernels' time; beside it the measured time, where a GPU is present.
 
     From the datasheet, the tiles that the kernels would run, and the instructions and bytes of a
     tile, counted while the interpreter of the tests ran them. Forward, up to 16 tokens decode, or
-    backward: all outputs, everything recomputed, in one pass; predicted only.
+    backward: all outputs, in one pass; predicted only.
     """
     import torch
 
-    from dsmoe_ext.benchmarks import gpu_model as model
+    from dsmoe_ext.benchmarks import gpu_load, gpu_model
     from dsmoe_ext.benchmarks.gpu_report import prediction_table
+    from dsmoe_ext.benchmarks.gpu_specs import GPUS
     from dsmoe_ext.command_line.console import out as console
     from dsmoe_ext.command_line.options import numbers
     from dsmoe_ext.errors import UserError
 
-    if gpu not in model.GPUS:
-        raise UserError(f"--gpu must be of {', '.join(model.GPUS)}, but is {gpu!r}")
+    for option, value, known in (("--gpu", gpu, GPUS), ("--dtype", dtype, gpu_load.DTYPES)):
+        if value not in known:
+            raise UserError(f"{option} must be of {', '.join(known)}, but is {value!r}")
     hidden_size, sizes = _sizes(shape, experts, expert_sizes)
     if trace:
-        loads = [model.read_trace(trace, len(sizes))]
+        loads = [gpu_load.read_trace(trace, len(sizes))]
     else:
         loads = [
-            model.draw(t, len(sizes), fraction)
+            gpu_load.draw(t, len(sizes), fraction)
             for t in numbers(tokens, int, "--tokens")
             for fraction in numbers(active, float, "--active")
         ]
     for mask in loads:
-        load = model.Load(hidden_size, tuple(sizes), mask, backward)
-        kernels = model.predict(model.GPUS[gpu], load)
-        is_measured = torch.cuda.is_available() and not backward
-        measured = model.measure(load) if is_measured else None
-        console.print(prediction_table(model.GPUS[gpu], load, _layout(sizes), kernels, measured))
+        load = gpu_load.Load(hidden_size, tuple(sizes), mask, backward, dtype, saved)
+        kernels = gpu_model.predict(GPUS[gpu], load)
+        is_measured = torch.cuda.is_available() and not backward and not saved
+        measured = gpu_model.measure(load) if is_measured else None
+        console.print(prediction_table(GPUS[gpu], load, _layout(sizes), kernels, measured))
 
 
 def _sizes(shape: str, experts: int, expert_sizes: str | None) -> tuple[int, list[int]]:

@@ -1,45 +1,39 @@
-"""The backward in the model of GPU time (gpu_model.py): everything recomputed, in one pass."""
+"""The backward in the model of GPU time (gpu_model.py): all outputs, in one pass."""
 
 import math
 from dataclasses import replace
 
-from dsmoe_ext.benchmarks.gpu_model import (
-    ANY,
-    MMA,
-    STRIP_COLUMNS,
-    Gpu,
-    Load,
-    Prediction,
-    deal,
-    down,
-    gathered,
-    run_tiles,
-)
+from dsmoe_ext.benchmarks.gpu_load import Load
+from dsmoe_ext.benchmarks.gpu_model import Prediction, deal, down, gathered, run_tiles
+from dsmoe_ext.benchmarks.gpu_specs import ANY, MMA, WGMMA, Gpu
 
-# (columns of a tile, up to which size of expert)
+# of sm_90a: columns of a tile, up to which size of expert
 RECOMPUTE, NEURONS = ((32, 32), (64, 128), (96, ANY)), ((64, 32), (128, 128), (160, ANY))
 
 
 def neurons(gpu: Gpu, load: Load) -> list[Prediction]:
-    """What every gradient is made of: by mma.sync in one kernel; else g and u wait in the
-    workspace for the third product."""
-    hidden = load.hidden_size
-    if gpu.loop is MMA:
+    """What every gradient is made of: g, u and da in one kernel, or da alone where g and u were
+    saved; on sm_90a recomputed g and u wait in the workspace for da."""
+    hidden, loop = load.hidden_size, gpu.loop
+    if loop is not WGMMA:
+        columns = 32 if loop is MMA and not load.is_saved else 64
+        kernel = f"{loop.prefix}neurons_backward{', saved' if load.is_saved else ''}"
+        products, rows, numbers = (1, 1, 5) if load.is_saved else (3, 2, 3)
         one = gathered(
-            gpu, load, [("neurons_backward", 32, ANY)], 3, lambda size: 2 * hidden + 3 * size
+            gpu, load, [(kernel, columns, ANY)], products, lambda s: rows * hidden + numbers * s
         )
         return [replace(one[0], kernel="neurons")]
     recompute = [(f"sm90a recompute<{c}>", c, most) for c, most in RECOMPUTE]
     rest = [(f"sm90a neurons<{c // 2}>", c, most) for c, most in NEURONS]
     return [
-        *gathered(gpu, load, recompute, 2, lambda size: hidden + 2 * size),
-        *gathered(gpu, load, rest, 1, lambda size: hidden + 5 * size),
+        *(() if load.is_saved else gathered(gpu, load, recompute, 2, lambda s: hidden + 2 * s)),
+        *gathered(gpu, load, rest, 1, lambda s: hidden + 5 * s),
     ]
 
 
 def dx(gpu: Gpu, load: Load) -> Prediction:
-    """The forward's kernel, with two sources: by mma.sync one after the other."""
-    if gpu.loop is not MMA:
+    """The forward's kernel, with two sources: one after the other but on sm_90a."""
+    if gpu.loop is WGMMA:
         return down(gpu, load, sources=2)
     one = down(gpu, load)
     both = {k: 2 * v for k, v in one.parts.items()}
@@ -47,21 +41,23 @@ def dx(gpu: Gpu, load: Load) -> Prediction:
 
 
 def weights(gpu: Gpu, load: Load) -> list[Prediction]:
-    """Three gradients, whose tiles have neurons as rows and tokens as steps: three launches by
-    mma.sync, else one."""
-    if gpu.loop is MMA:
-        gpu = replace(gpu, loop=replace(MMA, tile_rows=64, ctas_per_sm=3))
-    columns, launches = (STRIP_COLUMNS, 3) if gpu.loop.ctas_per_sm > 1 else (192, 1)
-    tiles, dram = [], 0.0
+    """Three gradients, whose tiles have neurons as rows and tokens as steps: three launches, but
+    one on sm_90a."""
+    loop, hidden, launches = gpu.loop, load.hidden_size, 1 if gpu.loop is WGMMA else 3
+    columns = 192 if loop is WGMMA else loop.strip_columns
+    tile_rows = loop.tile_rows if loop is WGMMA else 64
+    tiles, moved = [], 0.0
     for size, pairs in zip(load.sizes, load.active.sum(0).tolist(), strict=True):
-        steps = math.ceil(pairs / gpu.loop.step_terms)
-        for first in range(0, size, gpu.loop.tile_rows):
-            rows = min(size - first, gpu.loop.tile_rows)
-            tiles += [(rows, steps)] * math.ceil(load.hidden_size / columns)
-        dram += 2.0 * (pairs * (load.hidden_size + size) + size * load.hidden_size)
-    tiles, dram = tiles * (3 // launches), dram * (3 // launches)
-    one = run_tiles(gpu, f"{gpu.loop.prefix}weights", deal(gpu, tiles), dram)
-    return [one] * launches
+        steps = math.ceil(pairs / loop.step_terms)
+        for first in range(0, size, tile_rows):
+            rows = min(size - first, tile_rows)
+            tiles += [(rows, steps)] * math.ceil(hidden / columns)
+        moved += pairs * (hidden + size) + size * hidden
+    each = 3 // launches
+    more_ctas = replace(gpu, loop=replace(MMA, ctas_per_sm=3)) if loop is MMA else gpu
+    ctas = deal(more_ctas, tiles * each)
+    moved *= each * load.number_bytes
+    return [run_tiles(more_ctas, f"{loop.prefix}weights", ctas, moved)] * launches
 
 
 def backward(gpu: Gpu, load: Load) -> list[Prediction]:

@@ -14,112 +14,24 @@ stated, and stalls within a warp that its SM's other warps do not fill.
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 
+from dsmoe_ext.benchmarks.gpu_load import DECODE_TOKENS, Load
+from dsmoe_ext.benchmarks.gpu_specs import FP32, MMA, TF32, WGMMA, Gpu, Loop
+
 COUNTS = Path(__file__).with_name("gpu_counts.json")
-CHUNK_TOKENS, STRIP_COLUMNS = 256, 128  # of y, what a CTA of `down` owns at least
+CHUNK_TOKENS = 256  # of y, what a CTA of `down` owns at least
 GROUP = 8  # row tiles that share weights in L2
-DECODE_TOKENS = 16
 # rows that a CTA's warps take in turn: the busiest warp has its share of this many rounded up
 ROWS_DEALT = {"gate_up<16>": 64, "gate_up<32>": 32, "gate_up<64>": 32, "down": 32,
-              "neurons_backward": 64, "weights": 64}  # fmt: skip
+              "neurons_backward": 64, "neurons_backward, saved": 64, "weights": 64}  # fmt: skip
 LATENCY_SECONDS = 0.6e-6  # of DRAM, once per kernel
 LAUNCH_SECONDS = 1.5e-6  # between kernels of one stream
 HELPER_LAUNCHES = 5  # place_columns, count, scan, write, clear_inactive
-
-
-@dataclass(frozen=True)
-class Loop:
-    """How the kernels of one main loop cut their work."""
-
-    prefix: str  # of the kernels' names
-    tile_rows: int
-    block_rows: int  # that are multiplied together
-    step_terms: int
-    unit_tokens: int  # of y, what a CTA of `down` owns at most
-    widths: tuple[tuple[int, int], ...]  # columns of a gate_up tile, up to which size of expert
-    ctas_per_sm: int
-    # of a step, that nothing of the same CTA fills: barrier, first ldmatrix, last mma
-    sync_cycles: float
-
-    def blocks(self, rows: int) -> int:
-        """Rows, up to whole blocks."""
-        return math.ceil(rows / self.block_rows) * self.block_rows
-
-
-ANY = 2**31
-MMA = Loop("", 128, 16, 32, 256, ((16, 16), (32, 32), (64, ANY)), 2, 100.0)
-WGMMA = Loop("sm90a ", 256, 64, 64, 512, ((16, 16), (32, 32), (64, 128), (96, ANY)), 1, 0.0)
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Datasheet numbers, dense."""
-
-    name: str
-    sms: int
-    hertz: float
-    flops: float  # bf16 tensor cores
-    bandwidth: float  # of DRAM, bytes a second
-    mma_cycles: float  # an mma.m16n8k16 on an SM quarter's tensor unit
-    l2_bytes_per_cycle: float  # assumed for H100, whose datasheet does not say
-    arch: str
-    loop: Loop = MMA
-    wgmma_cycles: float = 0.0  # for as much as an mma.m16n8k16
-
-    @property
-    def l2_bandwidth(self) -> float:
-        return self.l2_bytes_per_cycle * self.hertz
-
-
-# mma.sync reaches 63 % of the wgmma rate on H100; decode uses it there too
-H100 = Gpu("H100 SXM", 132, 1.83e9, 989e12, 3.35e12, 4.0 / 0.63, 5120, "90", WGMMA, 4.0)
-GPUS = {
-    "a100": Gpu("A100 SXM", 108, 1.41e9, 312e12, 2.0e12, 8.0, 5120, "80"),
-    "h100": H100,
-    "h100-mma": replace(H100, name="H100 SXM, mma.sync", loop=MMA),
-}
-
-
-@dataclass(frozen=True)
-class Load:
-    """Which tokens want which experts: active bool [T,E], and the layout."""
-
-    hidden_size: int
-    sizes: tuple[int, ...]
-    active: torch.Tensor
-    is_backward: bool = False
-
-    @property
-    def products(self) -> int:
-        """Of tokens and an expert's weights: 3 forward; backward g, u, da, two for dx, and three
-        weight gradients."""
-        return 8 if self.is_backward else 3
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.active)
-
-    def flops(self) -> float:
-        """Operations of the active pairs."""
-        terms = self.hidden_size * float((self.active * torch.tensor(self.sizes)).sum())
-        return 2.0 * self.products * terms
-
-    def weight_bytes(self) -> float:
-        """Of the experts that any token wants, bf16."""
-        used = (self.active.any(0) * torch.tensor(self.sizes)).sum()
-        return 6.0 * self.hidden_size * float(used)
-
-    def roofline(self, gpu: Gpu) -> float:
-        """Seconds: operations at the peak, or weights, x and y once at full bandwidth; backward
-        with the gradients of all of them."""
-        moved = self.weight_bytes() + 4.0 * self.num_tokens * self.hidden_size
-        moved *= 2 if self.is_backward else 1
-        return max(self.flops() / gpu.flops, moved / gpu.bandwidth)
 
 
 @dataclass(frozen=True)
@@ -135,25 +47,6 @@ class Prediction:
     @property
     def bound(self) -> str:
         return max(self.parts, key=self.parts.get)
-
-
-def draw(num_tokens: int, num_experts: int, fraction: float, seed: int = 0) -> torch.Tensor:
-    """bool [T,E]: every pair active with probability `fraction`, independently; for a few tokens
-    exactly round(fraction * E) experts each."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.rand(num_tokens, num_experts, generator=generator)
-    if num_tokens > DECODE_TOKENS:
-        return noise < fraction
-    return noise.argsort(1).argsort(1) < round(fraction * num_experts)
-
-
-def read_trace(path: Path, num_experts: int) -> torch.Tensor:
-    """bool [T,E] from JSON: {"active": [[experts of token 0], [experts of token 1], ...]}."""
-    lists = json.loads(path.read_text())["active"]
-    active = torch.zeros(len(lists), num_experts, dtype=torch.bool)
-    for token, experts in enumerate(lists):
-        active[token, experts] = True
-    return active
 
 
 @cache
@@ -174,14 +67,20 @@ def counted(kernel: str, rows: float, part: str, what: str) -> float:
 @cache
 def pipes(gpu: Gpu, kernel: str, rows: int) -> dict[str, float]:
     """Cycles of an SM for one step of one CTA; its warps sit on the SM's four quarters."""
-    if gpu.loop is WGMMA:
+    if gpu.loop.prefix != MMA.prefix:
         whole = gpu.loop.blocks(rows)
+        op, cycles = {
+            WGMMA.prefix: ("mma", gpu.wgmma_cycles),
+            TF32.prefix: ("mma", gpu.mma_cycles),
+            FP32.prefix: ("fma", gpu.fma_cycles),
+        }[gpu.loop.prefix]
         return {
-            "tensor cores": counted(kernel, whole, "step", "mma") / 4 * gpu.wgmma_cycles,
-            "issue": counted(kernel, whole, "step", "instructions") / 4,
+            gpu.loop.unit: counted(kernel, whole, "step", op) / 4 * cycles,
+            "issue": counts()[kernel]["sass"].get(gpu.arch)
+            or counted(kernel, whole, "step", "instructions") / 4,
             "shared memory": counted(kernel, whole, "step", "shared_cycles"),
         }
-    dealt = ROWS_DEALT[kernel]
+    dealt = ROWS_DEALT[kernel.partition(", saving")[0]]
     busiest = math.ceil(rows / dealt) * dealt
     most_mma = counted(kernel, MMA.tile_rows, "step", "mma") / 4
     mma = counted(kernel, busiest, "step", "mma") / 4
@@ -214,7 +113,7 @@ def run_tiles(
 ) -> Prediction:
     """ctas: for every CTA its tiles as (rows, steps); units: the tokens of its units, where those
     were counted apart from tiles."""
-    sums = dict.fromkeys(("tensor cores", "issue", "shared memory"), 0.0)
+    sums = dict.fromkeys((gpu.loop.unit, "issue", "shared memory"), 0.0)
     busy, longest, moved = [0.0] * gpu.sms, [0.0] * gpu.sms, 0.0
     for index, tiles in enumerate(ctas):
         sm, chain = index % gpu.sms, 0.0
@@ -223,7 +122,7 @@ def run_tiles(
             whole = gpu.loop.blocks(rows)
             own, slots, own_bytes = aside(gpu, kernel, whole, "tile")
             busy[sm] += steps * max(step.values()) + own
-            chain += steps * (step["tensor cores"] + gpu.loop.sync_cycles) + own
+            chain += steps * (step[gpu.loop.unit] + gpu.loop.sync_cycles) + own
             for name, cycles in step.items():
                 sums[name] += steps * cycles + (slots if name == "issue" else 0.0)
             moved += own_bytes
@@ -257,7 +156,7 @@ def gathered(
     out, loop, smallest = [], gpu.loop, 1
     steps = math.ceil(load.hidden_size / loop.step_terms)
     for kernel, columns, largest in kernels:
-        tiles, dram = [], 0.0
+        tiles, moved = [], 0.0
         for size, pairs in zip(load.sizes, load.active.sum(0).tolist(), strict=True):
             if not smallest <= size <= largest or not pairs:
                 continue
@@ -267,24 +166,26 @@ def gathered(
                 for _ in range(math.ceil(size / columns)):
                     tiles += [(r, steps) for r in rows[first : first + GROUP]]
             groups = math.ceil(row_tiles / GROUP)  # each reads the weights again
-            dram += groups * 2.0 * products * size * load.hidden_size
-            dram += 2.0 * pairs * numbers(size)
-        out.append(run_tiles(gpu, kernel, deal(gpu, tiles), dram))
+            moved += groups * products * size * load.hidden_size + pairs * numbers(size)
+        out.append(run_tiles(gpu, kernel, deal(gpu, tiles), load.number_bytes * moved))
         smallest = largest + 1
     return out
 
 
 def gate_up(gpu: Gpu, load: Load) -> list[Prediction]:
     """One launch for each width of tile; experts choose by their size."""
-    kernels = [(f"{gpu.loop.prefix}gate_up<{c}>", c, most) for c, most in gpu.loop.widths]
-    return gathered(gpu, load, kernels, 2, lambda size: load.hidden_size + size)
+    loop, saving = gpu.loop, ", saving" if load.is_saved else ""
+    widths = loop.saving_widths if saving else loop.widths
+    kernels = [(f"{loop.prefix}gate_up<{c}>{saving}", c, most) for c, most in widths]
+    written = 3 if saving else 1
+    return gathered(gpu, load, kernels, 2, lambda size: load.hidden_size + written * size)
 
 
 def down(gpu: Gpu, load: Load, sources: int = 1) -> Prediction:
-    """A unit is some tokens by 128 columns; small experts that are neighbours go as one, dense.
+    """A unit is some tokens by a strip; small experts that are neighbours go as one, dense.
     Several sources make one sum of several times the steps."""
-    loop = gpu.loop
-    strips = math.ceil(load.hidden_size / STRIP_COLUMNS)
+    loop, number = gpu.loop, load.number_bytes
+    strips = math.ceil(load.hidden_size / loop.strip_columns)
     units, tokens, read = [], [], 0.0
     is_busy = math.ceil(load.num_tokens / loop.unit_tokens) * strips >= gpu.sms
     unit_tokens = loop.unit_tokens if is_busy else CHUNK_TOKENS
@@ -299,13 +200,13 @@ def down(gpu: Gpu, load: Load, sources: int = 1) -> Prediction:
                 run = 0
             if not small and pairs > 0:
                 tiles += row_tiles_of(loop, pairs, size, sources)
-            read += 2.0 * size * max(pairs, 0)
+            read += number * size * max(pairs, 0)
         units += [tiles] * strips
         tokens += [len(chunk)] * strips
     ctas = [[t for unit in mine for t in unit] for mine in deal(gpu, units)]
     waves = math.ceil(len(units) / (loop.ctas_per_sm * gpu.sms))
-    dram = sources * (read + waves * 2.0 * load.hidden_size * sum(load.sizes))
-    dram += 2.0 * load.num_tokens * load.hidden_size
+    dram = sources * (read + waves * number * load.hidden_size * sum(load.sizes))
+    dram += number * load.num_tokens * load.hidden_size
     apart = deal(gpu, tokens) if loop is WGMMA else None
     return run_tiles(gpu, f"{loop.prefix}down", ctas, dram, apart)
 
@@ -344,11 +245,12 @@ def decode(gpu: Gpu, load: Load) -> list[Prediction]:
 
 def predict(gpu: Gpu, load: Load) -> list[Prediction]:
     """Every kernel of one forward or backward, in order."""
+    gpu = gpu.for_dtype(load.dtype)
     if load.is_backward:
         from dsmoe_ext.benchmarks.gpu_backward import backward
 
         return backward(gpu, load)
-    if load.num_tokens <= DECODE_TOKENS:
+    if load.num_tokens <= DECODE_TOKENS and load.dtype == "bf16" and not load.is_saved:
         return decode(gpu, load)
     moved = 3 * 4.0 * load.active.numel()  # gates, read by count, by write, by clear_inactive
     seconds = HELPER_LAUNCHES * LAUNCH_SECONDS + moved / gpu.bandwidth
@@ -361,11 +263,12 @@ def measure(load: Load) -> float:
     from dsmoe_ext import ops
     from dsmoe_ext.testing import random_case
 
-    case = random_case(
-        0, load.num_tokens, load.hidden_size, list(load.sizes), active=1.0, dtype=torch.bfloat16
-    )
+    dtype = torch.bfloat16 if load.dtype == "bf16" else torch.float32
+    sizes = list(load.sizes)
+    case = random_case(0, load.num_tokens, load.hidden_size, sizes, active=1.0, dtype=dtype)
     case.gates *= load.active
     inputs = [t.cuda() for t in case.inputs()]
+    torch.backends.cuda.matmul.allow_tf32 = load.dtype == "tf32"
     times = []
     for _ in range(20):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -4,9 +4,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
-from dsmoe_ext.benchmarks.gpu_model import Gpu, Load, Prediction
+from dsmoe_ext.benchmarks.gpu_load import Load
+from dsmoe_ext.benchmarks.gpu_model import Prediction
+from dsmoe_ext.benchmarks.gpu_specs import Gpu
 
 COLUMNS = {
+    "fp32 units": "fp32",
     "tensor cores": "tensor",
     "issue": "issue",
     "shared memory": "shared",
@@ -36,24 +39,26 @@ def prediction_table(
         / max(load.num_tokens, 1)
         / sum(load.sizes)
     )
+    shown = {r: COLUMNS[r] for r in COLUMNS if any(r in k.parts for k in kernels)}
     out = Table(box=SIMPLE_HEAD, pad_edge=False)
     out.add_column("us", no_wrap=True)
-    for column in ("tiles", *COLUMNS.values(), "predicted"):
+    for column in ("tiles", *shown.values(), "predicted"):
         out.add_column(column, justify="right", no_wrap=True)
     out.add_column("bound", no_wrap=True)
     for k in kernels:
-        if "gate_up" in k.kernel and not k.tiles:
+        if "<" in k.kernel and not k.tiles:
             continue  # a width of tile that no expert chooses
-        alone = [microseconds(k.parts[r]) if r in k.parts else "" for r in COLUMNS]
+        alone = [microseconds(k.parts[r]) if r in k.parts else "" for r in shown]
         out.add_row(
-            k.kernel.rpartition(" ")[2],
+            k.kernel.removeprefix(gpu.for_dtype(load.dtype).loop.prefix).partition(",")[0],
             str(k.tiles or ""),
             *alone,
             microseconds(k.seconds),
             COLUMNS[k.bound],
         )
+    kind = f"{load.dtype}{', activations saved' * load.is_saved}"
     head = (
-        f"{gpu.name}, bf16, T {load.num_tokens}, H {load.hidden_size}, experts {layout}, "
+        f"{gpu.name}, {kind}, T {load.num_tokens}, H {load.hidden_size}, experts {layout}, "
         f"{share:.3f} of the FFN active"
     )
     bound = max(kernels, key=lambda k: k.seconds).bound

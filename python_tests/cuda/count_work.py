@@ -40,6 +40,7 @@ KERNELS = {
     # backward; the weights' steps are of tokens, their rows neurons
     "neurons_backward": ((32, 128), lambda steps: (32 * steps, 32), 1, 1),
     "weights": ((32, 64), lambda steps: (128, 32 * steps), 1, 1),
+    "neurons_backward, saved": ((32, 128), lambda steps: (32 * steps, 64), 1, 1),
     # sm_90a
     "sm90a gate_up<16>": ((64, 256), lambda steps: (64 * steps, 16), 1, 1),
     "sm90a gate_up<32>": ((64, 256), lambda steps: (64 * steps, 32), 1, 1),
@@ -54,7 +55,21 @@ KERNELS = {
     "sm90a neurons<80>": ((64, 256), lambda steps: (64 * steps, 160), 1, 1),
     "sm90a weights": ((64, 256), lambda steps: (192, 64 * steps), 1, 1),
 }
-BACKWARD = ("neurons_backward", "weights", "sm90a recompute", "sm90a neurons", "sm90a weights")
+for kind in ("fp32 ", "tf32 "):  # whole tiles, whatever is in them
+    KERNELS |= {
+        f"{kind}gate_up<64>": ((32, 64), lambda steps: (16 * steps, 64), 1, 1),
+        f"{kind}down": ((32, 64), lambda steps: (64, 16 * steps), 1, 1),
+        f"{kind}neurons_backward": ((32, 64), lambda steps: (16 * steps, 64), 1, 1),
+        f"{kind}neurons_backward, saved": ((32, 64), lambda steps: (16 * steps, 64), 1, 1),
+        f"{kind}weights": ((32, 64), lambda steps: (64, 16 * steps), 1, 1),
+    }
+# the same kernels where they keep g and u
+KERNELS |= {
+    f"{name}, saving": how
+    for name, how in KERNELS.items()
+    if "gate_up" in name and "<96>" not in name
+}
+BACKWARD = ("neurons_backward", "weights", "recompute", "sm90a neurons")
 
 
 def short(name):
@@ -65,8 +80,13 @@ def short(name):
         r"sm90a::(gate_up|down|recompute|neurons|weights)_kernel<bfloat16(?:,(\d+))?>", name
     ):
         return f"sm90a {own[1]}" + (f"<{own[2]}>" if own[2] else "")
-    if re.match(r"neurons_backward_kernel<bfloat16,false>", name):
-        return "neurons_backward"
+    saved = {"true": ", saved", "false": ""}
+    if neurons := re.match(r"neurons_backward_kernel<bfloat16,(\w+)>", name):
+        return f"neurons_backward{saved[neurons[1]]}"
+    if fp32 := re.match(r"(\w+)_fp32_kernel<(\w)\w+Product(?:,(\w+))?>", name):
+        kind = {"F": "fp32", "T": "tf32"}[fp32[2]]
+        tile = {"gate_up": "gate_up<64>", "neurons": "neurons_backward"}.get(fp32[1], fp32[1])
+        return f"{kind} {tile}{saved[fp32[3]] if fp32[3] else ''}"
     plain = re.match(r"(down|neurons|outputs|weights)_kernel<bfloat16", name)
     return plain[1] if plain else None
 
@@ -91,6 +111,7 @@ def summary(counters):
     return {
         "instructions": sum(counters.instructions.values()),
         "mma": counters.products or counters.instructions["mma"],
+        "fma": counters.opcodes["fma"],
         "ldmatrix": counters.instructions["ldmatrix"],
         "barrier": counters.instructions["barrier"],
         "shared_cycles": counters.total(counters.cycles).units,
@@ -103,18 +124,22 @@ def summary(counters):
 
 def run(kernel, steps, rows, experts=1):
     hidden, size = KERNELS[kernel][1](steps)
-    if kernel.endswith("weights"):
+    plain, saves = kernel.removesuffix(", saving"), ", sav" in kernel
+    if "weights" in kernel:
         rows, size = size, rows
-    case = random_case(0, rows, hidden, [size] * experts, active=1.0, dtype=torch.bfloat16)
+    dtype = torch.float32 if "32 " in kernel else torch.bfloat16
+    case = random_case(0, rows, hidden, [size] * experts, active=1.0, dtype=dtype)
     arch = "90a" if kernel.startswith("sm90a") else "80"
     ops = CountingInterpreter(multiprocessors=1, arch=arch)
-    if kernel.startswith(BACKWARD):  # of the three gradients that of gate_proj alone
+    ops.allow_tf32 = kernel.startswith("tf32")
+    if any(name in kernel for name in BACKWARD):  # of gate_proj's gradient alone
         others = ("dx", "dgates", "dup_proj", "ddown_proj_t")
-        ops.sparse_ffn_backward(*case.inputs(), dy=case.dy, without=others)
+        options = dict(dy=case.dy, without=others, save_activations=saves)
+        ops.sparse_ffn_backward(*case.inputs(), **options)
     else:
-        ops.sparse_ffn(*case.inputs())
+        ops.sparse_ffn(*case.inputs(), save_activations=saves)
     names = readable(sorted({name for name, _ in ops.per_launch}))
-    (found,) = [c for name, c in ops.per_launch if short(names[name]) == kernel]
+    (found,) = [c for name, c in ops.per_launch if short(names[name]) == plain]
     return summary(found)
 
 
@@ -146,7 +171,8 @@ def measure():
                 tile = {k: second[k] - few[k] - FEW * step[k] for k in few}
                 both = rows_table[str(rows)]["tile"]
                 rows_table[str(rows)] |= {"tile": tile, "unit": {k: both[k] - tile[k] for k in few}}
-        table[kernel] = {"sass": loops.get(kernel, {}), "rows": rows_table}
+        plain = kernel.removesuffix(", saving")
+        table[kernel] = {"sass": loops.get(plain, {}), "rows": rows_table}
     return table
 
 

@@ -28,6 +28,12 @@ std::map<const void*, std::string>& names() {
   static std::map<const void*, std::string> table;
   return table;
 }
+// Dynamic shared memory that a kernel was allowed beyond the 48 KiB that all have.
+std::map<const void*, int>& allowed() {
+  static std::map<const void*, int> table;
+  return table;
+}
+constexpr size_t kFreeForAll = 48 << 10;
 struct {
   dim3 grid, block;
   size_t shared;
@@ -109,6 +115,10 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) {
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** args,
                                size_t shared, cudaStream_t stream) {
   callbacks.call("cudaLaunchKernel", stream);
+  const auto asked = allowed().find(kernel);
+  if (shared > (asked == allowed().end() ? kFreeForAll : asked->second)) {
+    return last_error = cudaErrorInvalidValue;
+  }
   const unsigned g[3] = {grid.x, grid.y, grid.z}, b[3] = {block.x, block.y, block.z};
   const int error = callbacks.launch(names().at(kernel).c_str(), g, b, shared, args);
   if (error) last_error = static_cast<cudaError_t>(error);
@@ -122,8 +132,13 @@ cudaError_t cudaGetLastError() {
   last_error = cudaSuccess;
   return error;
 }
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   callbacks.call("cudaFuncSetAttribute", nullptr);
+  const int most = (callbacks.capability == 90 ? 227 : 99) << 10;  // 99 of 8.6, 8.9 and 12.0
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value > most) {
+    return cudaErrorInvalidValue;
+  }
+  allowed()[kernel] = value;
   return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int* device) {

@@ -248,7 +248,7 @@ class Interpreter:
 
     def _rows(self, x):
         """(address of a matrix whose rows may lie apart, elements between rows)."""
-        stride = x.stride(0) if len(x) > 1 else x.shape[1]
+        stride = x.stride(0) if len(x) > 1 and x.shape[1] else x.shape[1]
         reach = (len(x) - 1) * stride + x.shape[1] if len(x) else 0
         return self._in(x.as_strided((reach,), (1,))), stride
 

@@ -92,7 +92,7 @@ FAULTS = {
     "nothing expected": (3, "", "ends while|deadlock|without waiting"),
     "nothing copied": (4, "", "deadlock"),
     "not waited for": (5, "", EARLY),
-    "the phase before": (5, WAIT.format(n=0, parity=1), EARLY),
+    "the phase before": (5, WAIT.format(n=0, parity=1), EARLY + "|for the one before"),
     "the phase after": (
         5, WAIT.format(n=0, parity=0) + WAIT.format(n=1, parity=1), "deadlock"
     ),
@@ -185,5 +185,34 @@ def test_producer_and_consumer(fault, seed):
         launch()
         assert out.array.tolist() == list(range(6))
     else:
-        with pytest.raises(Trap, match=r"unordered|before it was|more arrivals|several|deadlock"):
+        seen = r"unordered|before it was|more arrivals|several|deadlock|still be waiting"
+        with pytest.raises(Trap, match=seen):
             launch()
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+@pytest.mark.parametrize("meet", ["bar.warp.sync 0xffffffff;", ""])
+def test_one_lane_arrives_for_its_warp(meet, seed):
+    """Two warps take turns. Where a lane may still be waiting, it might miss the phase."""
+    turn = """{name}: mbarrier.try_wait.parity.shared::cta.b64 %q1, [%t1+{wait}], {parity};
+      @!%q1 bra {name}; {meet} @%q2 mbarrier.arrive.shared::cta.b64 _, [%t1+{arrive}];
+      xor.b32 %t4, %t4, 1; add.u32 %t5, %t5, 1; setp.lt.u32 %q0, %t5, 6; @%q0 bra {name}; ret;"""
+    first = turn.format(name="A", wait=16, parity="%t6", meet="bar.warp.sync 0xffffffff;", arrive=8)
+    second = turn.format(name="B", wait=8, parity="%t4", meet=meet, arrive=16)
+    text = f"""
+      .version 8.0 .target sm_90a .address_size 64
+      .visible .entry k() {{
+        .reg .b32 %t<8>; .reg .pred %q<4>; .shared .align 8 .b8 buffer[32];
+        mov.u32 %t0, %tid.x; mov.u32 %t1, buffer; setp.eq.u32 %q0, %t0, 0;
+        @%q0 mbarrier.init.shared::cta.b64 [%t1+8], 1;
+        @%q0 mbarrier.init.shared::cta.b64 [%t1+16], 1;
+        bar.sync 0;
+        mov.u32 %t4, 0; mov.u32 %t5, 0; and.b32 %t2, %t0, 31; setp.eq.u32 %q2, %t2, 0;
+        setp.ge.u32 %q3, %t0, 32; @%q3 bra B;
+        {first.replace("A:", "A: xor.b32 %t6, %t4, 1;", 1)} {second} }}"""
+    device = Device(seed)
+    if meet:
+        device.launch(Program(text), "k", (1, 1, 1), (64, 1, 1), args=[])
+    else:
+        with pytest.raises(Trap, match="may still be waiting for the one before"):
+            device.launch(Program(text), "k", (1, 1, 1), (64, 1, 1), args=[])

@@ -41,3 +41,15 @@ def test_weight_gradients_are_stored_once_in_whole_sectors(kernel, neurons, colu
     counts = json.loads(count_work.TABLE.read_text())[kernel]["rows"][str(neurons)]
     assert counts["tile"]["store_bytes"] == neurons * columns * 2
     assert counts["step"]["store_bytes"] == 0
+
+
+def test_saved_activations_are_written_and_read_once():
+    """128 pairs, g and u of 64 neurons, bf16; sm_90a: 256 pairs."""
+    table = json.loads(count_work.TABLE.read_text())
+    tile = {kernel: entry["rows"] for kernel, entry in table.items()}
+    for kernel, rows in (("gate_up<64>", 128), ("sm90a gate_up<64>", 256)):
+        plain, saving = (tile[kernel + how][str(rows)]["tile"] for how in ("", ", saving"))
+        assert saving["store_bytes"] - plain["store_bytes"] == 2 * rows * 64 * 2
+        assert tile[f"{kernel}, saving"][str(rows)]["step"]["store_bytes"] == 0
+    reading = tile["neurons_backward, saved"]["128"]["tile"]["load_bytes"]
+    assert 2 * 128 * 64 * 2 <= reading <= 1.2 * 2 * 128 * 64 * 2

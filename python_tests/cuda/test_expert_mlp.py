@@ -25,6 +25,9 @@ EDGES = {  # name: (T, H, sizes, active)
     "two chunks": (300, 40, [72, 40, 16], 0.5),
     "more row tiles than a group": (1100, 8, [40], 1.0),
     "wide": (20, 264, [72, 16], 0.7),
+    "no hidden": (20, 0, [16, 72], 0.5),
+    "no neuron": (20, 24, [0, 0, 0], 0.5),
+    "one expert without neurons": (20, 24, [0], 1.0),
 }
 
 
@@ -39,6 +42,9 @@ DECODE = {  # the same, T <= 16
     "shared and fine": (5, 96, [96] + [16] * 18, 0.5),
     "512 experts": (3, 16, [2] * 512, 0.1),
     "longer than a warp's loads": (4, 1000, [24, 8], 0.7),
+    "no hidden": (3, 0, [16, 72], 0.5),
+    "no neuron": (3, 24, [0, 0, 0], 0.5),
+    "one expert without neurons": (3, 24, [0], 1.0),
 }
 
 
@@ -61,6 +67,20 @@ def check(case, ops, expected=None):
     assert ((ops.sparse_ffn(*case.inputs()).double() - exact).abs() <= allowed).all()
 
 
+def check_saved(case, ops):
+    """Of active pairs, and of no others, g and u are kept; returns y."""
+    y = ops.sparse_ffn(*case.inputs(), save_activations=True)
+    saved = ops.saved.view(len(case.x), 2, len(case.gate_proj))
+    active = reference.expand_experts(case.gates, case.expert_offsets) != 0
+    for kept, weight in zip(saved.unbind(1), (case.gate_proj, case.up_proj), strict=True):
+        assert torch.equal(kept.isfinite(), active)
+        exact = case.x.double() @ weight.double().t()
+        torch.testing.assert_close(
+            kept[active].double(), exact[active], rtol=2**-8, atol=2**-16 * case.x.shape[1]
+        )
+    return y
+
+
 @pytest.mark.parametrize("edge", EDGES)
 def test_edges(edge):
     tokens, hidden, sizes, active = EDGES[edge]
@@ -74,7 +94,16 @@ def test_edges_in_float16(edge):
 
 
 @pytest.mark.parametrize(
-    "edge", ["no token", "none active", "off every tile", "large between fine", "shared and fine"]
+    "edge",
+    [
+        "no token",
+        "none active",
+        "off every tile",
+        "large between fine",
+        "shared and fine",
+        "no hidden",
+        "no neuron",
+    ],
 )
 def test_edges_in_float32(edge):
     tokens, hidden, sizes, active = EDGES[edge]
@@ -94,21 +123,24 @@ def test_decode(edge, dtype):
 
 
 @interpreter_only
-@pytest.mark.parametrize("tokens", [5, 67])
-def test_saving_activations_changes_nothing_else(tokens):
-    case = random_case(13, tokens, 56, [13, 29, 7, 1, 3], dtype=torch.bfloat16)
-    ops = Interpreter()
-    y = ops.sparse_ffn(*case.inputs(), save_activations=True)
-    saved = ops.saved.view(tokens, 2, 53)
-    active = reference.expand_experts(case.gates, case.expert_offsets) != 0
-    for kept, weight in zip(saved.unbind(1), (case.gate_proj, case.up_proj), strict=True):
-        assert torch.equal(kept.isfinite(), active)
-        exact = case.x.double() @ weight.double().t()
-        torch.testing.assert_close(
-            kept[active].double(), exact[active], rtol=2**-8, atol=2**-16 * 56
-        )
+@pytest.mark.parametrize("arch", ["80", "90a"])
+@pytest.mark.parametrize("tokens, sizes", [(5, [13, 29, 7, 1, 3]), (67, [13, 29, 7, 1, 3, 136]),
+                                           (70, [16, 32, 64, 136])])  # fmt: skip
+def test_saving_activations_changes_nothing_else(tokens, sizes, arch):
+    case = random_case(13, tokens, 56, sizes, dtype=torch.bfloat16)
+    y = check_saved(case, Interpreter(arch=arch))
     if tokens > 16:  # else decoding sums in another order
-        assert torch.equal(y, Interpreter().sparse_ffn(*case.inputs()))
+        assert torch.equal(y, Interpreter(arch=arch).sparse_ffn(*case.inputs()))
+
+
+@interpreter_only
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_without_hidden_size_zeros_are_saved(arch):
+    """The backward reads them."""
+    case = random_case(13, 20, 0, [13, 16], active=1.0, dtype=torch.bfloat16)
+    ops = Interpreter(arch=arch)
+    ops.sparse_ffn(*case.inputs(), save_activations=True)
+    assert (ops.saved == 0).all()
 
 
 @pytest.mark.parametrize("tokens", [16, 17])

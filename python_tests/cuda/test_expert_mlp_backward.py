@@ -24,13 +24,16 @@ EDGES = {  # name: (T, H, sizes, active)
     "large between fine": (40, 24, [16, 24, 80, 16, 0, 72, 8], 0.5),
     "one expert": (40, 32, [72], 1.0),
     "two chunks": (300, 40, [72, 40, 16], 0.5),
-    "more than a tile": (530, 200, [264, 8], 0.55),
+    "no hidden": (20, 0, [16, 72], 0.5),
+    "no neuron": (20, 24, [0, 0, 0], 0.5),
+    "one expert without neurons": (20, 24, [0], 1.0),
 }
 
 
+interpreter_only = pytest.mark.skipif(ON_GPU, reason="asks the interpreter")
 ARCHS = ["80"] if ON_GPU else ["80", "90a"]
 in_both_loops = pytest.mark.parametrize("arch", ARCHS)
-of_half_types_in_both_loops = pytest.mark.parametrize(
+types_in_their_loops = pytest.mark.parametrize(
     "dtype, arch", [(torch.float32, "80"), *((torch.bfloat16, arch) for arch in ARCHS)], ids=str
 )
 
@@ -75,6 +78,13 @@ def test_edges(edge, exact_ste, arch):
     check(random_case(0, tokens, hidden, sizes, **options), Ops(arch=arch))
 
 
+@interpreter_only
+def test_more_than_a_tile_of_sm_90a():
+    """Of 256 rows, 160 and 192 columns, 512 tokens."""
+    case = random_case(0, 530, 200, [264, 8], active=0.55, dtype=torch.bfloat16)
+    check(case, Ops(arch="90a"))
+
+
 @in_both_loops
 @pytest.mark.parametrize("edge", ["off every tile", "shared and fine"])
 def test_edges_in_float16(edge, arch):
@@ -85,7 +95,16 @@ def test_edges_in_float16(edge, arch):
 
 @pytest.mark.parametrize("exact_ste", [False, True], ids=["active", "exact"])
 @pytest.mark.parametrize(
-    "edge", ["no token", "none active", "off every tile", "unequal", "large between fine"]
+    "edge",
+    [
+        "no token",
+        "none active",
+        "off every tile",
+        "unequal",
+        "large between fine",
+        "no hidden",
+        "no neuron",
+    ],
 )
 def test_edges_in_float32(edge, exact_ste):
     tokens, hidden, sizes, active = EDGES[edge]
@@ -97,9 +116,18 @@ def test_float32_in_two_chunks():
     check(random_case(3, 300, 72, [72, 40, 16], exact_ste=True, dtype=torch.float32))
 
 
-@of_half_types_in_both_loops
+@types_in_their_loops
 @pytest.mark.parametrize(
-    "edge", ["no token", "one token", "off every tile", "unequal", "large between fine"]
+    "edge",
+    [
+        "no token",
+        "one token",
+        "off every tile",
+        "unequal",
+        "large between fine",
+        "no hidden",
+        "no neuron",
+    ],
 )
 def test_saved_activations(edge, dtype, arch):
     """The forward keeps g and u of active pairs; of others nothing is read."""
@@ -172,7 +200,6 @@ def test_infinity_at_an_inactive_pair_stays_there(arch):
 
 
 SMALL_WORKSPACE = ("DSMOE_CUDA_WORKSPACE_MIB=0.375",)
-interpreter_only = pytest.mark.skipif(ON_GPU, reason="asks the interpreter")
 
 
 @interpreter_only
@@ -186,11 +213,21 @@ def test_same_bits_for_any_schedule_and_number_of_multiprocessors(arch):
         assert all(torch.equal(got[n], want[n]) for n in want)
 
 
+def terms_of_dgates(case):
+    """Of every pair, the sum of |a da| over the expert's neurons."""
+    c = case.to(torch.float64)
+    g, u, da = (t @ w.t() for t, w in ((c.x, c.gate_proj), (c.x, c.up_proj), (c.dy, c.down_proj_t)))
+    terms = (torch.nn.functional.silu(g) * u * da).abs()
+    experts = torch.repeat_interleave(reference.expert_sizes(c.expert_offsets))
+    return torch.zeros_like(c.gates).index_add_(1, experts, terms)
+
+
 @interpreter_only
-@of_half_types_in_both_loops
+@types_in_their_loops
 def test_passes_over_tokens_and_neurons(dtype, arch):
     """A small workspace: sums over several passes stay fp32 until the last one. In bfloat16 nearly
-    every result is then the same number; had passes been rounded, half of them would not be."""
+    every result is then the same number; had passes been rounded, half of them would not be.
+    dgates, which is fp32, sums at most five parts of 32 neurons in another order: (5 - 1) eps."""
     case = random_case(8, 300, 16, [136, 40], dtype=dtype, exact_ste=True)
     passes = Interpreter(arch=arch, multiprocessors=1, macros=SMALL_WORKSPACE)
     want, got = gradients(case, Interpreter(arch=arch)), check(case, passes)
@@ -198,9 +235,11 @@ def test_passes_over_tokens_and_neurons(dtype, arch):
     launches = [name for name, *_ in passes.launches]
     assert sum("neurons" in name for name in launches) >= 4
     assert sum("weights" in name for name in launches) >= (4 if arch == "90a" else 12)
-    for name, result in got.items():
-        changed = result != want[name]
-        assert dtype == torch.float32 or changed.float().mean() < 0.02 or name == "dgates", name
+    allowed = 4 * torch.finfo(torch.float32).eps * terms_of_dgates(case)
+    assert ((got["dgates"] - want["dgates"]).abs() <= allowed).all()
+    if dtype == torch.bfloat16:
+        for name in got.keys() - {"dgates"}:
+            assert (got[name] != want[name]).float().mean() < 0.02, name
 
 
 @interpreter_only
@@ -221,6 +260,7 @@ def test_workspace_is_bounded(dtype, with_grad_weight):
         for tokens in (1, 8192, 2**20):
             sizes = (tokens, hidden, intermediate, experts, dtype)
             assert ops.backward_workspace(*sizes, with_grad_weight) <= 256 << 20
+            assert ops.backward_workspace(tokens, 0, *sizes[2:], with_grad_weight) <= 256 << 20
 
 
 @interpreter_only

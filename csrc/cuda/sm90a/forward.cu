@@ -57,10 +57,11 @@ Status down(const PassArgs<T>& args, bool strip_per_unit, int multiprocessors, c
 
 template <class T>
 Status forward(const PassArgs<T>& args, int multiprocessors, cudaStream_t on) {
+  const bool saves = args.saved != nullptr;
   const bool is_up = launch_gate_up<16>(args, 1, 16, multiprocessors, on) &&
                      launch_gate_up<32>(args, 17, 32, multiprocessors, on) &&
-                     launch_gate_up<64>(args, 33, 128, multiprocessors, on) &&
-                     launch_gate_up<96>(args, 129, INT32_MAX, multiprocessors, on);
+                     launch_gate_up<64>(args, 33, saves ? INT32_MAX : 128, multiprocessors, on) &&
+                     (saves || launch_gate_up<96>(args, 129, INT32_MAX, multiprocessors, on));
   return is_up ? down(args, false, multiprocessors, on) : Status::kCudaError;
 }
 

@@ -2,9 +2,10 @@
 //
 //   rows     pairs of one expert, x gathered by token_idx      [256, H]
 //   columns  neurons of the expert, rows of Wg and of Wu       [96, H] each, one below the other
-//   result   activations                                       [256, 96]
+//   result   activations; g and u too where they are wanted    [256, 96]
 //
-// Experts of at most 128, 32 and 16 neurons get tiles of 64, 32 and 16 columns.
+// Experts of at most 128, 32 and 16 neurons get tiles of 64, 32 and 16 columns; all larger ones 64 where
+// g and u are wanted. The width of a tile changes no bit.
 // Both products come from one wgmma, so that a thread holds gate and up of the same neurons. Rows of
 // weights beyond the expert's end belong to the next expert: what they give is never stored.
 #pragma once
@@ -19,6 +20,7 @@ __device__ __forceinline__ void store_activations(const PassArgs<T>& args, const
                                                   const float (&sums)[kLive][kColumns]) {
   using N = Neurons<kColumns>;
   using All = Access<4 * N::kTogether>;  // what a lane stores at once
+  using Rounded = T[2 * N::kTogether];
   const int lane = threadIdx.x % kWarp, rows = tile.pairs.count();
   const int columns = ceil_div(tile.columns, kChunk) * kChunk;  // the last ones are zeros
   T* first = args.activations + args.expert_columns[tile.expert] + tile.column;
@@ -45,6 +47,19 @@ __device__ __forceinline__ void store_activations(const PassArgs<T>& args, const
         const int column = j * 8 + make_neighbours(packed);
         if (exists && column < columns) {
           __stcg(reinterpret_cast<All*>(out + column), reinterpret_cast<const All&>(packed));
+        }
+        if (!N::kMaySave || args.saved == nullptr) continue;
+#pragma unroll
+        for (int matrix = 0; matrix < 2; ++matrix) {
+#pragma unroll
+          for (int i = 0; i < N::kTogether; ++i) {
+            const float* v = &sums[block][(matrix * N::kBlocks + j + i) * 4 + half * 2];
+            packed[i] = pack(v[0], v[1], T());
+          }
+          make_neighbours(packed);
+          const int64_t at = (2 * token + matrix) * args.intermediate_size + tile.first_row;
+          store_rounded<T>(args.saved + at + column, reinterpret_cast<const Rounded&>(packed),
+                           exists ? tile.columns - column : 0);
         }
       }
     }

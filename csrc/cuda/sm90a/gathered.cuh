@@ -43,6 +43,8 @@ struct Neurons {
   static constexpr int kBlocks = kColumns / 8;                 // of 8 columns, of each matrix
   static constexpr int kTogether = kBlocks < 4 ? kBlocks : 4;  // blocks that lanes exchange
   static constexpr int kBytes = 2 * kColumns * kLine;          // weights of a step
+  // 96 columns leave no registers for where g and u go
+  static constexpr bool kMaySave = kColumns <= 64;
 };
 
 template <class T, int kColumns, int kLive, class Tile, class Finish>

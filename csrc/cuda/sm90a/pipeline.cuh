@@ -159,10 +159,12 @@ __device__ __forceinline__ void multiply(Ring& ring, int num_steps, float (&sums
   if (num_steps > 0) release(before);
 }
 
-// The same for a warpgroup that has no rows in the tile.
+// The same for a warpgroup that has no rows in the tile. A lane that still waited when its warp arrived
+// might miss the phase; where products are made, wgmma's fence keeps the lanes together.
 __device__ __forceinline__ void pass_by(Ring& ring, int num_steps) {
   for (int step = 0; step < num_steps; ++step, ring.advance()) {
     sm90a::wait(ring.full(), ring.phase());
+    __syncwarp();
     if (threadIdx.x % kWarp == 0) arrive(ring.empty());
   }
 }

@@ -3,6 +3,10 @@
 An arrival releases what its thread knows to those who see the phase end. A thread that waits for a
 phase stands still until something happens at its CTA; under a wild schedule it sometimes gets the
 `false` that try_wait may always give.
+
+Parity tells a phase from the next, not from the one after: whoever waits for a phase must have seen
+its end before the next phase ends. A wait that is not ordered before that is a trap, whether or not
+this run missed the phase.
 """
 
 import numpy as np
@@ -22,6 +26,7 @@ class Mbarrier:
         self.bytes, self.phase = 0, 0
         self.maker = maker  # the thread that made it, until the asynchronous proxy may know it
         self.gathered = self.message = None  # knowledge of this phase's arrivals; of past phases'
+        self.looked = {}  # thread -> its clock when it saw the end of the phase before
 
     def expect(self, m, number):
         self._add(number)
@@ -43,6 +48,11 @@ class Mbarrier:
     def _step(self, m):
         if self.pending or self.bytes:
             return
+        known, _, _, passed = self.gathered
+        known = known if passed is None else np.maximum(known, passed)
+        if any(known[t % m.per] < clock for t, clock in self.looked.items()):
+            raise Trap("a phase ends, and a thread may still be waiting for the one before")
+        self.looked.clear()
         self.phase += 1
         self.pending = self.count
         self.message = merge(self.message, self.gathered)
@@ -59,12 +69,9 @@ class Mbarrier:
 def merge(a, b):
     if a is None or b is None:
         return b if a is None else a
-    known, visible, progress = zip(a, b, strict=True)
-    visible = [v for v in visible if v is not None]
-    return (
-        np.maximum(*known),
-        np.maximum.reduce(visible) if visible else None,
-        np.maximum(*progress),
+    return tuple(
+        np.maximum(x, y) if x is not None and y is not None else y if x is None else x
+        for x, y in zip(a, b, strict=True)
     )
 
 
@@ -190,6 +197,7 @@ def wait(ins, kernel):
             done = wanted != barrier.phase % 2
             if done.any() and barrier.message is not None:  # none: the phase before the first
                 barrier.learn(m, threads[done])
+            barrier.looked.update((int(t), m.clocks.clock[t]) for t in threads[done])
             over[threads] = done
             gives_up = not tries or (m.wild and m.rng.random() < 0.1)
             stand[threads] = ~done & (not gives_up)

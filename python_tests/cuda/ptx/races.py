@@ -44,6 +44,7 @@ class Clocks:
         self.warps = per // 32
         self.progress = np.zeros((ctas * per, self.warps + MBARRIERS), np.int32)
         self.visible = None  # until the first fence.proxy.async
+        self.passed = None  # until the first meeting
 
     def synchronise(self, threads):
         """All of these threads of one CTA wait for each other: a barrier, or a warp-wide one."""
@@ -57,11 +58,23 @@ class Clocks:
         self.progress[threads] = self.progress[threads].max(0)
         if self.visible is not None:
             self.visible[cta, lanes] = self.visible[cta, lanes].max(0)
+        if self.passed is not None:
+            self.passed[cta, lanes] = self.passed[cta, lanes].max(0)
         learned = [self.foreign[t] for t in threads if t in self.foreign] if self.foreign else []
         if learned:
             merged = np.maximum.reduce(learned)
             for t in threads:
                 self.foreign[int(t)] = merged
+
+    def meet(self, threads):
+        """All of these threads of one CTA have come here before any goes on."""
+        if self.passed is None:
+            self.passed = np.zeros_like(self.known)
+        cta, lanes = threads[0] // self.per, threads % self.per
+        rows = self.passed[cta, lanes].max(0)
+        rows[lanes] = self.clock[threads]
+        self.passed[cta, lanes] = rows
+        self.clock[threads] += 1
 
     def ordered(self, thread, other, clock):
         """Is each access by `other` at `clock` before what `thread` does now? All arrays."""
@@ -79,23 +92,26 @@ class Clocks:
     # -- mbarriers: an arrival releases, a wait acquires --
 
     def release(self, threads):
-        """What these threads of one CTA know, as (known, visible or None, progress)."""
+        """What these threads of one CTA know: known, visible, progress, passed; two may be None."""
         cta, lanes = threads[0] // self.per, threads % self.per
         known = self.known[cta, lanes].max(0)
         known[lanes] = self.clock[threads]
-        visible = None if self.visible is None else self.visible[cta, lanes].max(0)
-        message = known, visible, self.progress[threads].max(0)
+        both = (self.visible, self.passed)
+        visible, passed = (None if rows is None else rows[cta, lanes].max(0) for rows in both)
+        message = known, visible, self.progress[threads].max(0), passed
         self.clock[threads] += 1
         return message
 
     def acquire(self, threads, message):
         cta, lanes = threads[0] // self.per, threads % self.per
-        known, visible, progress = message
+        known, visible, progress, passed = message
         self.known[cta, lanes] = np.maximum(self.known[cta, lanes], known)
         self.least[threads] = self.known[cta, lanes].min(1)
         self.progress[threads] = np.maximum(self.progress[threads], progress)
         if visible is not None:
             self.visible[cta, lanes] = np.maximum(self.visible[cta, lanes], visible)
+        if passed is not None:
+            self.passed[cta, lanes] = np.maximum(self.passed[cta, lanes], passed)
 
     def proxy_fence(self, threads):
         """The asynchronous proxy now sees what these threads did or are ordered after."""

@@ -76,6 +76,7 @@ def wgmma(ins, kernel):
         warps, waiting = whole_warps(m, mask)
         for w in warps:
             act(m, int(w), keep)
+            m.clocks.meet(np.arange(32 * w, 32 * w + 32))
         return waiting
 
     return run

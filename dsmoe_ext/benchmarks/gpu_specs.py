@@ -1,0 +1,80 @@
+"""What the model of GPU time knows beforehand: datasheets, and how the kernels cut their work."""
+
+import math
+from dataclasses import dataclass, replace
+
+ANY = 2**31
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How the kernels of one main loop cut their work."""
+
+    prefix: str  # of the kernels' names
+    tile_rows: int
+    block_rows: int  # that are multiplied together
+    step_terms: int
+    unit_tokens: int  # of y, what a CTA of `down` owns at most
+    strip_columns: int  # and its columns
+    # columns of a gate_up tile, up to which size of expert; the same where g and u are saved
+    widths: tuple[tuple[int, int], ...]
+    saving_widths: tuple[tuple[int, int], ...]
+    ctas_per_sm: int
+    # of a step, that nothing of the same CTA fills: barrier, first ldmatrix, last mma
+    sync_cycles: float
+    unit: str = "tensor cores"  # what multiplies
+
+    def blocks(self, rows: int) -> int:
+        """Rows, up to whole blocks."""
+        return math.ceil(rows / self.block_rows) * self.block_rows
+
+
+SMALL = ((16, 16), (32, 32))
+MMA = Loop("", 128, 16, 32, 256, 128, (*SMALL, (64, ANY)), (*SMALL, (64, ANY)), 2, 100.0)
+WGMMA = Loop(
+    "sm90a ", 256, 64, 64, 512, 128, (*SMALL, (64, 128), (96, ANY)), (*SMALL, (64, ANY)), 1, 0.0
+)
+# whole tiles of 64 rows, whatever is in them
+TF32 = Loop("tf32 ", 64, 64, 16, 256, 64, ((64, ANY),), ((64, ANY),), 4, 100.0)
+FP32 = replace(TF32, prefix="fp32 ", unit="fp32 units")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Datasheet numbers, dense."""
+
+    name: str
+    sms: int
+    hertz: float
+    flops: float  # bf16 tensor cores; tf32 has half of it
+    bandwidth: float  # of DRAM, bytes a second
+    mma_cycles: float  # an mma.m16n8k16 on an SM quarter's tensor unit; as many in tf32 for half
+    fma_cycles: float  # a warp's fused multiply-add in fp32 on an SM quarter
+    l2_bytes_per_cycle: float  # assumed for H100, whose datasheet does not say
+    arch: str
+    loop: Loop = MMA
+    wgmma_cycles: float = 0.0  # for as much as an mma.m16n8k16
+
+    @property
+    def l2_bandwidth(self) -> float:
+        return self.l2_bytes_per_cycle * self.hertz
+
+    def peak(self, dtype: str) -> float:
+        """Operations a second; fp32 at the clock of the tensor cores' datasheet number."""
+        if dtype == "fp32":
+            return self.sms * 4 * 32 / self.fma_cycles * 2 * self.hertz
+        return self.flops / (2 if dtype == "tf32" else 1)
+
+    def for_dtype(self, dtype: str) -> "Gpu":
+        """With the main loop that multiplies this dtype."""
+        loops = {"bf16": self.loop, "tf32": TF32, "fp32": FP32}
+        return replace(self, loop=loops[dtype])
+
+
+# mma.sync reaches 63 % of the wgmma rate on H100; decode uses it there too
+H100 = Gpu("H100 SXM", 132, 1.83e9, 989e12, 3.35e12, 4.0 / 0.63, 1.0, 5120, "90", WGMMA, 4.0)
+GPUS = {
+    "a100": Gpu("A100 SXM", 108, 1.41e9, 312e12, 2.0e12, 8.0, 2.0, 5120, "80"),
+    "h100": H100,
+    "h100-mma": replace(H100, name="H100 SXM, mma.sync", loop=MMA),
+}
