@@ -8,6 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from dsmoe_ext.benchmarks import gpu_model as model
+from dsmoe_ext.benchmarks.gpu_backward import passes
 from dsmoe_ext.benchmarks.gpu_load import DTYPES, Load, draw, read_trace
 from dsmoe_ext.benchmarks.gpu_specs import GPUS
 from dsmoe_ext.command_line import app as cli
@@ -135,11 +136,22 @@ def test_llama_2_7b_reaches_its_share_of_the_roofline(gpu, tokens, least):
     assert case.roofline(GPUS[gpu]) / seconds >= least
 
 
-@pytest.mark.parametrize("gpu", ["a100", "h100"])
-def test_llama_2_7bs_backward_reaches_70_percent_of_the_roofline(gpu):
+@pytest.mark.parametrize("gpu, least", [("a100", 0.70), ("h100", 0.60)])
+def test_llama_2_7bs_backward_reaches_its_share_of_the_roofline(gpu, least):
     case = load(8192, 4096, [1376] * 8, 3 / 8, is_backward=True)
     seconds = sum(p.seconds for p in model.predict(GPUS[gpu], case))
-    assert case.roofline(GPUS[gpu]) / seconds >= 0.70
+    assert case.roofline(GPUS[gpu]) / seconds >= least
+
+
+def test_passes_of_the_backward_by_hand():
+    """256 MiB less 8192 x 4096 sums: room for three matrices of some 2450 columns, less the gaps of
+    8 experts; five passes of 35 x 64 rows."""
+    case = load(8192, 4096, [1376] * 8, 3 / 8)
+    sizes = [p.sizes for p in passes(case)]
+    assert sizes[:2] == [(1376, 864), (1376 - 864, 1376, 352)] and len(sizes) == 5
+    assert [sum(s) for s in sizes] == [2240] * 4 + [8 * 1376 - 4 * 2240]
+    assert sum(p.neurons() for p in passes(case)) == case.neurons()
+    assert len(passes(load(700, 1024, [512] * 4))) == 1
 
 
 @pytest.mark.parametrize("kernel", ["gate_up<64>", "down", "neurons_backward", "weights"])

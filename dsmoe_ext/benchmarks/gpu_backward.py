@@ -1,14 +1,49 @@
-"""The backward in the model of GPU time (gpu_model.py): all outputs, in one pass."""
+"""The backward in the model of GPU time (gpu_model.py): all outputs, in passes over the neurons."""
 
 import math
 from dataclasses import replace
 
 from dsmoe_ext.benchmarks.gpu_load import Load
-from dsmoe_ext.benchmarks.gpu_model import Prediction, deal, down, gathered, run_tiles
+from dsmoe_ext.benchmarks.gpu_model import (
+    CHUNK_TOKENS,
+    Prediction,
+    deal,
+    down,
+    gathered,
+    run_tiles,
+)
 from dsmoe_ext.benchmarks.gpu_specs import ANY, MMA, WGMMA, Gpu
 
 # of sm_90a: columns of a tile, up to which size of expert
 RECOMPUTE, NEURONS = ((32, 32), (64, 128), (96, ANY)), ((64, 32), (128, 128), (160, ANY))
+
+
+def rows_of_a_pass(load: Load) -> int:
+    """Neurons that one pass takes, as layout() in expert_mlp_bwd.cu cuts 256 MiB; all tokens are
+    taken to fit in one pass (9984 at H 4096)."""
+    experts, number = len(load.sizes), int(load.number_bytes)
+    chunks = math.ceil(load.num_tokens / CHUNK_TOKENS)
+    sums = math.ceil(load.hidden_size / 128) * 128 * 4 if load.dtype == "bf16" else 0
+    room = (256 << 20) - 64 * experts - 8192 - chunks * CHUNK_TOKENS * (sums + 5 * experts)
+    columns = int(room / (chunks * CHUNK_TOKENS * (3 * number + 0.25) + 4))
+    units = math.ceil(sum(load.sizes) / 64)
+    passes = math.ceil(units / max((columns - 15 * experts) // 64, columns // 16 // 64, 1))
+    return math.ceil(units / passes) * 64
+
+
+def passes(load: Load) -> list[Load]:
+    """The experts as each pass sees them: clipped to its rows."""
+    rows, total, out = rows_of_a_pass(load), sum(load.sizes), []
+    for first in range(0, total, rows):
+        clipped, begin = [], 0
+        for size in load.sizes:
+            end = begin + size
+            clipped.append(max(0, min(end, first + rows) - max(begin, first)))
+            begin = end
+        there = [i for i, size in enumerate(clipped) if size]
+        sizes = tuple(clipped[i] for i in there)
+        out.append(replace(load, sizes=sizes, active=load.active[:, there]))
+    return out
 
 
 def neurons(gpu: Gpu, load: Load) -> list[Prediction]:
@@ -31,10 +66,11 @@ def neurons(gpu: Gpu, load: Load) -> list[Prediction]:
     ]
 
 
-def dx(gpu: Gpu, load: Load) -> Prediction:
-    """The forward's kernel, with two sources: one after the other but on sm_90a."""
+def dx(gpu: Gpu, load: Load, ends: bool) -> Prediction:
+    """The forward's kernel, with two sources: one after the other but on sm_90a. ends: strips are
+    cleared or y is written."""
     if gpu.loop is WGMMA:
-        return down(gpu, load, sources=2)
+        return down(gpu, load, sources=2, ends=ends)
     one = down(gpu, load)
     both = {k: 2 * v for k, v in one.parts.items()}
     return replace(one, tiles=2 * one.tiles, parts=both, seconds=2 * one.seconds)
@@ -61,5 +97,18 @@ def weights(gpu: Gpu, load: Load) -> list[Prediction]:
 
 
 def backward(gpu: Gpu, load: Load) -> list[Prediction]:
-    """Every kernel, in order."""
-    return [*neurons(gpu, load), dx(gpu, load), *weights(gpu, load)]
+    """Every kernel, in order: what it takes in all passes."""
+    by_pass = [
+        [*neurons(gpu, part), dx(gpu, part, ends=i == 0), *weights(gpu, part)]
+        for i, part in enumerate(passes(load))
+    ]
+    return [
+        Prediction(
+            same[0].kernel,
+            sum(p.tiles for p in same),
+            sum(p.waves for p in same),
+            {name: sum(p.parts[name] for p in same) for name in same[0].parts},
+            sum(p.seconds for p in same),
+        )
+        for same in zip(*by_pass, strict=True)
+    ]

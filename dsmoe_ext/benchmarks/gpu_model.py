@@ -181,9 +181,9 @@ def gate_up(gpu: Gpu, load: Load) -> list[Prediction]:
     return gathered(gpu, load, kernels, 2, lambda size: load.hidden_size + written * size)
 
 
-def down(gpu: Gpu, load: Load, sources: int = 1) -> Prediction:
+def down(gpu: Gpu, load: Load, sources: int = 1, ends: bool = True) -> Prediction:
     """A unit is some tokens by a strip; small experts that are neighbours go as one, dense.
-    Several sources make one sum of several times the steps."""
+    Several sources make one sum of several times the steps. ends: units are cleared and written."""
     loop, number = gpu.loop, load.number_bytes
     strips = math.ceil(load.hidden_size / loop.strip_columns)
     units, tokens, read = [], [], 0.0
@@ -207,7 +207,7 @@ def down(gpu: Gpu, load: Load, sources: int = 1) -> Prediction:
     waves = math.ceil(len(units) / (loop.ctas_per_sm * gpu.sms))
     dram = sources * (read + waves * number * load.hidden_size * sum(load.sizes))
     dram += number * load.num_tokens * load.hidden_size
-    apart = deal(gpu, tokens) if loop is WGMMA else None
+    apart = deal(gpu, tokens) if loop is WGMMA and ends else None
     return run_tiles(gpu, f"{loop.prefix}down", ctas, dram, apart)
 
 
