@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import test_expert_mlp
 import test_expert_mlp_backward
+import test_expert_mlp_sm90a
 import test_permute
 import test_route
 import test_tf32
@@ -64,19 +65,31 @@ def inputs_of(tokens, hidden, sizes, active, dtype=torch.bfloat16, exact_ste=Fal
     return inputs
 
 
-def expert_mlp(*shape, multiprocessors=1, **options):
+def expert_mlp(*shape, multiprocessors=1, arch="80", **options):
     inputs = functools.cache(lambda: inputs_of(*shape, **options))
     expected = functools.cache(lambda: test_expert_mlp.expect(inputs()))
     return lambda make: test_expert_mlp.check(
-        inputs(), make(multiprocessors=multiprocessors), expected()
+        inputs(), make(multiprocessors=multiprocessors, arch=arch), expected()
     )
 
 
-def expert_mlp_backward(*shape, save_activations=False, **options):
+def saved_on_hopper(*shape):
+    """The forward for sm_90a keeps g and u; on a GPU the backward's cases see them."""
+    inputs = functools.cache(lambda: inputs_of(*shape))
+
+    def case(make):
+        ops = make(arch="90a")
+        if hasattr(ops, "launches"):
+            test_expert_mlp.check_saved(inputs(), ops)
+
+    return case
+
+
+def expert_mlp_backward(*shape, save_activations=False, arch="80", **options):
     inputs = functools.cache(lambda: inputs_of(*shape, **options))
     expected = functools.cache(lambda: test_expert_mlp_backward.expect(inputs()))
     return lambda make: test_expert_mlp_backward.check(
-        inputs(), make(), expected(), save_activations=save_activations
+        inputs(), make(arch=arch), expected(), save_activations=save_activations
     )
 
 
@@ -192,12 +205,27 @@ FORWARD = {
     "a short span first": (24, 40, [16, 72, 8], 0.5),
     "63 experts": (17, 8, [2] * 63, 0.3),
 }
+HOPPER = {
+    **FORWARD,
+    **test_expert_mlp_sm90a.OWN,
+    "a step of one neuron": (20, 24, [16, 16, 16, 16, 1], 0.6),
+    "three row tiles": (600, 8, [24, 136, 16, 64], 1.0),
+}
 BACKWARD = {
     **SHAPES,
     "whole tiles": (20, 24, [64, 32, 128, 64], 0.6),
     "passes": (520, 16, [136, 40], 0.5),
     "passes over neurons": (40, 16, [400, 40, 300], 0.5),
     "two groups of row tiles": (1100, 8, [40], 1.0),
+}
+HOPPER_BACKWARD = {
+    **SHAPES,
+    "passes": (300, 16, [264, 40], 0.95),
+    "two tiles of columns": (20, 200, [168, 16], 0.6),
+    "three chunks": (530, 24, [72, 16], 0.5),
+    "passes over tokens": (520, 16, [136, 40], 0.5),
+    "two row tiles": (330, 24, [24, 72, 168], 1.0),
+    "one warpgroup idles": (50, 136, [16, 72, 256], 0.9),
 }
 DECODE = {  # the number of multiprocessors decides into how many parts a sum is cut
     "ragged": ((3, 264, [72, 17, 5], 0.6), 1),
@@ -233,6 +261,12 @@ CASES = {
         for name, shape in FORWARD.items()
         if name != "many"
     },
+    **{f"sm_90a, {name}": expert_mlp(*shape, arch="90a") for name, shape in HOPPER.items()},
+    "sm_90a, small units": expert_mlp(
+        530, 136, [64, 8, 8, 128], 0.3, arch="90a", multiprocessors=3
+    ),
+    **{f"sm_90a, {name}, saved": saved_on_hopper(*shape) for name, shape in SHAPES.items()},
+    "sm_90a, two blocks of rows, saved": saved_on_hopper(130, 24, [13, 29, 67, 3], 1.0),
     **{
         f"decode, {name}": expert_mlp(*shape, multiprocessors=multiprocessors)
         for name, (shape, multiprocessors) in DECODE.items()
@@ -241,6 +275,13 @@ CASES = {
         f"backward, {name}{', exact' * exact}": expert_mlp_backward(*shape, exact_ste=exact)
         for name, shape in BACKWARD.items()
         for exact in (False, True)
+    },
+    **{
+        f"sm_90a backward, {name}{', saved' * save}": expert_mlp_backward(
+            *shape, exact_ste=True, arch="90a", save_activations=save
+        )
+        for name, shape in HOPPER_BACKWARD.items()
+        for save in (False, True)
     },
     **{
         f"backward, {name}, exact, float32": expert_mlp_backward(

@@ -92,6 +92,7 @@ class Interpreter:
     def __init__(self, seed=None, counters=None, arch="80", multiprocessors=2, macros=()):
         self.library, self.programs = build(arch, *macros)
         self.seed, self.counters, self.multiprocessors = seed, counters, multiprocessors
+        self.arch = arch
         self.capability = int(arch.rstrip("a"))
         self.launches = []  # (kernel, grid, block, shared bytes, bytes of the parameters)
         self.calls = []  # of the CUDA runtime: (function, stream or None)

@@ -34,12 +34,11 @@ tried, killed = collections.Counter(), collections.Counter()  # (kernel, case): 
 
 def verdict(mutant):
     """(was it killed, how)"""
-    place = (mutant.mangled, mutant.at)
-    able = [run for run in runs(tuple(CASES.values())) if place in run.executed]
+    able = [run for run in runs(tuple(CASES.values())) if mutant.place in run.executed]
 
     def worth(run):  # kills per second that it may bring, by what it brought for this kernel
         key = (mutant.mangled, run)
-        return (killed[key] + 1) / (tried[key] + 1) / run.seconds_of(place)
+        return (killed[key] + 1) / (tried[key] + 1) / run.seconds_of(mutant.place)
 
     for run in sorted(able, key=worth, reverse=True):
         tried[mutant.mangled, run] += 1
@@ -109,7 +108,7 @@ def main():
         chosen = random.Random(arguments.seed).sample(chosen, min(arguments.sample, len(chosen)))
     if arguments.unexecuted:
         executed = set().union(*(run.executed for run in runs(tuple(CASES.values()))))
-        print(*(m for m in chosen if (m.mangled, m.at) not in executed), sep="\n")
+        print(*(m for m in chosen if m.place not in executed), sep="\n")
         return 0
     survivors = report(chosen, say=functools.partial(print, flush=True))
     killed = len(chosen) - len(survivors)

@@ -6,6 +6,15 @@
     shift   a load, store, copy or ldmatrix takes place one element further
     index   an integer that was loaded from global memory is one too large
 
+and of sm_90a's instructions
+
+    drop    also an arrival at an mbarrier, a wait for one, a bulk copy, a wgmma
+    swap    the coordinates of a bulk copy, the two matrices of a wgmma
+    shift   a bulk copy begins one column further, a wgmma's left matrix 16 bytes
+    right   a wgmma's right matrix begins 16 bytes further
+    flip    a wgmma takes its right matrix the other way; a wait is for an mbarrier's other phase
+    count   an mbarrier is made for one arrival more, or expects 16 bytes more
+
 Of the copies that unrolling and inlining make of one source line, the first and the last are
 mutated, and of barriers all. Left alone is what makes no other program: the sign of a number that
 is halved by shifts (shr by 31 or 63, and what is taken from it), because no number here is
@@ -22,20 +31,37 @@ import numpy as np
 from interpreted import build
 from machine_code import readable
 from nvcc import ROOT
-from ptx.machine import COMPILERS, compile_kernel
+from ptx.machine import COMPILERS, compile_kernel, write
 from ptx.numbers import TYPES
 
 # a small workspace: a few hundred tokens already go in several passes
 MACROS = ("DSMOE_CUDA_WORKSPACE_MIB=1",)
 DROPPED = {"bar", "barrier", "fence", "membar"}
 ORDERED = {"lt", "le", "gt", "ge", "lo", "ls", "hi", "hs"}
+HOPPER = {  # how names begin -> {kind: (operand, which of the values in it, what becomes of it)}
+    "mbarrier.init": {"drop": None, "count": (1, 0, lambda v: v + 1)},
+    "mbarrier.arrive.expect_tx": {"drop": None, "count": (2, 0, lambda v: v + 16)},
+    "mbarrier.arrive": {"drop": None},
+    "mbarrier.try_wait": {"drop": None, "flip": (2, 0, lambda v: v ^ 1)},
+    "cp.async.bulk": {"drop": None, "swap": None, "shift": (1, 1, lambda v: v + 1)},
+    "wgmma.mma_async": {
+        "drop": None,
+        "swap": None,
+        "shift": (1, 0, lambda v: v + 1),  # descriptors count in 16 bytes
+        "right": (2, 0, lambda v: v + 1),
+        "flip": (-1, 0, lambda v: v ^ 1),
+    },
+    "wgmma": {"drop": None},
+}
 MEMORY = {"ld", "st", "ldmatrix", "atom", "red", "cp"}
-NO_RESULT = {"st", "red", "cp", "bra", *DROPPED}
+MOVES = ("cp.async.bulk", "wgmma.mma_async")  # these do work, others order it
+NO_RESULT = {"st", "red", "cp", "bra", "mbarrier", "wgmma", "setmaxnreg", *DROPPED}
 DTYPES = ("bfloat16", "float", "__half")  # as they stand in kernels' names
 
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
+    arch: str
     mangled: str
     at: int  # instruction
     kind: str
@@ -44,6 +70,10 @@ class Mutant:
 
     def __str__(self):
         return f"{self.what}  ({self.where})"
+
+    @property
+    def place(self):
+        return self.arch, self.mangled, self.at
 
     def apply(self, program):
         """A copy of the program with this mutation."""
@@ -55,9 +85,16 @@ class Mutant:
         return out
 
 
+def hopper(ins):
+    """The entry of HOPPER for an instruction, or None."""
+    return next((kinds for start, kinds in HOPPER.items() if ins.name.startswith(start)), None)
+
+
 def kinds_for(ins):
     """The mutations that make sense here."""
     op, name = ins.op[0], ins.name
+    if (kinds := hopper(ins)) is not None:
+        return list(kinds)
     if op in DROPPED or name.startswith(("cp.async.wait", "cp.async.commit")):
         return ["drop"]
     kinds = []
@@ -72,8 +109,14 @@ def kinds_for(ins):
 
 
 def mutated(ins, kind, kernel):
-    if kind == "drop":
+    change = (hopper(ins) or {}).get(kind)
+    if ins.name.startswith("mbarrier.try_wait") and kind == "drop":
+        put = write(kernel, ins.operands[0], "pred")
+        new = dataclasses.replace(ins, run=lambda m, mask: put(m, np.True_, mask))
+    elif kind == "drop":
         new = dataclasses.replace(ins, run=lambda m, mask: None)
+    elif change is not None:
+        new = with_value(ins, kernel, *change)
     elif kind == "index":
         new = dataclasses.replace(ins, run=one_too_large(ins, kernel))
     else:
@@ -83,9 +126,35 @@ def mutated(ins, kind, kernel):
     return new
 
 
+def with_value(ins, kernel, operand, which, change):
+    """The instruction with another value in an operand: a number, or what a register holds."""
+    text = ins.operands[operand]
+    value = list(re.finditer(r"%\w+|-?\d+", text))[which]
+    if value[0] not in kernel.registers:
+        ops = list(ins.operands)
+        ops[operand] = f"{text[: value.start()]}{change(int(value[0]))}{text[value.end() :]}"
+        new = dataclasses.replace(ins, operands=ops)
+        new.run = COMPILERS[ins.op[0]](new, kernel)
+        return new
+
+    def run(m, mask):
+        register = m.registers[kernel.registers[value[0]][0]]
+        kept = register.copy()
+        register[:] = change(kept)
+        waiting = ins.run(m, mask)
+        register[:] = kept
+        return waiting
+
+    return dataclasses.replace(ins, run=run)
+
+
 def swapped(ins):
     """Operands with two exchanged that matter, or None."""
     ops, op = list(ins.operands), ins.op[0]
+    if op == "wgmma":
+        return [ops[0], ops[2], ops[1], *ops[3:]]
+    if ins.name.startswith("cp.async.bulk"):
+        return [ops[0], re.sub(r"\{(.*), (.*)\}", r"{\2, \1}", ops[1]), *ops[2:]]
     if op == "mma":
         return [ops[0], _swap_first(ops[1]), *ops[2:]]
     if op in ("ld", "st", "ldmatrix"):
@@ -147,14 +216,16 @@ def one_too_large(ins, kernel):
 
 @functools.cache
 def mutants():
-    """In the order of kernels, source lines and instructions."""
-    _, programs = build("80", *MACROS)
-    names = readable(sorted(programs))
+    """In the order of architectures, kernels, source lines and instructions: sm_90a's own kernels
+    there, all others as compiled for sm_80."""
     found = []
-    for mangled in sorted(programs, key=names.get):
-        if not is_copy(names[mangled], set(names.values())):
-            kernel = programs[mangled].kernels[mangled]
-            found += mutants_of(names[mangled], mangled, kernel)
+    for arch in ("80", "90a"):
+        _, programs = build(arch, *MACROS)
+        names = readable(sorted(programs))
+        for mangled in sorted(programs, key=names.get):
+            name, is_own = names[mangled], names[mangled].startswith("sm90a::")
+            if is_own == (arch == "90a") and not is_copy(name, set(names.values())):
+                found += mutants_of(arch, name, mangled, programs[mangled].kernels[mangled])
     return found
 
 
@@ -167,7 +238,7 @@ def is_copy(name, names):
     )
 
 
-def mutants_of(name, mangled, kernel):
+def mutants_of(arch, name, mangled, kernel):
     if not kernel.compiled:
         compile_kernel(kernel)
     multiplied = {
@@ -192,11 +263,12 @@ def mutants_of(name, mangled, kernel):
                 places.setdefault((ins.where, kind, ins.name), []).append(at)
     found = []
     for (where, kind, ins), copies in places.items():
-        chosen = dict.fromkeys(copies if kind == "drop" else (copies[0], copies[-1]))
+        orders = kind == "drop" and not ins.startswith(MOVES)
+        chosen = dict.fromkeys(copies if orders else (copies[0], copies[-1]))
         for number, at in enumerate(chosen, 1):
             which = f" {number}/{len(chosen)}" if len(chosen) > 1 else ""
             what = f"{name} {kind} {ins}{which}: {source_line(where)}"
-            found.append(Mutant(mangled, at, kind, where.rstrip(": "), what))
+            found.append(Mutant(arch, mangled, at, kind, where.rstrip(": "), what))
     return found
 
 

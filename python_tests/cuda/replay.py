@@ -20,7 +20,7 @@ class Steps:
     """In place of counters: what was executed, and how often; stops a kernel that does not end."""
 
     def __init__(self):
-        self.limit, self.count, self.executed = None, 0, {}
+        self.limit, self.count, self.executed, self.products = None, 0, {}, 0
 
     def begin(self, limit=None):
         self.limit, self.count, self.executed = limit, 0, {}
@@ -36,15 +36,15 @@ class Steps:
     def access(self, *_):
         pass
 
-    def matrix_rows(self, *_):
-        pass
+    matrix_rows = matrix = bulk_read = bulk_write = access
 
 
 class Launch:
     """What the first run's launch did."""
 
-    def __init__(self, mangled, kernel, steps, memory, seconds):
-        self.executed = {(mangled, i) for i, x in enumerate(kernel.code) if id(x) in steps.executed}
+    def __init__(self, arch, mangled, kernel, steps, memory, seconds):
+        code = enumerate(kernel.code)
+        self.executed = {(arch, mangled, i) for i, x in code if id(x) in steps.executed}
         self.count, self.memory, self.seconds = steps.count, memory, seconds
 
 
@@ -61,14 +61,14 @@ class Recorded(Interpreter):
         mangled = name.decode()
         kernel = self.programs[mangled].kernels[mangled]
         memory = memory_of(self.device)
-        self.recorded.append(Launch(mangled, kernel, self.counters, memory, seconds))
+        self.recorded.append(Launch(self.arch, mangled, kernel, self.counters, memory, seconds))
         return status
 
 
 class Replay(Interpreter):
     def __init__(self, launches, mutant, **options):
         super().__init__(counters=Steps(), macros=MACROS, **{"multiprocessors": 1, **options})
-        self.recorded, self.changed = launches, (mutant.mangled, mutant.at)
+        self.recorded, self.changed = launches, mutant.place
         program = mutant.apply(self.programs[mutant.mangled])
         self.programs = {**self.programs, mutant.mangled: program}
         self.number, self.same = 0, True

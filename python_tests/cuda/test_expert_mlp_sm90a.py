@@ -17,7 +17,8 @@ OWN = {  # tiles of 256 rows in blocks of 64; units of 512 tokens; 64 terms of a
     "a tile and a row": (257, 64, [64, 80], 1.0),
     "two units": (530, 136, [64, 8, 8, 128], 0.3),
     "steps without gaps": (66, 200, [64, 64, 16, 16, 16, 16], 0.7),
-    "one warpgroup idles": (50, 64, [256], 0.9),
+    # for more steps than there are stages, in every width of tile
+    "one warpgroup idles": (50, 328, [16, 32, 64, 328], 0.9),
 }
 
 

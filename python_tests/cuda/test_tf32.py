@@ -52,3 +52,22 @@ def test_any_schedule_and_no_bank_conflicts(make):
     ops = make(seed=0, multiprocessors=1)
     got = gradients(case, ops) | {"y": ops.sparse_ffn(*case.inputs())}
     assert all(torch.equal(got[n], want[n]) for n in want)
+
+
+@pytest.mark.skipif(ON_GPU, reason="asks the interpreter")
+@pytest.mark.parametrize("allow_tf32", [False, True])
+def test_traffic(allow_tf32):
+    """No bank conflicts; whole sectors, but for the parts of dgates and for look-ups."""
+    case = random_case(6, 64, 32, [64, 128], active=1.0)
+    counters = Counters()
+    ops = Ops(counters=counters)
+    ops.allow_tf32 = allow_tf32
+    gradients(case, ops, save_activations=True)
+    assert counters.total(counters.cycles).excess == 0
+    moved = {
+        op: counters.total({k: v for k, v in counters.sectors.items() if k[1] == op})
+        for op in ("ld", "st")
+    }
+    assert moved["ld"].units <= 1.1 * moved["ld"].least
+    parts_of_dgates = 64 * (2 + 4)
+    assert moved["st"].units <= 1.02 * moved["st"].least + parts_of_dgates

@@ -107,6 +107,7 @@ class Producer {
   }
   __device__ void finish() {
     cp_async_wait<0>();
+#pragma unroll 1  // at most kLag times
     for (; behind_ > 0; --behind_) hand_over();
   }
 
