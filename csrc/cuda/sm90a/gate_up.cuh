@@ -48,18 +48,20 @@ __device__ __forceinline__ void store_activations(const PassArgs<T>& args, const
         if (exists && column < columns) {
           __stcg(reinterpret_cast<All*>(out + column), reinterpret_cast<const All&>(packed));
         }
-        if (!N::kMaySave || args.saved == nullptr) continue;
+        if constexpr (N::kMaySave) {
+          if (args.saved == nullptr) continue;
 #pragma unroll
-        for (int matrix = 0; matrix < 2; ++matrix) {
+          for (int matrix = 0; matrix < 2; ++matrix) {
 #pragma unroll
-          for (int i = 0; i < N::kTogether; ++i) {
-            const float* v = &sums[block][(matrix * N::kBlocks + j + i) * 4 + half * 2];
-            packed[i] = pack(v[0], v[1], T());
+            for (int i = 0; i < N::kTogether; ++i) {
+              const float* v = &sums[block][(matrix * N::kBlocks + j + i) * 4 + half * 2];
+              packed[i] = pack(v[0], v[1], T());
+            }
+            make_neighbours(packed);
+            const int64_t at = (2 * token + matrix) * args.intermediate_size + tile.first_row;
+            store_rounded<T>(args.saved + at + column, reinterpret_cast<const Rounded&>(packed),
+                             exists ? tile.columns - column : 0);
           }
-          make_neighbours(packed);
-          const int64_t at = (2 * token + matrix) * args.intermediate_size + tile.first_row;
-          store_rounded<T>(args.saved + at + column, reinterpret_cast<const Rounded&>(packed),
-                           exists ? tile.columns - column : 0);
         }
       }
     }
