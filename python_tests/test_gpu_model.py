@@ -92,7 +92,7 @@ def test_tiles_of_wgmma_are_those_of_its_schedulers():
 
 
 def test_tiles_of_the_backward_by_wgmma():
-    """Rows of 256; 32, 64 or 96 gates and ups, 64, 128 or 160 of the rest. Gradients of 256 by 192;
+    """Rows of 256; 32, 64 or 96 gates and ups, 32, 128 or 160 of the rest. Gradients of 256 by 192;
     both sources of dx in one sum."""
     h100, case = GPUS["h100"], load(300, 200, [16, 40, 300])
     tiles = [p.tiles for p in model.predict(h100, replace(case, is_backward=True))]

@@ -15,7 +15,7 @@ from dsmoe_ext.benchmarks.gpu_model import (
 from dsmoe_ext.benchmarks.gpu_specs import ANY, MMA, WGMMA, Gpu
 
 # of sm_90a: columns of a tile, up to which size of expert
-RECOMPUTE, NEURONS = ((32, 32), (64, 128), (96, ANY)), ((64, 32), (128, 128), (160, ANY))
+RECOMPUTE, NEURONS = ((32, 32), (64, 128), (96, ANY)), ((32, 32), (128, 128), (160, ANY))
 
 
 def rows_of_a_pass(load: Load) -> int:

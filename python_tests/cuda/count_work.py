@@ -50,7 +50,7 @@ KERNELS = {
     "sm90a recompute<32>": ((64, 256), lambda steps: (64 * steps, 32), 1, 1),
     "sm90a recompute<64>": ((64, 256), lambda steps: (64 * steps, 64), 1, 1),
     "sm90a recompute<96>": ((64, 256), lambda steps: (64 * steps, 192), 2, 1),
-    "sm90a neurons<32>": ((64, 256), lambda steps: (64 * steps, 32), 1, 1),
+    "sm90a neurons<16>": ((64, 256), lambda steps: (64 * steps, 32), 1, 1),
     "sm90a neurons<64>": ((64, 256), lambda steps: (64 * steps, 128), 1, 1),
     "sm90a neurons<80>": ((64, 256), lambda steps: (64 * steps, 160), 1, 1),
     "sm90a weights": ((64, 256), lambda steps: (192, 64 * steps), 1, 1),

@@ -42,7 +42,7 @@ bool launch_neurons(const NeuronsArgs<T>& args, int min_size, int max_size, int 
 
 template <class T>
 Status neurons(const NeuronsArgs<T>& args, int multiprocessors, cudaStream_t on) {
-  const bool is_launched = launch_neurons<32, 32>(args, 1, 32, multiprocessors, on) &&
+  const bool is_launched = launch_neurons<32, 16>(args, 1, 32, multiprocessors, on) &&
                            launch_neurons<64, 64>(args, 33, 128, multiprocessors, on) &&
                            launch_neurons<96, 80>(args, 129, INT32_MAX, multiprocessors, on);
   return is_launched ? launch_status() : Status::kCudaError;
