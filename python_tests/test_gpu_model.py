@@ -8,6 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from dsmoe_ext.benchmarks import gpu_model as model
+from dsmoe_ext.benchmarks.gpu_backward import passes
 from dsmoe_ext.benchmarks.gpu_load import DTYPES, Load, draw, read_trace
 from dsmoe_ext.benchmarks.gpu_specs import GPUS
 from dsmoe_ext.command_line import app as cli
@@ -72,6 +73,10 @@ def test_counts_of_wgmma_by_hand():
     assert model.counted(kernel, 256, "step", "mma") == 16 * 24 * 4
     assert model.counted(kernel, 256, "step", "load_bytes") == (256 + 192) * 128
     assert model.counted(kernel, 256, "step", "shared_cycles") == 448 + 4 * 4 * 256 * 32 // 128
+    # 256 neurons of 64 tokens by 192 columns, both with lines across the sum
+    kernel = "sm90a weights"
+    assert model.counted(kernel, 256, "step", "mma") == 16 * 24 * 4
+    assert model.counted(kernel, 256, "step", "shared_cycles") == 448 + 4 * 4 * 256 * 32 // 128
     # a unit of 512 tokens: sums zeroed and read, y written
     sums = 512 * 128 * 4
     assert model.counted("sm90a down", 512, "unit", "store_bytes") == sums + sums // 2
@@ -84,6 +89,15 @@ def test_tiles_of_wgmma_are_those_of_its_schedulers():
     assert [p.tiles for p in model.gate_up(h100, case)] == [2, 0, 2 * (1 + 2), 2 * 3]
     assert model.down(h100, load(300, 200, [16, 72])).tiles == 2 * (1 + 1) * 2
     assert model.down(h100, load(512, 132 * 128, [72])).tiles == 132 * 2
+
+
+def test_tiles_of_the_backward_by_wgmma():
+    """Rows of 256; 32, 64 or 96 gates and ups, 32, 128 or 160 of the rest. Gradients of 256 by 192;
+    both sources of dx in one sum."""
+    h100, case = GPUS["h100"], load(300, 200, [16, 40, 300])
+    tiles = [p.tiles for p in model.predict(h100, replace(case, is_backward=True))]
+    assert tiles[:6] == [2, 2, 2 * 4, 2, 2, 2 * 2]
+    assert tiles[6:] == [model.down(h100, case).tiles, 3 * 2 * (1 + 1 + 2)]
 
 
 def test_pipes_follow_the_busiest_warp():
@@ -122,6 +136,24 @@ def test_llama_2_7b_reaches_its_share_of_the_roofline(gpu, tokens, least):
     assert case.roofline(GPUS[gpu]) / seconds >= least
 
 
+@pytest.mark.parametrize("gpu, least", [("a100", 0.70), ("h100", 0.60)])
+def test_llama_2_7bs_backward_reaches_its_share_of_the_roofline(gpu, least):
+    case = load(8192, 4096, [1376] * 8, 3 / 8, is_backward=True)
+    seconds = sum(p.seconds for p in model.predict(GPUS[gpu], case))
+    assert case.roofline(GPUS[gpu]) / seconds >= least
+
+
+def test_passes_of_the_backward_by_hand():
+    """256 MiB less 8192 x 4096 sums: room for three matrices of some 2450 columns, less the gaps of
+    8 experts; five passes of 35 x 64 rows."""
+    case = load(8192, 4096, [1376] * 8, 3 / 8)
+    sizes = [p.sizes for p in passes(case)]
+    assert sizes[:2] == [(1376, 864), (1376 - 864, 1376, 352)] and len(sizes) == 5
+    assert [sum(s) for s in sizes] == [2240] * 4 + [8 * 1376 - 4 * 2240]
+    assert sum(p.neurons() for p in passes(case)) == case.neurons()
+    assert len(passes(load(700, 1024, [512] * 4))) == 1
+
+
 @pytest.mark.parametrize("kernel", ["gate_up<64>", "down", "neurons_backward", "weights"])
 @pytest.mark.parametrize("gpu", ["a100", "h100-mma"])
 def test_tensor_cores_have_60_percent_of_what_a_full_tile_takes(gpu, kernel):
@@ -130,7 +162,9 @@ def test_tensor_cores_have_60_percent_of_what_a_full_tile_takes(gpu, kernel):
     assert step["tensor cores"] >= 0.6 * max(step.values())
 
 
-@pytest.mark.parametrize("kernel", ["gate_up<96>", "gate_up<64>", "down"])
+@pytest.mark.parametrize(
+    "kernel", ["gate_up<96>", "gate_up<64>", "down", "recompute<96>", "neurons<80>", "weights"]
+)
 def test_wgmma_has_60_percent_of_what_a_full_tile_takes(kernel):
     step = model.pipes(GPUS["h100"], f"sm90a {kernel}", 256)
     assert step["tensor cores"] >= 0.6 * max(step.values())
@@ -164,7 +198,9 @@ def test_backward_does_eight_products_and_takes_longer_than_any_resource():
     assert case.flops() == 8 / 3 * replace(case, is_backward=False).flops()
     for gpu in GPUS.values():
         kernels = model.predict(gpu, case)
-        assert [p.kernel for p in kernels] == ["neurons", "down"] + ["weights"] * 3
+        named = dict.fromkeys(p.kernel.rpartition(" ")[2].partition("<")[0] for p in kernels)
+        recomputed = ["recompute"] if gpu.loop is model.WGMMA else []
+        assert list(named) == [*recomputed, "neurons", "down", "weights"]
         assert all(p.seconds > max(p.parts.values()) for p in kernels)
         assert sum(p.seconds for p in kernels) > case.roofline(gpu)
 

@@ -12,7 +12,8 @@
 //   down      dx, as the forward sums y: a CTA owns its part and goes through experts in order  gemm_down.cuh
 //   weights   one weight gradient, the sum running over the expert's tokens                     gemm_weights.cuh
 //
-// fp32 does the same on gemm_ffma.cuh's tile (gemm_ffma_bwd.cuh).
+// fp32 does the same on gemm_ffma.cuh's tile (gemm_ffma_bwd.cuh), half types on Hopper by wgmma
+// (sm90a/backward.cu).
 //
 // g and u of active pairs are what the forward saved (2 T I numbers of the caller's memory, 361 MB in bf16
 // at T 8192, I 11008), or are recomputed from x: 2/9 more work of the forward and backward together.
@@ -34,6 +35,7 @@
 #include "cuda/gemm_ffma_bwd.cuh"
 #include "cuda/gemm_neurons.cuh"
 #include "cuda/gemm_weights.cuh"
+#include "cuda/sm90a/backward.h"
 
 namespace dsmoe::cuda {
 namespace {
@@ -97,36 +99,21 @@ Layout layout(const ExpertMlpBackwardParams& p) {
   return l;
 }
 
-template <bool kSaved, class T>
-void launch_neurons(const NeuronsArgs<T>& args, bool allow_tf32, int ctas, cudaStream_t on) {
-  if constexpr (std::is_same_v<T, float>) {
-    with_product(allow_tf32, [&](auto product) {
-      neurons_fp32_kernel<decltype(product), kSaved><<<ctas, kThreads, 0, on>>>(args);
-    });
-  } else {
-    constexpr int kBytes = NeuronsTile<kSaved>::kSharedBytes;
-    cudaFuncSetAttribute(neurons_backward_kernel<T, kSaved>,
-                         cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-    neurons_backward_kernel<T, kSaved><<<ctas, kThreads, kBytes, on>>>(args);
-  }
-}
-
-template <class T>
-void launch_down(const PassArgs<T>& args, bool allow_tf32, int ctas, cudaStream_t on) {
-  if constexpr (std::is_same_v<T, float>) {
-    with_product(allow_tf32, [&](auto product) {
-      down_fp32_kernel<decltype(product)><<<2 * ctas, kThreads, 0, on>>>(args);
-    });
-  } else {
-    down_kernel<<<ctas, kThreads, DownTile::kSharedBytes, on>>>(args);
-  }
-}
-
 // One CTA: the experts' offsets, clipped to the rows of a pass.
 __global__ void clip_experts_kernel(const int32_t* offsets, int num_experts, int first, int end,
                                     int32_t* clipped) {
   for (int e = threadIdx.x; e <= num_experts; e += blockDim.x) {
     clipped[e] = min(max(offsets[e], first), end);
+  }
+}
+
+// 1 where an inactive pair wants its dgates, and at active pairs if they are to be listed too, else 0:
+// gates for a list of pairs.
+__global__ void list_pairs_kernel(int64_t count, const float* gates, const float* grad_weight,
+                                  bool with_active, float* listed) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
+       i += gridDim.x * int64_t{blockDim.x}) {
+    listed[i] = (gates[i] != 0.f ? with_active : grad_weight[i] != 0.f) ? 1.f : 0.f;
   }
 }
 
@@ -138,7 +125,14 @@ template <class T>
 class Backward {
  public:
   Backward(const ExpertMlpBackwardParams& p, unsigned char* workspace, int ctas, cudaStream_t on)
-      : p_(p), f_(p.forward), l_(layout(p)), workspace_(workspace), ctas_(ctas), on_(on) {
+      : p_(p),
+        f_(p.forward),
+        l_(layout(p)),
+        workspace_(workspace),
+        ctas_(ctas),
+        on_(on),
+        on_hopper_(p.forward.intermediate_size > 0 && p.forward.hidden_size > 0 &&
+                   sm90a::is_available()) {
     PassArgs<T>& pass = args_.pass;
     pass.hidden_size = f_.hidden_size;
     pass.num_experts = f_.num_experts;
@@ -195,13 +189,9 @@ class Backward {
       const dim3 clear(ceil_div(ctas_, 4), f_.num_experts);
       clear_inactive_kernel<<<clear, kThreads, 0, on_>>>(args_.pass, args_.dgate);
       clear_inactive_kernel<<<clear, kThreads, 0, on_>>>(args_.pass, args_.dup);
-      launch_down(args_.pass, f_.allow_tf32, ctas_, on_);
+      launch_down();
     }
-    if (wanted.weights) {
-      launch_weights(0, args_.dgate, args_.pass.x, f_.x_stride, p_.dgate_proj);
-      launch_weights(1, args_.dup, args_.pass.x, f_.x_stride, p_.dup_proj);
-      launch_weights(2, args_.gated, args_.dy, p_.dy_stride, p_.ddown_proj_t);
-    }
+    if (wanted.weights) launch_weights();
   }
 
   // What the forward saved of active pairs is read; the rest of the listed pairs is computed from x.
@@ -209,11 +199,44 @@ class Backward {
     NeuronsArgs<T> args = args_;
     if (args.saved != nullptr) {
       args.listed = args.pass.lists;
-      cuda::launch_neurons<true>(args, f_.allow_tf32, ctas_, on_);
+      launch_neurons<true>(args);
       if (p_.grad_weight == nullptr) return;
     }
     args.listed = args_.listed;
-    cuda::launch_neurons<false>(args, f_.allow_tf32, ctas_, on_);
+    args.saved = nullptr;
+    launch_neurons<false>(args);
+  }
+
+  template <bool kSaved>
+  void launch_neurons(const NeuronsArgs<T>& args) {
+    if constexpr (std::is_same_v<T, float>) {
+      with_product(f_.allow_tf32, [&](auto product) {
+        neurons_fp32_kernel<decltype(product), kSaved><<<ctas_, kThreads, 0, on_>>>(args);
+      });
+    } else if (on_hopper_) {
+      note(sm90a::neurons(args, ctas_ / kCtasPerSm, on_));
+    } else {
+      constexpr int kBytes = NeuronsTile<kSaved>::kSharedBytes;
+      const auto kernel = neurons_backward_kernel<T, kSaved>;
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+      kernel<<<ctas_, kThreads, kBytes, on_>>>(args);
+    }
+  }
+
+  void launch_down() {
+    if constexpr (std::is_same_v<T, float>) {
+      with_product(f_.allow_tf32, [&](auto product) {
+        down_fp32_kernel<decltype(product)><<<2 * ctas_, kThreads, 0, on_>>>(args_.pass);
+      });
+    } else if (on_hopper_) {
+      note(sm90a::down(args_.pass, true, ctas_ / kCtasPerSm, on_));
+    } else {
+      down_kernel<<<ctas_, kThreads, DownTile::kSharedBytes, on_>>>(args_.pass);
+    }
+  }
+
+  void note(Status status) {
+    if (status != Status::kOk) status_ = status;
   }
 
   void take_rows(int64_t row_pass) {
@@ -264,21 +287,34 @@ class Backward {
   }
 
   void make(const float* gates, const ListsLayout& l, PairLists& lists) {
-    const Status status = make_lists(f_, args_.pass.num_tokens, gates, l, workspace_, on_, lists);
-    if (status != Status::kOk) status_ = status;
+    note(make_lists(f_, args_.pass.num_tokens, gates, l, workspace_, on_, lists));
   }
 
-  void launch_weights(int matrix, const T* p, const T* q, int64_t q_stride, void* result) {
-    if (result == nullptr) return;
-    float* sums = at<float>(l_.sums) + matrix * l_.rows * f_.hidden_size;
-    const WeightsArgs<T> weights{args_.pass, p,          q_stride,     q, static_cast<T*>(result),
-                                 sums,       first_row_, weights_turn_};
+  void launch_weights() {
+    AllWeights<T> all;
+    auto want = [&](int matrix, const T* p, const T* q, int64_t q_stride, void* result) {
+      if (result == nullptr) return;
+      float* sums = at<float>(l_.sums) + matrix * l_.rows * f_.hidden_size;
+      all.of[all.count++] = {args_.pass, p,          q_stride,     q, static_cast<T*>(result),
+                             sums,       first_row_, weights_turn_};
+    };
+    want(0, args_.dgate, args_.pass.x, f_.x_stride, p_.dgate_proj);
+    want(1, args_.dup, args_.pass.x, f_.x_stride, p_.dup_proj);
+    want(2, args_.gated, args_.dy, p_.dy_stride, p_.ddown_proj_t);
+    if (all.count == 0) return;
     if constexpr (std::is_same_v<T, float>) {
       with_product(f_.allow_tf32, [&](auto product) {
-        weights_fp32_kernel<decltype(product)><<<2 * ctas_, kThreads, 0, on_>>>(weights);
+        for (int i = 0; i < all.count; ++i) {
+          weights_fp32_kernel<decltype(product)><<<2 * ctas_, kThreads, 0, on_>>>(all.of[i]);
+        }
       });
+    } else if (on_hopper_) {
+      note(sm90a::weights(all, ctas_ / kCtasPerSm, on_));
     } else {
-      weights_kernel<<<3 * ctas_ / kCtasPerSm, kThreads, WeightsTile::kSharedBytes, on_>>>(weights);
+      for (int i = 0; i < all.count; ++i) {
+        weights_kernel<<<3 * ctas_ / kCtasPerSm, kThreads, WeightsTile::kSharedBytes, on_>>>(
+            all.of[i]);
+      }
     }
   }
 
@@ -288,6 +324,7 @@ class Backward {
   unsigned char* const workspace_;
   const int ctas_;
   const cudaStream_t on_;
+  const bool on_hopper_;
   NeuronsArgs<T> args_{};
   int64_t token_pass_ = -1, row_pass_ = -1, first_row_ = 0;
   Turn weights_turn_;

@@ -107,16 +107,49 @@ struct Neuron {
   }
 };
 
+// Eight neighbouring neurons of a token, from column `at` of the workspace on; of 32 in four lanes.
+template <class T>
+__device__ __forceinline__ void store_neurons(const NeuronsArgs<T>& args, int64_t at, bool exists,
+                                              float weight, const float (&gates)[kChunk],
+                                              const float (&ups)[kChunk],
+                                              const float (&das)[kChunk]) {
+  uint32_t gated[kChunk / 2], dgate[kChunk / 2], dup[kChunk / 2];
+  float dot = 0.f;
+#pragma unroll
+  for (int j = 0; j < kChunk / 2; ++j) {
+    auto neuron = [&](int i) {
+      const float s = __fdividef(1.f, 1.f + __expf(-gates[i]));
+      return Neuron(gates[i], ups[i], das[i], s, weight);
+    };
+    const Neuron low = neuron(2 * j), high = neuron(2 * j + 1);
+    dot += low.dot;
+    dot += high.dot;
+    gated[j] = pack(low.gated, high.gated, T());
+    dgate[j] = pack(low.dgate, high.dgate, T());
+    dup[j] = pack(low.dup, high.dup, T());
+  }
+  dot += __shfl_xor_sync(kAllLanes, dot, 1);
+  dot += __shfl_xor_sync(kAllLanes, dot, 2);
+  if (!exists) return;
+  if (threadIdx.x % 4 == 0) args.partial[at / kColumnAlign] = dot;
+  auto store = [at](T* matrix, const uint32_t (&v)[kChunk / 2]) {
+    __stcg(reinterpret_cast<uint4*>(matrix + at), uint4{v[0], v[1], v[2], v[3]});
+  };
+  store(args.gated, gated);
+  store(args.dgate, dgate);
+  store(args.dup, dup);
+}
+
 // Part `part` of a tile: 32 neurons, of which a lane has 8 neighbours of 4 rows.
 template <class T, bool kSaved, class Tile>
 __device__ __forceinline__ void neurons_epilogue(const NeuronsArgs<T>& args, const Tile& tile,
                                                  const NeuronsSums<NeuronsTile<kSaved>>& sums,
                                                  int part, int warp_m) {
   using C = NeuronsTile<kSaved>;
-  constexpr int kMine = 2 * C::kBlocks;
+  static_assert(2 * C::kBlocks == kChunk);
   const PassArgs<T>& pass = args.pass;
   const int lane = threadIdx.x % kWarp;
-  const int first = part * kPartialColumns, column = first + lane % 4 * kMine;
+  const int column = part * kPartialColumns + lane % 4 * kChunk;
   // up to the next multiple of 8 neurons are zeros, as the weights' rows there were
   const bool has_column = column < ceil_div(tile.columns, kChunk) * kChunk;
   const int64_t tile_column = pass.expert_columns[tile.expert] + tile.column;
@@ -128,42 +161,24 @@ __device__ __forceinline__ void neurons_epilogue(const NeuronsArgs<T>& args, con
       const bool exists = row < tile.pairs.count();
       const int64_t token = exists ? args.listed.token_idx[tile.pairs.begin + row] : 0;
       const float weight = exists ? pass.gates[token * pass.num_experts + tile.expert] : 0.f;
-      float gates[kMine], ups[kMine];
+      float gates[kChunk], ups[kChunk], das[kChunk];
       if constexpr (kSaved) {
         const int count = exists ? tile.columns - column : 0;
         const T* saved = args.saved + token * 2 * pass.intermediate_size + tile.first_row + column;
         load_saved(gates, saved, count);
         load_saved(ups, saved + pass.intermediate_size, count);
       }
-      uint32_t gated[C::kBlocks], dgate[C::kBlocks], dup[C::kBlocks];
-      float dot = 0.f;
 #pragma unroll
-      for (int j = 0; j < C::kBlocks; ++j) {
-        auto neuron = [&](int b) {
-          const int at = half * 2 + b;
-          const float g = kSaved ? gates[2 * j + b] : sums[C::kProducts - 2][i][j][at];
-          const float u = kSaved ? ups[2 * j + b] : sums[C::kProducts - 1][i][j][at];
-          const float s = __fdividef(1.f, 1.f + __expf(-g));
-          return Neuron(g, u, sums[part][i][j][at], s, weight);
-        };
-        const Neuron low = neuron(0), high = neuron(1);
-        dot += low.dot;
-        dot += high.dot;
-        gated[j] = pack(low.gated, high.gated, T());
-        dgate[j] = pack(low.dgate, high.dgate, T());
-        dup[j] = pack(low.dup, high.dup, T());
+      for (int b = 0; b < kChunk; ++b) {
+        const int j = b / 2, at = half * 2 + b % 2;
+        if constexpr (!kSaved) {
+          gates[b] = sums[C::kProducts - 2][i][j][at];
+          ups[b] = sums[C::kProducts - 1][i][j][at];
+        }
+        das[b] = sums[part][i][j][at];
       }
-      dot += __shfl_xor_sync(kAllLanes, dot, 1);
-      dot += __shfl_xor_sync(kAllLanes, dot, 2);
-      if (!exists || !has_column) continue;
       const int64_t at = token * pass.width + tile_column + column;
-      if (lane % 4 == 0) args.partial[at / kColumnAlign] = dot;
-      auto store = [at](T* matrix, const uint32_t (&v)[C::kBlocks]) {
-        __stcg(reinterpret_cast<uint4*>(matrix + at), uint4{v[0], v[1], v[2], v[3]});
-      };
-      store(args.gated, gated);
-      store(args.dgate, dgate);
-      store(args.dup, dup);
+      store_neurons(args, at, exists && has_column, weight, gates, ups, das);
     }
   }
 }
@@ -249,17 +264,6 @@ __global__ void sum_dgates_kernel(const __grid_constant__ NeuronsArgs<T> args) {
       sum *= weight;
     }
     args.dgates[i] = pass.turn.is_first ? sum : args.dgates[i] + sum;
-  }
-}
-
-// 1 where an inactive pair wants its dgates, and at active pairs if they are to be listed too, else 0:
-// gates for a list of pairs.
-static __global__ void list_pairs_kernel(int64_t count, const float* gates,
-                                         const float* grad_weight, bool with_active,
-                                         float* listed) {
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
-       i += gridDim.x * int64_t{blockDim.x}) {
-    listed[i] = (gates[i] != 0.f ? with_active : grad_weight[i] != 0.f) ? 1.f : 0.f;
   }
 }
 

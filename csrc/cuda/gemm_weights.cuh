@@ -25,6 +25,13 @@ struct WeightsArgs {
   Turn turn;      // among the passes over tokens
 };
 
+// Those that are wanted.
+template <class T>
+struct AllWeights {
+  WeightsArgs<T> of[3];
+  int count = 0;
+};
+
 struct WeightsTile {
   static constexpr int kTileM = 64, kTileN = 128;
   static constexpr int kWarpsM = 2, kWarpsN = 2;
@@ -86,51 +93,65 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
   }
 }
 
-// The sums of a tile: those of earlier passes are added; then they wait in args.sums, or become dW.
+// Where a row of a tile goes: its sums wait there until the last pass, and become dW here. H is a
+// multiple of 8: of a block of 8 columns all exist or none.
+template <class T>
+struct GradientRow {
+  Turn turn;
+  float* waiting;  // of the lane's two columns in the first block
+  T* result;       // of the lane's block among the first four
+  int columns;     // that exist
+
+  __device__ GradientRow(const WeightsArgs<T>& args, int64_t row, int64_t column, bool exists)
+      : turn(args.turn),
+        waiting(args.sums + (row - args.first) * args.pass.hidden_size + column +
+                threadIdx.x % 4 * 2),
+        result(args.result + row * args.pass.hidden_size + column + threadIdx.x % 4 * 8),
+        columns(exists ? static_cast<int>(args.pass.hidden_size - column) : 0) {}
+
+  // Four neighbouring blocks, the first of which is `block`.
+  __device__ __forceinline__ void store(int block, float (&sums)[4][2]) const {
+    uint32_t words[4];
+#pragma unroll
+    for (int b = 0; b < 4; ++b) {
+      const bool exists = (block + b) * 8 < columns;
+      float2* at = reinterpret_cast<float2*>(waiting + (block + b) * 8);
+      if (exists && !turn.is_first) {
+        const float2 before = *at;
+        sums[b][0] += before.x;
+        sums[b][1] += before.y;
+      }
+      if (exists && !turn.is_last) *at = float2{sums[b][0], sums[b][1]};
+      words[b] = pack(sums[b][0], sums[b][1], T());
+    }
+    if (!turn.is_last) return;
+    transpose_quad(words);  // whole sectors: a lane stores a block
+    if (static_cast<int>(block + threadIdx.x % 4) * 8 >= columns) return;
+    __stcg(reinterpret_cast<uint4*>(result + block * 8),
+           uint4{words[0], words[1], words[2], words[3]});
+  }
+};
+
 template <class T, class Tile>
 __device__ __forceinline__ void weights_epilogue(const WeightsArgs<T>& args, const Tile& tile,
-                                                 WeightsSums& sums, int warp_m, int warp_n) {
+                                                 const WeightsSums& sums, int warp_m, int warp_n) {
   using C = WeightsTile;
-  const int lane = threadIdx.x % kWarp;
-  const int64_t hidden_size = args.pass.hidden_size;
-  const int64_t first_column = tile.column + warp_n * C::kBlocks * 8;
+  const int64_t column = tile.column + warp_n * C::kBlocks * 8;
 #pragma unroll
   for (int i = 0; i < C::kRowBlocks; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int neuron = (warp_m * C::kRowBlocks + i) * 16 + half * 8 + lane / 4;
-      const bool exists = neuron < tile.neurons;
-      const int64_t row = tile.first_row + neuron;
-      auto waiting = [&](int j) {  // the lane's two columns of block j, or null
-        const int64_t column = first_column + j * 8 + lane % 4 * 2;
-        const bool inside = exists && column < hidden_size;
-        float* at = args.sums + (row - args.first) * hidden_size + column;
-        return inside ? reinterpret_cast<float2*>(at) : nullptr;
-      };
+      const int neuron = (warp_m * C::kRowBlocks + i) * 16 + half * 8 + threadIdx.x % kWarp / 4;
+      const GradientRow<T> row(args, tile.first_row + neuron, column, neuron < tile.neurons);
 #pragma unroll
-      for (int j = 0; j < C::kBlocks; ++j) {
-        float* sum = &sums[i][j][half * 2];
-        if (const float2* before = args.turn.is_first ? nullptr : waiting(j)) {
-          sum[0] += before->x;
-          sum[1] += before->y;
-        }
-        if (float2* after = args.turn.is_last ? nullptr : waiting(j))
-          *after = float2{sum[0], sum[1]};
-      }
-      if (!args.turn.is_last) continue;
-#pragma unroll
-      for (int j = 0; j < C::kBlocks;
-           j += 4) {  // whole sectors: a lane stores a block of 8 columns
-        uint32_t words[4];
+      for (int j = 0; j < C::kBlocks; j += 4) {
+        float quad[4][2];
 #pragma unroll
         for (int b = 0; b < 4; ++b) {
-          words[b] = pack(sums[i][j + b][half * 2], sums[i][j + b][half * 2 + 1], T());
+          quad[b][0] = sums[i][j + b][half * 2];
+          quad[b][1] = sums[i][j + b][half * 2 + 1];
         }
-        transpose_quad(words);
-        const int64_t column = first_column + (j + lane % 4) * 8;
-        if (!exists || column >= hidden_size) continue;
-        __stcg(reinterpret_cast<uint4*>(args.result + row * hidden_size + column),
-               uint4{words[0], words[1], words[2], words[3]});
+        row.store(j, quad);
       }
     }
   }

@@ -122,6 +122,8 @@ class NeuronTiles {
     }
     return false;
   }
+  // As many tiles again, dealt out from where these ended.
+  __device__ void restart() { expert_ = 0; }
 
  private:
   const int32_t* expert_offsets_;

@@ -163,7 +163,7 @@ def gpu_model(
 
     From the datasheet, the tiles that the kernels would run, and the instructions and bytes of a
     tile, counted while the interpreter of the tests ran them. Forward, up to 16 tokens decode, or
-    backward: all outputs, in one pass; predicted only.
+    backward: all outputs; predicted only.
     """
     import torch
 

@@ -13,7 +13,8 @@ stated, and stalls within a warp that its SM's other warps do not fill.
 
 import json
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -147,14 +148,15 @@ def deal(gpu: Gpu, tiles: list) -> list[list]:
     return [tiles[i::ctas] for i in range(ctas)]
 
 
-def gate_up(gpu: Gpu, load: Load) -> list[Prediction]:
-    """One launch for each width of tile; experts choose by their size."""
-    out, loop = [], gpu.loop
-    smallest, number = 1, load.number_bytes
-    saving = ", saving" if load.is_saved else ""
-    for columns, largest in loop.saving_widths if saving else loop.widths:
-        tiles, dram = [], 0.0
-        steps = math.ceil(load.hidden_size / loop.step_terms)
+def gathered(
+    gpu: Gpu, load: Load, kernels: list[tuple[str, int, int]], products: int, numbers: Callable
+) -> list[Prediction]:
+    """Gathered rows times rows of `products` weight matrices, over H: a launch for each kernel
+    (name, columns of a tile, up to which size of expert). numbers(size): of a pair, moved."""
+    out, loop, smallest = [], gpu.loop, 1
+    steps = math.ceil(load.hidden_size / loop.step_terms)
+    for kernel, columns, largest in kernels:
+        tiles, moved = [], 0.0
         for size, pairs in zip(load.sizes, load.active.sum(0).tolist(), strict=True):
             if not smallest <= size <= largest or not pairs:
                 continue
@@ -164,16 +166,24 @@ def gate_up(gpu: Gpu, load: Load) -> list[Prediction]:
                 for _ in range(math.ceil(size / columns)):
                     tiles += [(r, steps) for r in rows[first : first + GROUP]]
             groups = math.ceil(row_tiles / GROUP)  # each reads the weights again
-            dram += groups * 2 * number * size * load.hidden_size
-            dram += number * pairs * (load.hidden_size + size * (3 if saving else 1))
-        name = f"{loop.prefix}gate_up<{columns}>{saving}"
-        out.append(run_tiles(gpu, name, deal(gpu, tiles), dram))
+            moved += groups * products * size * load.hidden_size + pairs * numbers(size)
+        out.append(run_tiles(gpu, kernel, deal(gpu, tiles), load.number_bytes * moved))
         smallest = largest + 1
     return out
 
 
-def down(gpu: Gpu, load: Load) -> Prediction:
-    """A unit is some tokens by a strip; small experts that are neighbours go as one, dense."""
+def gate_up(gpu: Gpu, load: Load) -> list[Prediction]:
+    """One launch for each width of tile; experts choose by their size."""
+    loop, saving = gpu.loop, ", saving" if load.is_saved else ""
+    widths = loop.saving_widths if saving else loop.widths
+    kernels = [(f"{loop.prefix}gate_up<{c}>{saving}", c, most) for c, most in widths]
+    written = 3 if saving else 1
+    return gathered(gpu, load, kernels, 2, lambda size: load.hidden_size + written * size)
+
+
+def down(gpu: Gpu, load: Load, sources: int = 1, ends: bool = True) -> Prediction:
+    """A unit is some tokens by a strip; small experts that are neighbours go as one, dense.
+    Several sources make one sum of several times the steps. ends: units are cleared and written."""
     loop, number = gpu.loop, load.number_bytes
     strips = math.ceil(load.hidden_size / loop.strip_columns)
     units, tokens, read = [], [], 0.0
@@ -186,23 +196,23 @@ def down(gpu: Gpu, load: Load) -> Prediction:
             small = 0 < size < 64
             run += math.ceil(size / 16) * 16 if small else 0
             if not small and run:  # the run of small experts ends here
-                tiles += row_tiles_of(loop, len(chunk), run)
+                tiles += row_tiles_of(loop, len(chunk), run, sources)
                 run = 0
             if not small and pairs > 0:
-                tiles += row_tiles_of(loop, pairs, size)
+                tiles += row_tiles_of(loop, pairs, size, sources)
             read += number * size * max(pairs, 0)
         units += [tiles] * strips
         tokens += [len(chunk)] * strips
     ctas = [[t for unit in mine for t in unit] for mine in deal(gpu, units)]
     waves = math.ceil(len(units) / (loop.ctas_per_sm * gpu.sms))
-    dram = read + waves * number * load.hidden_size * sum(load.sizes)
+    dram = sources * (read + waves * number * load.hidden_size * sum(load.sizes))
     dram += number * load.num_tokens * load.hidden_size
-    apart = deal(gpu, tokens) if loop is WGMMA else None
+    apart = deal(gpu, tokens) if loop is WGMMA and ends else None
     return run_tiles(gpu, f"{loop.prefix}down", ctas, dram, apart)
 
 
-def row_tiles_of(loop: Loop, rows: int, terms: int) -> list[tuple[int, int]]:
-    steps = math.ceil(terms / loop.step_terms)
+def row_tiles_of(loop: Loop, rows: int, terms: int, sources: int) -> list[tuple[int, int]]:
+    steps = sources * math.ceil(terms / loop.step_terms)
     return [(min(loop.tile_rows, rows - r), steps) for r in range(0, rows, loop.tile_rows)]
 
 
@@ -233,43 +243,12 @@ def decode(gpu: Gpu, load: Load) -> list[Prediction]:
     return out
 
 
-def backward(gpu: Gpu, load: Load) -> list[Prediction]:
-    """In one pass: mma.sync on every GPU, or fp32's tile."""
-    loop, number = MMA if load.dtype == "bf16" else gpu.loop, load.number_bytes
-    gpu, saved = replace(gpu, loop=loop), ", saved" if load.is_saved else ""
-    steps = math.ceil(load.hidden_size / loop.step_terms)
-    columns = 32 if loop is MMA and not saved else 64  # of a neurons tile
-    neurons, weights, dram = [], [], [load.saved_bytes(), 0.0]
-    for size, pairs in zip(load.sizes, load.active.sum(0).tolist(), strict=True):
-        row_tiles = math.ceil(pairs / loop.tile_rows)
-        rows = [min(loop.tile_rows, pairs - i * loop.tile_rows) for i in range(row_tiles)]
-        for first in range(0, row_tiles, GROUP):
-            for _ in range(math.ceil(size / columns)):
-                neurons += [(r, steps) for r in rows[first : first + GROUP]]
-        groups, matrices, sources = math.ceil(row_tiles / GROUP), *((1, 1) if saved else (3, 2))
-        dram[0] += groups * matrices * number * size * load.hidden_size
-        dram[0] += pairs * number * (sources * load.hidden_size + 3 * size)
-        tiles = math.ceil(size / 64) * math.ceil(load.hidden_size / loop.strip_columns)
-        weights += [(64, math.ceil(pairs / loop.step_terms))] * tiles
-        dram[1] += number * (pairs * (load.hidden_size + size) + size * load.hidden_size)
-    dx = down(gpu, load)  # one of the two sources
-    both = {k: 2 * v for k, v in dx.parts.items()}
-    more_ctas = gpu if loop is not MMA else replace(gpu, loop=replace(MMA, ctas_per_sm=3))
-    name = f"{loop.prefix}weights"
-    one = run_tiles(more_ctas, name, deal(more_ctas, weights), dram[1])
-    name = f"{loop.prefix}neurons_backward{saved}"
-    first = run_tiles(gpu, name, deal(gpu, neurons), dram[0])
-    return [
-        replace(first, kernel="neurons"),
-        replace(dx, tiles=2 * dx.tiles, parts=both, seconds=2 * dx.seconds),
-        *[one] * 3,
-    ]
-
-
 def predict(gpu: Gpu, load: Load) -> list[Prediction]:
     """Every kernel of one forward or backward, in order."""
     gpu = gpu.for_dtype(load.dtype)
     if load.is_backward:
+        from dsmoe_ext.benchmarks.gpu_backward import backward
+
         return backward(gpu, load)
     if load.num_tokens <= DECODE_TOKENS and load.dtype == "bf16" and not load.is_saved:
         return decode(gpu, load)

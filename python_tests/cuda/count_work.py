@@ -47,6 +47,13 @@ KERNELS = {
     "sm90a gate_up<64>": ((64, 256), lambda steps: (64 * steps, 64), 1, 1),
     "sm90a gate_up<96>": ((64, 256), lambda steps: (64 * steps, 192), 2, 1),
     "sm90a down": ((64, 256), lambda steps: (128, 64 * steps), 1, 1),
+    "sm90a recompute<32>": ((64, 256), lambda steps: (64 * steps, 32), 1, 1),
+    "sm90a recompute<64>": ((64, 256), lambda steps: (64 * steps, 64), 1, 1),
+    "sm90a recompute<96>": ((64, 256), lambda steps: (64 * steps, 192), 2, 1),
+    "sm90a neurons<16>": ((64, 256), lambda steps: (64 * steps, 32), 1, 1),
+    "sm90a neurons<64>": ((64, 256), lambda steps: (64 * steps, 128), 1, 1),
+    "sm90a neurons<80>": ((64, 256), lambda steps: (64 * steps, 160), 1, 1),
+    "sm90a weights": ((64, 256), lambda steps: (192, 64 * steps), 1, 1),
 }
 for kind in ("fp32 ", "tf32 "):  # whole tiles, whatever is in them
     KERNELS |= {
@@ -62,13 +69,16 @@ KERNELS |= {
     for name, how in KERNELS.items()
     if "gate_up" in name and "<96>" not in name
 }
+BACKWARD = ("neurons_backward", "weights", "recompute", "sm90a neurons")
 
 
 def short(name):
     """gate_up_kernel<bfloat16,GateUpTile<64,2>> -> gate_up<64>; None for the helpers."""
     if tile := re.match(r"gate_up_kernel<bfloat16,GateUpTile<(\d+)", name):
         return f"gate_up<{tile[1]}>"
-    if own := re.match(r"sm90a::(gate_up|down)_kernel<bfloat16(?:,(\d+))?>", name):
+    if own := re.match(
+        r"sm90a::(gate_up|down|recompute|neurons|weights)_kernel<bfloat16(?:,(\d+))?>", name
+    ):
         return f"sm90a {own[1]}" + (f"<{own[2]}>" if own[2] else "")
     saved = {"true": ", saved", "false": ""}
     if neurons := re.match(r"neurons_backward_kernel<bfloat16,(\w+)>", name):
@@ -122,7 +132,7 @@ def run(kernel, steps, rows, experts=1):
     arch = "90a" if kernel.startswith("sm90a") else "80"
     ops = CountingInterpreter(multiprocessors=1, arch=arch)
     ops.allow_tf32 = kernel.startswith("tf32")
-    if "neurons_backward" in kernel or "weights" in kernel:  # of gate_proj's gradient alone
+    if any(name in kernel for name in BACKWARD):  # of gate_proj's gradient alone
         others = ("dx", "dgates", "dup_proj", "ddown_proj_t")
         options = dict(dy=case.dy, without=others, save_activations=saves)
         ops.sparse_ffn_backward(*case.inputs(), **options)

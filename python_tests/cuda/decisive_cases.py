@@ -85,11 +85,14 @@ def saved_on_hopper(*shape):
     return case
 
 
-def expert_mlp_backward(*shape, save_activations=False, **options):
+def expert_mlp_backward(*shape, save_activations=False, multiprocessors=1, arch="80", **options):
     inputs = functools.cache(lambda: inputs_of(*shape, **options))
     expected = functools.cache(lambda: test_expert_mlp_backward.expect(inputs()))
     return lambda make: test_expert_mlp_backward.check(
-        inputs(), make(), expected(), save_activations=save_activations
+        inputs(),
+        make(multiprocessors=multiprocessors, arch=arch),
+        expected(),
+        save_activations=save_activations,
     )
 
 
@@ -218,6 +221,23 @@ BACKWARD = {
     "passes over neurons": (40, 16, [400, 40, 300], 0.5),
     "two groups of row tiles": (1100, 8, [40], 1.0),
 }
+HOPPER_BACKWARD = {
+    **SHAPES,
+    "passes": (300, 16, [264, 40], 0.95),
+    "two tiles of columns": (20, 200, [168, 16], 0.6),
+    "three chunks": (530, 24, [72, 16], 0.5),
+    "one warpgroup idles": (50, 136, [16, 72, 256], 0.9),
+}
+HOPPER_BACKWARD_ACTIVE = {  # of active pairs only: others in a tile that is not theirs show
+    "two row tiles": ((330, 24, [16, 33], 0.9), {}),
+    "more steps than stages": ((130, 264, [72, 136], 1.0), {}),
+    "three multiprocessors": (
+        (70, 24, [16, 40, 24, 120, 16, 136, 264], 0.9),
+        dict(multiprocessors=3),
+    ),
+    "passes of 192 columns": ((300, 192, [136, 40], 0.5), {}),
+    "unaligned, saved": ((130, 24, [13, 125, 141], 1.0), dict(save_activations=True)),
+}
 DECODE = {  # the number of multiprocessors decides into how many parts a sum is cut
     "ragged": ((3, 264, [72, 17, 5], 0.6), 1),
     "all rows": ((16, 40, [40, 24, 16, 7, 320], 0.5), 1),
@@ -266,6 +286,17 @@ CASES = {
         f"backward, {name}{', exact' * exact}": expert_mlp_backward(*shape, exact_ste=exact)
         for name, shape in BACKWARD.items()
         for exact in (False, True)
+    },
+    **{
+        f"sm_90a backward, {name}{', saved' * save}": expert_mlp_backward(
+            *shape, exact_ste=True, arch="90a", save_activations=save
+        )
+        for name, shape in HOPPER_BACKWARD.items()
+        for save in (False, True)
+    },
+    **{
+        f"sm_90a backward, {name}": expert_mlp_backward(*shape, arch="90a", **options)
+        for name, (shape, options) in HOPPER_BACKWARD_ACTIVE.items()
     },
     **{
         f"backward, {name}, exact, float32": expert_mlp_backward(

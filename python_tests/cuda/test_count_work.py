@@ -4,7 +4,12 @@ import json
 
 import count_work
 import pytest
+import torch
+from interpreted import Interpreter
 from ops_under_test import ON_GPU
+
+from dsmoe_ext.benchmarks.gpu_backward import rows_of_a_pass
+from dsmoe_ext.benchmarks.gpu_load import Load, draw
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="counted in the interpreter")
 
@@ -34,11 +39,13 @@ def test_down_reads_the_strip_and_writes_it():
     assert 2 * sums <= tile["load_bytes"] <= 1.02 * 2 * sums
 
 
-def test_weight_gradients_are_stored_once_in_whole_sectors():
-    """64 neurons by 128 columns in bf16."""
-    table = json.loads(count_work.TABLE.read_text())
-    assert table["weights"]["rows"]["64"]["tile"]["store_bytes"] == 64 * 128 * 2
-    assert table["weights"]["rows"]["64"]["step"]["store_bytes"] == 0
+@pytest.mark.parametrize("kernel, neurons, columns", [("weights", 64, 128),
+                                                      ("sm90a weights", 256, 192)])  # fmt: skip
+def test_weight_gradients_are_stored_once_in_whole_sectors(kernel, neurons, columns):
+    """In bf16."""
+    counts = json.loads(count_work.TABLE.read_text())[kernel]["rows"][str(neurons)]
+    assert counts["tile"]["store_bytes"] == neurons * columns * 2
+    assert counts["step"]["store_bytes"] == 0
 
 
 def test_saved_activations_are_written_and_read_once():
@@ -51,3 +58,13 @@ def test_saved_activations_are_written_and_read_once():
         assert tile[f"{kernel}, saving"][str(rows)]["step"]["store_bytes"] == 0
     reading = tile["neurons_backward, saved"]["128"]["tile"]["load_bytes"]
     assert 2 * 128 * 64 * 2 <= reading <= 1.2 * 2 * 128 * 64 * 2
+
+
+@pytest.mark.parametrize("tokens", [8192, 4096])
+def test_the_model_cuts_passes_as_the_workspace_is_cut(tokens):
+    """Three matrices in bf16, parts of dgates, fp32 sums of dx; the rest are lists and tables."""
+    load = Load(4096, (1376,) * 8, draw(tokens, 8, 0.5), is_backward=True)
+    columns = (rows_of_a_pass(load) + 8 * 15) // 16 * 16
+    held = tokens * (columns * (3 * 2 + 4 / 16) + 4096 * 4)
+    bytes_asked = Interpreter().backward_workspace(tokens, 4096, 11008, 8, torch.bfloat16, False)
+    assert 0 <= bytes_asked - held <= 1 << 20

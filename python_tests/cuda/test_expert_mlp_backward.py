@@ -1,4 +1,6 @@
-"""expert_mlp's backward on CUDA against dsmoe_ext.reference in float64 (design.md's edge table)."""
+"""expert_mlp's backward on CUDA against dsmoe_ext.reference in float64 (design.md's edge table).
+
+Half types in both main loops, mma.sync and that of sm_90a; a GPU runs its own."""
 
 import pytest
 import torch
@@ -26,6 +28,14 @@ EDGES = {  # name: (T, H, sizes, active)
     "no neuron": (20, 24, [0, 0, 0], 0.5),
     "one expert without neurons": (20, 24, [0], 1.0),
 }
+
+
+interpreter_only = pytest.mark.skipif(ON_GPU, reason="asks the interpreter")
+ARCHS = ["80"] if ON_GPU else ["80", "90a"]
+in_both_loops = pytest.mark.parametrize("arch", ARCHS)
+types_in_their_loops = pytest.mark.parametrize(
+    "dtype, arch", [(torch.float32, "80"), *((torch.bfloat16, arch) for arch in ARCHS)], ids=str
+)
 
 
 def gradients(case, ops, **options):
@@ -59,18 +69,28 @@ def check(case, ops=None, expected=None, **options):
     return ours
 
 
+@in_both_loops
 @pytest.mark.parametrize("exact_ste", [False, True], ids=["active", "exact"])
 @pytest.mark.parametrize("edge", EDGES)
-def test_edges(edge, exact_ste):
+def test_edges(edge, exact_ste, arch):
     tokens, hidden, sizes, active = EDGES[edge]
     options = dict(active=active, exact_ste=exact_ste, dtype=torch.bfloat16)
-    check(random_case(0, tokens, hidden, sizes, **options))
+    check(random_case(0, tokens, hidden, sizes, **options), Ops(arch=arch))
 
 
+@interpreter_only
+def test_more_than_a_tile_of_sm_90a():
+    """Of 256 rows, 160 and 192 columns, 512 tokens."""
+    case = random_case(0, 530, 200, [264, 8], active=0.55, dtype=torch.bfloat16)
+    check(case, Ops(arch="90a"))
+
+
+@in_both_loops
 @pytest.mark.parametrize("edge", ["off every tile", "shared and fine"])
-def test_edges_in_float16(edge):
+def test_edges_in_float16(edge, arch):
     tokens, hidden, sizes, active = EDGES[edge]
-    check(random_case(1, tokens, hidden, sizes, active=active, exact_ste=True, dtype=torch.float16))
+    options = dict(active=active, exact_ste=True, dtype=torch.float16)
+    check(random_case(1, tokens, hidden, sizes, **options), Ops(arch=arch))
 
 
 @pytest.mark.parametrize("exact_ste", [False, True], ids=["active", "exact"])
@@ -96,7 +116,7 @@ def test_float32_in_two_chunks():
     check(random_case(3, 300, 72, [72, 40, 16], exact_ste=True, dtype=torch.float32))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@types_in_their_loops
 @pytest.mark.parametrize(
     "edge",
     [
@@ -109,37 +129,40 @@ def test_float32_in_two_chunks():
         "no neuron",
     ],
 )
-def test_saved_activations(edge, dtype):
+def test_saved_activations(edge, dtype, arch):
     """The forward keeps g and u of active pairs; of others nothing is read."""
     tokens, hidden, sizes, active = EDGES[edge]
     case = random_case(12, tokens, hidden, sizes, active=active, exact_ste=True, dtype=dtype)
-    check(case, save_activations=True)
+    check(case, Ops(arch=arch), save_activations=True)
 
 
-def test_sampled_grad_weight():
+@in_both_loops
+def test_sampled_grad_weight(arch):
     case = random_case(2, 50, 48, [20, 12, 16, 8], dtype=torch.bfloat16)
     draw = torch.rand(case.gates.shape, generator=torch.Generator().manual_seed(0)) < 0.25
     case.grad_weight = draw.to(case.gates) * 4.0
-    check(case)
+    ours = check(case, Ops(arch=arch))
     inactive = (case.gates == 0) & ~draw
-    assert (gradients(case, Ops())["dgates"][inactive] == 0).all()
+    assert (ours["dgates"][inactive] == 0).all()
 
 
-def test_an_expert_without_tokens_gets_zeros():
+@in_both_loops
+def test_an_expert_without_tokens_gets_zeros(arch):
     case = random_case(3, 30, 24, [16, 72, 8], active=1.0, dtype=torch.bfloat16)
     case.gates[:, 1] = 0
-    out = gradients(case, Ops())
+    out = gradients(case, Ops(arch=arch))
     for name in ("dgate_proj", "dup_proj", "ddown_proj_t"):
         assert (out[name][16:88] == 0).all() and (out[name][:16] != 0).any()
 
 
-def test_rows_of_x_and_dy_further_apart():
+@in_both_loops
+def test_rows_of_x_and_dy_further_apart(arch):
     case = random_case(4, 24, 40, [16, 8, 72], dtype=torch.bfloat16)
-    want = gradients(case, Ops())
+    want = gradients(case, Ops(arch=arch))
     wide = torch.zeros(24, 192, dtype=torch.bfloat16)
     wide[:, 16:56], wide[:, 104:144] = case.x, case.dy
     case.x, case.dy = wide[:, 16:56], wide[:, 104:144]
-    got = gradients(case, Ops())
+    got = gradients(case, Ops(arch=arch))
     assert all(torch.equal(got[n], want[n]) for n in want)
 
 
@@ -156,33 +179,37 @@ def test_rows_further_apart_than_2_to_the_31():
     assert all(torch.equal(got[n], want[n]) for n in want)
 
 
-def test_what_nobody_wants():
+@in_both_loops
+def test_what_nobody_wants(arch):
     case = random_case(5, 20, 24, [16, 40], dtype=torch.bfloat16, exact_ste=True)
-    want = gradients(case, Ops())
+    want = gradients(case, Ops(arch=arch))
     for without in (("dx",), ("dgates",), ("dgate_proj", "dup_proj", "ddown_proj_t")):
-        got = gradients(case, Ops(), without=without)
+        got = gradients(case, Ops(arch=arch), without=without)
         assert set(got) == set(want) - set(without)
         assert all(torch.equal(got[n], want[n]) for n in got)
 
 
-def test_infinity_at_an_inactive_pair_stays_there():
+@in_both_loops
+def test_infinity_at_an_inactive_pair_stays_there(arch):
     case = random_case(6, 17, 16, [8, 24], active=1.0, exact_ste=True, dtype=torch.bfloat16)
     case.gates[5] = 0
     case.x[5] = 1e30
-    out = gradients(case, Ops())
+    out = gradients(case, Ops(arch=arch))
     assert (out["dx"][5] == 0).all()
     assert all(out[n].isfinite().all() for n in ("dgate_proj", "dup_proj", "ddown_proj_t"))
 
 
-interpreter_only = pytest.mark.skipif(ON_GPU, reason="asks the interpreter")
+SMALL_WORKSPACE = ("DSMOE_CUDA_WORKSPACE_MIB=0.375",)
 
 
 @interpreter_only
-def test_same_bits_for_any_schedule_and_number_of_multiprocessors():
+@in_both_loops
+def test_same_bits_for_any_schedule_and_number_of_multiprocessors(arch):
     case = random_case(7, 90, 72, [72, 16, 16], dtype=torch.bfloat16, exact_ste=True)
-    want = gradients(case, Interpreter())
+    want = gradients(case, Interpreter(arch=arch))
     for seed, multiprocessors in ((None, 1), (0, 3), (1, 2)):
-        got = gradients(case, Interpreter(seed=seed, multiprocessors=multiprocessors))
+        ops = Interpreter(arch=arch, seed=seed, multiprocessors=multiprocessors)
+        got = gradients(case, ops)
         assert all(torch.equal(got[n], want[n]) for n in want)
 
 
@@ -196,18 +223,18 @@ def terms_of_dgates(case):
 
 
 @interpreter_only
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_passes_over_tokens_and_neurons(dtype):
+@types_in_their_loops
+def test_passes_over_tokens_and_neurons(dtype, arch):
     """A small workspace: sums over several passes stay fp32 until the last one. In bfloat16 nearly
     every result is then the same number; had passes been rounded, half of them would not be.
     dgates, which is fp32, sums at most five parts of 32 neurons in another order: (5 - 1) eps."""
     case = random_case(8, 300, 16, [136, 40], dtype=dtype, exact_ste=True)
-    passes = Interpreter(multiprocessors=1, macros=("DSMOE_CUDA_WORKSPACE_MIB=0.375",))
-    want, got = gradients(case, Interpreter()), check(case, passes)
+    passes = Interpreter(arch=arch, multiprocessors=1, macros=SMALL_WORKSPACE)
+    want, got = gradients(case, Interpreter(arch=arch)), check(case, passes)
     assert passes.workspace_bytes <= 0.375 * 2**20
     launches = [name for name, *_ in passes.launches]
     assert sum("neurons" in name for name in launches) >= 4
-    assert sum("weights" in name for name in launches) >= 12
+    assert sum("weights" in name for name in launches) >= (4 if arch == "90a" else 12)
     allowed = 4 * torch.finfo(torch.float32).eps * terms_of_dgates(case)
     assert ((got["dgates"] - want["dgates"]).abs() <= allowed).all()
     if dtype == torch.bfloat16:
@@ -216,10 +243,11 @@ def test_passes_over_tokens_and_neurons(dtype):
 
 
 @interpreter_only
+@in_both_loops
 @pytest.mark.parametrize("without", [("dx",), ("dgate_proj", "dup_proj", "ddown_proj_t")])
-def test_passes_for_what_is_wanted(without):
+def test_passes_for_what_is_wanted(without, arch):
     case = random_case(9, 270, 16, [40, 72], dtype=torch.bfloat16)
-    passes = Interpreter(multiprocessors=1, macros=("DSMOE_CUDA_WORKSPACE_MIB=0.375",))
+    passes = Interpreter(arch=arch, multiprocessors=1, macros=SMALL_WORKSPACE)
     check(case, passes, without=without, save_activations=True)
 
 
@@ -236,11 +264,12 @@ def test_workspace_is_bounded(dtype, with_grad_weight):
 
 
 @interpreter_only
-def test_traffic():
+@in_both_loops
+def test_traffic(arch):
     """No bank conflicts; copies and stores of whole sectors, but for the parts of dgates."""
     case = random_case(9, 128, 128, [128, 64, 32], active=1.0, dtype=torch.bfloat16)
     counters = Counters()
-    gradients(case, Interpreter(counters=counters))
+    gradients(case, Interpreter(arch=arch, counters=counters))
     assert counters.total(counters.cycles).excess == 0
     copies, stores = (
         counters.total({k: v for k, v in counters.sectors.items() if k[1] == op})

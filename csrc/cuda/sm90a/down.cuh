@@ -1,4 +1,5 @@
 // down on sm_90a: y[chunk of 512 tokens, 128 columns] = sum over e of a[tokens of e] Wd_e          see sm90a/forward.cu
+//                 dx the same with dg Wg_e + du Wu_e: two sources, one sum                        see sm90a/backward.cu
 //
 //   rows     tokens that are active for the expert, gathered   [256, S_e]
 //   columns  of Wd_e, the sum running down its rows            [S_e, 128]
@@ -21,6 +22,11 @@ constexpr int kDownBytes = 2 * kPanelBytes;
 static_assert(kDownBytes <= kWeightsBytes);
 static_assert(kStripFloats == kCtasPerSm * DownTile::kStripFloats, "the workspace has as much");
 
+// Of the sources' weights.
+struct SourceMaps {
+  CUtensorMap of[2];
+};
+
 // Rows of Wd behind the 64 columns of a step: -1 in gaps and beyond the span.
 struct StepRows {
   int first, last, mine;  // mine: at this thread's chunk of the gathered rows
@@ -29,10 +35,10 @@ struct StepRows {
 
 template <class T>
 __device__ __forceinline__ void fetch_rows(Producer& producer, const PassArgs<T>& args,
-                                           const CUtensorMap& weights, const DownUnit& unit,
-                                           const SpanIterator::Span& span, int first_row) {
+                                           const SumSource<T>& source, const CUtensorMap& weights,
+                                           const DownUnit& unit, const SpanIterator::Span& span,
+                                           int first_row) {
   const int t = threadIdx.x % kGroup, chunk = t % kChunks;
-  const SumSource<T> source = args.sources[0];
   const T* base = source.rows + unit.chunk * kTokensPerChunk * args.width;
   const int rows = blocks_of(min(span.pairs.count() - first_row, kMaxRows)) * kBlockRows;
   int token[kRowCopies];
@@ -84,17 +90,15 @@ template <class T, int kLive>
 __device__ __forceinline__ void add_products(const PassArgs<T>& args, const DownUnit& unit,
                                              const SpanIterator::Span& span, int first_row,
                                              Ring& ring, int num_steps, float* strip) {
-  const int group = threadIdx.x / kGroup, warp = threadIdx.x % kGroup / kWarp;
   const int lane = threadIdx.x % kWarp;
   float sums[kLive][kStripColumns / 2]{};
-  multiply<T, 1>(ring, num_steps, sums);
+  multiply<T, 0, 1>(ring, num_steps, sums);
   consumers_meet();
 #pragma unroll
   for (int block = 0; block < kLive; ++block) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = (2 * block + group) * kBlockRows + warp * 16 + half * 8 + lane / 4;
-      const int token = token_of_row(args, unit, span, first_row + row);
+      const int token = token_of_row(args, unit, span, first_row + row_of_sums(block, half));
       if (token < 0) continue;
       float* out = strip + token * kStripColumns + lane % 4 * 2;
 #pragma unroll
@@ -130,38 +134,54 @@ __device__ __forceinline__ void for_each_unit(const PassArgs<T>& args, Begin beg
   }
 }
 
+// Where a unit's strip begins if each has its own: no more room than for single chunks.
+template <class T>
+__device__ __forceinline__ int64_t first_of_unit(const PassArgs<T>& args, const DownUnit& unit) {
+  const int64_t strips = ceil_div<int64_t>(args.hidden_size, kStripColumns);
+  const int64_t chunks = ceil_div(unit.tokens, kTokensPerChunk);
+  const int64_t before = unit.chunk * strips + unit.first_column / kStripColumns * chunks;
+  return before * kTokensPerChunk * kStripColumns;
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     down_kernel(const __grid_constant__ PassArgs<T> args,
-                const __grid_constant__ CUtensorMap weights) {
+                const __grid_constant__ SourceMaps weights, bool strip_per_unit) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t base = shared_address(shared);
   make_mbarriers(base);
   auto nothing = [](const DownUnit&) {};
   if (threadIdx.x >= kConsumers) {
-    Registers<72, 216>::fetch();
+    Registers<88, 208>::fetch();
     Producer producer(base);
     for_each_unit(
         args, nothing,
         [&](const DownUnit& unit, const SpanIterator::Span& span, int row) {
-          fetch_rows(producer, args, weights, unit, span, row);
+          for (int s = 0; s < args.num_sources; ++s) {
+            fetch_rows(producer, args, args.sources[s], weights.of[s], unit, span, row);
+          }
         },
         nothing);
     producer.finish();
     return;
   }
-  Registers<72, 216>::multiply();
+  Registers<88, 208>::multiply();
   Ring ring(base);
-  float* strip = args.strips + blockIdx.x * int64_t{kStripFloats};
-  float4* quads = reinterpret_cast<float4*>(strip);
+  float* strip = nullptr;
   constexpr int kQuads = kStripColumns / 4;
   for_each_unit(
       args,
       [&](const DownUnit& unit) {
-        for (int i = threadIdx.x; i < unit.tokens * kQuads; i += kConsumers) quads[i] = float4{};
+        strip = args.strips +
+                (strip_per_unit ? first_of_unit(args, unit) : blockIdx.x * int64_t{kStripFloats});
+        float4* quads = reinterpret_cast<float4*>(strip);
+        for (int i = threadIdx.x; i < unit.tokens * kQuads && args.turn.is_first; i += kConsumers) {
+          quads[i] = float4{};
+        }
       },
       [&](const DownUnit& unit, const SpanIterator::Span& span, int row) {
-        const int num_steps = ceil_div(span.end_column - span.first_column, kTerms);
+        const int num_steps =
+            args.num_sources * ceil_div(span.end_column - span.first_column, kTerms);
         const int rows = min(span.pairs.count() - row, kMaxRows);
         const int live = live_blocks(rows, threadIdx.x / kGroup);
         if (live == 2) {
@@ -175,8 +195,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       },
       [&](const DownUnit& unit) {
         consumers_meet();
+        const float4* quads = reinterpret_cast<const float4*>(strip);
         // the same thread as at the beginning: neither y nor the next unit's zeros need a barrier
-        for (int i = threadIdx.x; i < unit.tokens * kQuads; i += kConsumers) {
+        for (int i = threadIdx.x; i < unit.tokens * kQuads && args.turn.is_last; i += kConsumers) {
           const int column = unit.first_column + i % kQuads * 4;
           if (column >= args.hidden_size) continue;
           const int64_t token = unit.chunk * kTokensPerChunk + i / kQuads;

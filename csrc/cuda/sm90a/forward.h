@@ -8,12 +8,20 @@ namespace dsmoe::cuda::sm90a {
 #ifdef DSMOE_SM90A
 // Is the current device one of compute capability 9.0?
 bool is_available();
+// Sums of each token over its experts, as args.sources say. strip_per_unit: args.strips have room for all
+// tokens, not just for what the CTAs are at.
+template <class T>
+Status down(const PassArgs<T>& args, bool strip_per_unit, int multiprocessors, cudaStream_t on);
 // gate_up, then down, for one pass of tokens; bf16 and fp16.
 template <class T>
 Status forward(const PassArgs<T>& args, int multiprocessors, cudaStream_t on);
 #else  // a compiler or a list of architectures without sm_90a
 inline bool is_available() {
   return false;
+}
+template <class T>
+Status down(const PassArgs<T>&, bool, int, cudaStream_t) {
+  return Status::kUnsupported;
 }
 template <class T>
 Status forward(const PassArgs<T>&, int, cudaStream_t) {

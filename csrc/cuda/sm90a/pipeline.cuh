@@ -124,11 +124,12 @@ class Producer {
 };
 
 // A multiplying warpgroup's side: adds a tile's products to the sums, kLive blocks of 64 rows by
-// 2 kSums columns. kAcross: the lines of the weights run across the sum.
-template <class T, int kAcross, int kSums, int kLive>
+// 2 kSums columns. kAcrossRows, kAcross: the lines of the rows, of the weights run across the sum.
+template <class T, int kAcrossRows, int kAcross, int kSums, int kLive>
 __device__ __forceinline__ void multiply(Ring& ring, int num_steps, float (&sums)[kLive][kSums]) {
   const int group = threadIdx.x / kGroup;
-  constexpr int kStepOfWeights = kAcross ? 16 * kLine : 32;  // bytes to the next 16 terms
+  constexpr int kStepOfRows = kAcrossRows ? 16 * kLine : 32;  // bytes to the next 16 terms
+  constexpr int kStepOfWeights = kAcross ? 16 * kLine : 32;
   auto release = [](const Ring& done) {
     if (threadIdx.x % kWarp == 0) arrive(done.empty());
   };
@@ -142,8 +143,9 @@ __device__ __forceinline__ void multiply(Ring& ring, int num_steps, float (&sums
       const uint64_t right = descriptor(weights + k * kStepOfWeights, kTerms * kLine, kEightLines);
 #pragma unroll
       for (int block = 0; block < kLive; ++block) {
-        const uint64_t left = descriptor(rows + block * 2 * kBlockBytes + k * 32, 16, kEightLines);
-        wgmma<kAcross>(sums[block], left, right, T());
+        const uint64_t left =
+            descriptor(rows + block * 2 * kBlockBytes + k * kStepOfRows, 16, kEightLines);
+        wgmma<kAcrossRows, kAcross>(sums[block], left, right, T());
       }
     }
     wgmma_commit();
@@ -174,6 +176,12 @@ __device__ __forceinline__ int blocks_of(int rows) {
 }
 __device__ __forceinline__ int live_blocks(int rows, int group) {
   return (blocks_of(rows) - group + 1) / 2;
+}
+
+// The tile's row of a thread's sums [block][4 j + 2 half + ..], in a multiplying warpgroup.
+__device__ __forceinline__ int row_of_sums(int block, int half) {
+  const int group = threadIdx.x / kGroup, warp = threadIdx.x % kGroup / kWarp;
+  return (2 * block + group) * kBlockRows + warp * 16 + half * 8 + threadIdx.x % kWarp / 4;
 }
 
 // ---- gathered rows: a thread of the fetching warpgroup copies chunk t % 8 of every 16th row

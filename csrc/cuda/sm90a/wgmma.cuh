@@ -86,14 +86,16 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address, int lines, int 
          (address >> 4 & 0x3fff);
 }
 
-// d += a b^T, both matrices given by their descriptors; kAcross: the lines of b run across the sum.
+// d += a b^T, both matrices given by their descriptors; kAcrossA, kAcrossB: the lines of a, of b run
+// across the sum.
 #define SUMS8(i)                                                                              \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define SUMS16 SUMS8(0), SUMS8(8)
 #define SUMS32 SUMS16, SUMS8(16), SUMS8(24)
 #define SUMS64 SUMS32, SUMS8(32), SUMS8(40), SUMS8(48), SUMS8(56)
-#define SUMS96 SUMS64, SUMS8(64), SUMS8(72), SUMS8(80), SUMS8(88)
+#define SUMS80 SUMS64, SUMS8(64), SUMS8(72)
+#define SUMS96 SUMS80, SUMS8(80), SUMS8(88)
 #define NAMES16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define NAMES32 \
   NAMES16       \
@@ -102,34 +104,40 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address, int lines, int 
   NAMES32                                                                            \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define NAMES96                                                                      \
-  NAMES64                                                                            \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+#define NAMES80 \
+  NAMES64       \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define NAMES96 \
+  NAMES80       \
   ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define DSMOE_WGMMA(type, name, columns, sums, left, right, across)                            \
-  template <int kAcross>                                                                       \
+#define DSMOE_WGMMA(type, name, columns, sums, left, right, across_a, across_b)                \
+  template <int kAcrossA, int kAcrossB>                                                        \
   __device__ __forceinline__ void wgmma(float (&d)[sums], uint64_t a, uint64_t b, type) {      \
     asm volatile(                                                                              \
         "{ .reg .pred p; setp.ne.b32 p, 1, 0; "                                                \
         "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." name "." name " {" NAMES##sums \
-        "}, %" #left ", %" #right ", p, 1, 1, 0, %" #across "; }"                              \
+        "}, %" #left ", %" #right ", p, 1, 1, %" #across_a ", %" #across_b "; }"               \
         : SUMS##sums                                                                           \
-        : "l"(a), "l"(b), "n"(kAcross));                                                       \
+        : "l"(a), "l"(b), "n"(kAcrossA), "n"(kAcrossB));                                       \
   }
-DSMOE_WGMMA(__nv_bfloat16, "bf16", 32, 16, 16, 17, 18)
-DSMOE_WGMMA(__nv_bfloat16, "bf16", 64, 32, 32, 33, 34)
-DSMOE_WGMMA(__nv_bfloat16, "bf16", 128, 64, 64, 65, 66)
-DSMOE_WGMMA(__nv_bfloat16, "bf16", 192, 96, 96, 97, 98)
-DSMOE_WGMMA(__half, "f16", 32, 16, 16, 17, 18)
-DSMOE_WGMMA(__half, "f16", 64, 32, 32, 33, 34)
-DSMOE_WGMMA(__half, "f16", 128, 64, 64, 65, 66)
-DSMOE_WGMMA(__half, "f16", 192, 96, 96, 97, 98)
+DSMOE_WGMMA(__nv_bfloat16, "bf16", 32, 16, 16, 17, 18, 19)
+DSMOE_WGMMA(__nv_bfloat16, "bf16", 64, 32, 32, 33, 34, 35)
+DSMOE_WGMMA(__nv_bfloat16, "bf16", 128, 64, 64, 65, 66, 67)
+DSMOE_WGMMA(__nv_bfloat16, "bf16", 160, 80, 80, 81, 82, 83)
+DSMOE_WGMMA(__nv_bfloat16, "bf16", 192, 96, 96, 97, 98, 99)
+DSMOE_WGMMA(__half, "f16", 32, 16, 16, 17, 18, 19)
+DSMOE_WGMMA(__half, "f16", 64, 32, 32, 33, 34, 35)
+DSMOE_WGMMA(__half, "f16", 128, 64, 64, 65, 66, 67)
+DSMOE_WGMMA(__half, "f16", 160, 80, 80, 81, 82, 83)
+DSMOE_WGMMA(__half, "f16", 192, 96, 96, 97, 98, 99)
 #undef DSMOE_WGMMA
 #undef NAMES96
+#undef NAMES80
 #undef NAMES64
 #undef NAMES32
 #undef NAMES16
 #undef SUMS96
+#undef SUMS80
 #undef SUMS64
 #undef SUMS32
 #undef SUMS16

@@ -1,0 +1,48 @@
+// The host's side of sm_90a's kernels: what the copy engine is told of a matrix, and shared memory.
+#pragma once
+
+#include <cuda.h>
+
+#include <type_traits>
+
+#include "cuda/sm90a/pipeline.cuh"
+
+namespace dsmoe::cuda::sm90a {
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+// From the driver at run time: nothing links to libcuda.
+inline Encode encoder() {
+  static const Encode found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result{};
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                               12000, cudaEnableDefault, &result);
+    const bool is_there = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
+    return is_there ? reinterpret_cast<Encode>(function) : nullptr;
+  }();
+  return found;
+}
+
+// Boxes of `box_rows` rows by 64 columns of a matrix [rows, columns].
+template <class T>
+bool map_matrix(CUtensorMap& map, const T* matrix, int64_t rows, int64_t columns, int box_rows) {
+  const bool is_bf16 = std::is_same_v<T, __nv_bfloat16>;
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[] = {sizes[0] * sizeof(T)};
+  const cuuint32_t box[] = {kTerms, static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
+  return encoder()(
+             &map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+             const_cast<T*>(matrix), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+template <class Kernel>
+bool may_use_shared_memory(Kernel* kernel) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                              cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              kSharedBytes) == cudaSuccess;
+}
+
+}  // namespace dsmoe::cuda::sm90a
