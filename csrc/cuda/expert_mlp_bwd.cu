@@ -348,8 +348,10 @@ Status expert_mlp_backward(const ExpertMlpBackwardParams& p, void* workspace, St
   const ExpertMlpParams& f = p.forward;
   bool copies_fit =
       f.hidden_size % kChunk == 0 && f.x_stride % kChunk == 0 && p.dy_stride % kChunk == 0;
-  for (const void* pointer :
-       {f.x, f.gate_proj, f.up_proj, f.down_proj_t, p.dy, static_cast<const void*>(p.dx)}) {
+  for (const void* pointer : {f.x, f.gate_proj, f.up_proj, f.down_proj_t, p.dy}) {
+    copies_fit = copies_fit && aligned_16(pointer);
+  }
+  for (const void* pointer : {p.dx, p.dgate_proj, p.dup_proj, p.ddown_proj_t}) {
     copies_fit = copies_fit && aligned_16(pointer);
   }
   if (f.dtype == Dtype::kFloat64 || !copies_fit || f.num_experts > kMaxExperts) {

@@ -32,7 +32,9 @@ constexpr int kStageBytes = kRowsBytes + kWeightsBytes;
 constexpr int kStages = 4;
 constexpr int kLag = 2;  // steps whose rows are on their way while the next are asked for
 constexpr int kSharedBytes = kStages * kStageBytes + 2 * kStages * 8;
-static_assert(kSharedBytes <= 227 << 10 && kLag < kStages);
+static_assert(kSharedBytes <= 227 << 10);
+// A stage is freed once the step after its own is multiplied, which is handed over kLag steps late.
+static_assert(kLag + 2 <= kStages, "fetching and multiplying would wait for each other");
 
 // The compiler gives every thread 65536 / 384, 168 registers; those that multiply want more, those that
 // fetch need fewer. First of all in a role's branch.
