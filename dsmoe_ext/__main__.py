@@ -6,7 +6,10 @@ import platform
 import sys
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "typer", "rich", "gguf", "matplotlib")
-VARIABLES = ("DSMOE_ISA", "DSMOE_CUDA", "DSMOE_TORCH_DIR", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+VARIABLES = (
+    *("DSMOE_ISA", "DSMOE_KEPT_BYTES", "DSMOE_CUDA", "DSMOE_TORCH_DIR"),
+    *("OMP_NUM_THREADS", "MKL_NUM_THREADS"),
+)
 
 
 def diagnosis() -> str:

@@ -17,6 +17,11 @@ from dsmoe_ext.reference import GATES, METHODS
 
 if os.environ.get("DSMOE_ISA"):
     _C.force_isa(os.environ["DSMOE_ISA"])
+if not (os.environ.get("DSMOE_KEPT_BYTES") or "0").isdecimal():
+    raise ValueError(
+        "DSMOE_KEPT_BYTES must be a whole number of bytes, such as 536870912, "
+        f"but is {os.environ['DSMOE_KEPT_BYTES']!r}."
+    )
 
 _ops = torch.ops.dsmoe
 

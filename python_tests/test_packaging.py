@@ -62,6 +62,12 @@ def test_unknown_isa_is_refused_at_import(tmp_path):
     assert "cannot run ISA 'sse9'; use one of: " in result.stderr
 
 
+def test_kept_bytes_that_are_no_number_are_refused_at_import(tmp_path):
+    environment = {**os.environ, "DSMOE_KEPT_BYTES": "512M"}
+    result = run_python("import dsmoe_ext", cwd=tmp_path, env=environment)
+    assert "DSMOE_KEPT_BYTES must be a whole number of bytes" in result.stderr
+
+
 def test_build_info():
     info = dsmoe_ext.build_info()
     assert info["version"] == dsmoe_ext.__version__

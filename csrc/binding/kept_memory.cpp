@@ -41,7 +41,8 @@ std::atomic<size_t> newest{0}, kept_bytes{0};
 // parameters, 1.5 GB in its feed-forward layers, stay on a machine of 16 GB.
 size_t most_bytes() {
   static const size_t most = [] {
-    if (const char* chosen = std::getenv("DSMOE_KEPT_BYTES"))
+    const char* chosen = std::getenv("DSMOE_KEPT_BYTES");
+    if (chosen && *chosen)  // a number: ops.py has refused anything else
       return static_cast<size_t>(std::strtoull(chosen, nullptr, 10));
     size_t memory =
         static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
