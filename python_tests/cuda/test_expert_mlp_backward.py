@@ -44,15 +44,15 @@ def gradients(case, ops, **options):
     )
 
 
-def expect(case):
+def expect(case, ffn=reference.sparse_ffn):
     """By name: the gradient in float64, and the largest error. Rule 5 of design.md: of half types
     at most twice the error of PyTorch in the same dtype, plus the output's rounding; of float32 a
     bound from the sums' sizes."""
-    exact = run_case(reference.sparse_ffn, case.to(torch.float64))
+    exact = run_case(ffn, case.to(torch.float64))
     eps = torch.finfo(case.x.dtype).eps
     if case.x.dtype == torch.float32:
         return {name: (exact[name], 8 * eps * bound) for name, bound in magnitudes(case).items()}
-    torchs = run_case(reference.sparse_ffn, case)
+    torchs = run_case(ffn, case)
     return {
         name: (e, 2 * (torchs[name].double() - e).abs().max() + eps * e.abs().max())
         for name, e in exact.items()
@@ -91,6 +91,39 @@ def test_edges_in_float16(edge, arch):
     tokens, hidden, sizes, active = EDGES[edge]
     options = dict(active=active, exact_ste=True, dtype=torch.float16)
     check(random_case(1, tokens, hidden, sizes, **options), Ops(arch=arch))
+
+
+class Kept(torch.autograd.Function):
+    """As fp16 holds it, whose largest number is 65504. The gradient is that of an identity."""
+
+    @staticmethod
+    def forward(ctx, v):
+        return v.clamp(-65504, 65504)
+
+    @staticmethod
+    def backward(ctx, dv):
+        return dv
+
+
+def ffn_of_kept(x, gates, gate_proj, up_proj, down_proj_t, expert_offsets, *, grad_weight):
+    """reference.sparse_ffn without inactive pairs' gradients, of g and u as they are kept."""
+    g, u = (Kept.apply(x @ w.t()) for w in (gate_proj, up_proj))
+    weights = reference.expand_experts(gates, expert_offsets).to(x.dtype)
+    return (torch.nn.functional.silu(g) * u * weights) @ down_proj_t
+
+
+@pytest.mark.parametrize("saved, arch", [(True, "80")] if ON_GPU else
+                         [(True, "80"), (True, "90a"), (False, "90a")])  # fmt: skip
+def test_activations_beyond_float16(saved, arch):
+    """Where fp16 keeps g for the backward it keeps 65504 at most: no infinity, which would make NaN
+    of the gradients."""
+    case = random_case(13, 20, 32, [16, 40], active=1.0, dtype=torch.float16)
+    case.gate_proj *= 1e5
+    case.up_proj /= 10
+    case.dy /= 1000
+    assert (case.x.double() @ case.gate_proj.double().t()).abs().max() > 1e5
+    expected = expect(case, ffn_of_kept)
+    check(case, Ops(arch=arch), expected, save_activations=saved)
 
 
 @pytest.mark.parametrize("exact_ste", [False, True], ids=["active", "exact"])

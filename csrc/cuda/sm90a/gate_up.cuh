@@ -55,7 +55,7 @@ __device__ __forceinline__ void store_activations(const PassArgs<T>& args, const
 #pragma unroll
             for (int i = 0; i < N::kTogether; ++i) {
               const float* v = &sums[block][(matrix * N::kBlocks + j + i) * 4 + half * 2];
-              packed[i] = pack(v[0], v[1], T());
+              packed[i] = pack_finite(v[0], v[1], T());
             }
             make_neighbours(packed);
             const int64_t at = (2 * token + matrix) * args.intermediate_size + tile.first_row;

@@ -37,7 +37,7 @@ __device__ __forceinline__ void store_gate_up(const NeuronsArgs<T>& args, const 
 #pragma unroll
           for (int i = 0; i < N::kTogether; ++i) {
             const float* sum = &sums[block][(part * N::kBlocks + j + i) * 4 + half * 2];
-            packed[i] = pack(sum[0], sum[1], T());
+            packed[i] = pack_finite(sum[0], sum[1], T());
           }
           const int column = make_neighbours(packed);
           if (exists && column < tile.columns - j * 8) {
