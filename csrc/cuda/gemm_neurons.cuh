@@ -107,9 +107,10 @@ struct Neuron {
   }
 };
 
-// Eight neighbouring neurons of a token, from column `at` of the workspace on; of 32 in four lanes.
+// Eight neighbouring neurons of a token, from column `at` of the workspace on; of 32 in four lanes. The
+// first `count` exist, the rest are zeros.
 template <class T>
-__device__ __forceinline__ void store_neurons(const NeuronsArgs<T>& args, int64_t at, bool exists,
+__device__ __forceinline__ void store_neurons(const NeuronsArgs<T>& args, int64_t at, int count,
                                               float weight, const float (&gates)[kChunk],
                                               const float (&ups)[kChunk],
                                               const float (&das)[kChunk]) {
@@ -119,7 +120,8 @@ __device__ __forceinline__ void store_neurons(const NeuronsArgs<T>& args, int64_
   for (int j = 0; j < kChunk / 2; ++j) {
     auto neuron = [&](int i) {
       const float s = __fdividef(1.f, 1.f + __expf(-gates[i]));
-      return Neuron(gates[i], ups[i], das[i], s, weight);
+      // not an infinite gate times the zeros behind the last neuron
+      return Neuron(gates[i], ups[i], das[i], s, i < count ? weight : 0.f);
     };
     const Neuron low = neuron(2 * j), high = neuron(2 * j + 1);
     dot += low.dot;
@@ -130,7 +132,7 @@ __device__ __forceinline__ void store_neurons(const NeuronsArgs<T>& args, int64_
   }
   dot += __shfl_xor_sync(kAllLanes, dot, 1);
   dot += __shfl_xor_sync(kAllLanes, dot, 2);
-  if (!exists) return;
+  if (count <= 0) return;
   if (threadIdx.x % 4 == 0) args.partial[at / kColumnAlign] = dot;
   auto store = [at](T* matrix, const uint32_t (&v)[kChunk / 2]) {
     __stcg(reinterpret_cast<uint4*>(matrix + at), uint4{v[0], v[1], v[2], v[3]});
@@ -150,8 +152,6 @@ __device__ __forceinline__ void neurons_epilogue(const NeuronsArgs<T>& args, con
   const PassArgs<T>& pass = args.pass;
   const int lane = threadIdx.x % kWarp;
   const int column = part * kPartialColumns + lane % 4 * kChunk;
-  // up to the next multiple of 8 neurons are zeros, as the weights' rows there were
-  const bool has_column = column < ceil_div(tile.columns, kChunk) * kChunk;
   const int64_t tile_column = pass.expert_columns[tile.expert] + tile.column;
 #pragma unroll
   for (int i = 0; i < C::kRowBlocks; ++i) {
@@ -161,9 +161,9 @@ __device__ __forceinline__ void neurons_epilogue(const NeuronsArgs<T>& args, con
       const bool exists = row < tile.pairs.count();
       const int64_t token = exists ? args.listed.token_idx[tile.pairs.begin + row] : 0;
       const float weight = exists ? pass.gates[token * pass.num_experts + tile.expert] : 0.f;
+      const int count = exists ? tile.columns - column : 0;
       float gates[kChunk], ups[kChunk], das[kChunk];
       if constexpr (kSaved) {
-        const int count = exists ? tile.columns - column : 0;
         const T* saved = args.saved + token * 2 * pass.intermediate_size + tile.first_row + column;
         load_saved(gates, saved, count);
         load_saved(ups, saved + pass.intermediate_size, count);
@@ -178,7 +178,7 @@ __device__ __forceinline__ void neurons_epilogue(const NeuronsArgs<T>& args, con
         das[b] = sums[part][i][j][at];
       }
       const int64_t at = token * pass.width + tile_column + column;
-      store_neurons(args, at, exists && has_column, weight, gates, ups, das);
+      store_neurons(args, at, count, weight, gates, ups, das);
     }
   }
 }

@@ -93,6 +93,18 @@ def test_edges_in_float16(edge, arch):
     check(random_case(1, tokens, hidden, sizes, **options), Ops(arch=arch))
 
 
+@types_in_their_loops
+@pytest.mark.parametrize("saved", [False, True], ids=["recomputed", "saved"])
+def test_an_infinite_gate_meets_no_padding(saved, dtype, arch):
+    """Experts are padded with zeros, of which infinity would make NaN."""
+    case = random_case(14, 20, 16, [1, 9], active=1.0, dtype=dtype)
+    for weights in (case.gate_proj, case.up_proj, case.down_proj_t, case.x, case.dy):
+        weights.abs_()
+    case.gates[3] = float("inf")
+    out = gradients(case, Ops(arch=arch), save_activations=saved)
+    assert (out["dx"][3] == float("inf")).all()
+
+
 class Kept(torch.autograd.Function):
     """As fp16 holds it, whose largest number is 65504. The gradient is that of an identity."""
 

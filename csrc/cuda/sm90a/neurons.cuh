@@ -87,7 +87,7 @@ __device__ __forceinline__ void finish_neurons(const NeuronsArgs<T>& args, const
         }
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) das[i] = i < count ? parts[i % 2][i / 2] : 0.f;
-        store_neurons(args, at + j * 8, count > 0, weight, gates, ups, das);
+        store_neurons(args, at + j * 8, count, weight, gates, ups, das);
       }
     }
   }
