@@ -181,6 +181,27 @@ def test_saved_activations(edge, dtype, arch):
     check(case, Ops(arch=arch), save_activations=True)
 
 
+@interpreter_only
+def test_saved_activations_make_nothing_ready_to_recompute():
+    """Three widths of tiles, a kernel of each or two, and that of the weights. With a kernel go its
+    maps of the weights."""
+    case = random_case(12, 20, 16, [16], dtype=torch.bfloat16)
+
+    def made_ready(act, **options):
+        ops = Interpreter(arch="90a")
+        act(ops, **options)
+        return sum(name == "cudaFuncSetAttribute" for name, _ in ops.calls)
+
+    def forward(ops):
+        ops.sparse_ffn(*case.inputs(), save_activations=True)
+
+    def backward(ops, **options):
+        gradients(case, ops, without=("dx",), **options)
+
+    assert made_ready(backward) == 3 * 2 + 1
+    assert made_ready(backward, save_activations=True) - made_ready(forward) == 3 + 1
+
+
 @in_both_loops
 def test_sampled_grad_weight(arch):
     case = random_case(2, 50, 48, [20, 12, 16, 8], dtype=torch.bfloat16)

@@ -20,20 +20,21 @@ template <int kGateUp, int kRest, class T>
 bool launch_neurons(const NeuronsArgs<T>& args, int min_size, int max_size, int ctas,
                     cudaStream_t on) {
   const PassArgs<T>& pass = args.pass;
-  const auto recompute = recompute_kernel<T, kGateUp>;
-  const auto neurons = neurons_kernel<T, kRest>;
-  CUtensorMap gate, up, down;
   auto map = [&](CUtensorMap& boxes, const T* weights, int rows) {
     return map_matrix(boxes, weights, pass.intermediate_size, pass.hidden_size, rows);
   };
-  if (!map(gate, pass.gate_proj, kGateUp) || !map(up, pass.up_proj, kGateUp) ||
-      !map(down, args.down_proj_t, kRest) || !may_use_shared_memory(recompute) ||
-      !may_use_shared_memory(neurons)) {
-    return false;
-  }
   if (args.saved == nullptr) {
+    const auto recompute = recompute_kernel<T, kGateUp>;
+    CUtensorMap gate, up;
+    if (!map(gate, pass.gate_proj, kGateUp) || !map(up, pass.up_proj, kGateUp) ||
+        !may_use_shared_memory(recompute)) {
+      return false;
+    }
     recompute<<<ctas, kThreads, kSharedBytes, on>>>(args, gate, up, min_size, max_size);
   }
+  const auto neurons = neurons_kernel<T, kRest>;
+  CUtensorMap down;
+  if (!map(down, args.down_proj_t, kRest) || !may_use_shared_memory(neurons)) return false;
   neurons<<<ctas, kThreads, kSharedBytes, on>>>(args, down, min_size, max_size);
   return true;
 }
