@@ -25,12 +25,10 @@ __device__ __forceinline__ void store_gate_up(const NeuronsArgs<T>& args, const 
   for (int block = 0; block < kLive; ++block) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = row_of_sums(block, half);
-      const bool exists = row < tile.pairs.count();
-      const int64_t token = exists ? args.listed.token_idx[tile.pairs.begin + row] : 0;
+      const LanePair pair = pair_of_sums(args.listed, tile, block, half);
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
-        T* out = (part == 0 ? args.dgate : args.dup) + token * pass.width + first;
+        T* out = (part == 0 ? args.dgate : args.dup) + pair.token * pass.width + first;
 #pragma unroll
         for (int j = 0; j < N::kBlocks; j += N::kTogether) {
           alignas(16) uint32_t packed[N::kTogether];
@@ -40,7 +38,7 @@ __device__ __forceinline__ void store_gate_up(const NeuronsArgs<T>& args, const 
             packed[i] = pack_finite(sum[0], sum[1], T());
           }
           const int column = make_neighbours(packed);
-          if (exists && column < tile.columns - j * 8) {
+          if (pair.exists && column < tile.columns - j * 8) {
             __stcg(reinterpret_cast<All*>(out + j * 8 + column),
                    reinterpret_cast<const All&>(packed));
           }
@@ -61,15 +59,13 @@ __device__ __forceinline__ void finish_neurons(const NeuronsArgs<T>& args, const
   for (int block = 0; block < kLive; ++block) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = row_of_sums(block, half);
-      const bool exists = row < tile.pairs.count();
-      const int64_t token = exists ? args.listed.token_idx[tile.pairs.begin + row] : 0;
-      const float weight = exists ? pass.gates[token * pass.num_experts + tile.expert] : 0.f;
-      const int columns = exists ? tile.columns - first : 0;
-      const int64_t at = token * pass.width + tile_column;
+      const LanePair pair = pair_of_sums(args.listed, tile, block, half);
+      const float weight = gate_of(pass, pair, tile.expert);
+      const int columns = pair.exists ? tile.columns - first : 0;
+      const int64_t at = pair.token * pass.width + tile_column;
       const T *g = args.dgate + at, *u = args.dup + at;
       if (args.saved != nullptr) {
-        g = args.saved + token * 2 * pass.intermediate_size + tile.first_row + first;
+        g = args.saved + pair.token * 2 * pass.intermediate_size + tile.first_row + first;
         u = g + pass.intermediate_size;
       }
 #pragma unroll
