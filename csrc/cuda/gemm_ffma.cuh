@@ -125,7 +125,8 @@ __global__ void __launch_bounds__(kThreads)
         });
 
     const int64_t tile_column = args.expert_columns[tile.expert] + tile.column;
-    const int columns = ceil_div(tile.columns, 4) * 4;  // zeros at the end, even of an infinite gate
+    const int columns =
+        ceil_div(tile.columns, 4) * 4;  // zeros at the end, even of an infinite gate
 #pragma unroll
     for (int i = 0; i < Product::kRows; ++i) {
       const int pair = tile.pairs.begin + Product::row(i);

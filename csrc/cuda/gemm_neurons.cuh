@@ -107,6 +107,14 @@ struct Neuron {
   }
 };
 
+// 1 / (1 + exp(-v)). Added to 1, what ex2 flushes to zero makes no difference: __expf would guard it with
+// three instructions more.
+__device__ __forceinline__ float sigmoid(float v) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(v * -1.44269504f));
+  return __fdividef(1.f, 1.f + power);
+}
+
 // Eight neighbouring neurons of a token, from column `at` of the workspace on; of 32 in four lanes. The
 // first `count` exist, the rest are zeros.
 template <class T>
@@ -119,9 +127,9 @@ __device__ __forceinline__ void store_neurons(const NeuronsArgs<T>& args, int64_
 #pragma unroll
   for (int j = 0; j < kChunk / 2; ++j) {
     auto neuron = [&](int i) {
-      const float s = __fdividef(1.f, 1.f + __expf(-gates[i]));
-      // not an infinite gate times the zeros behind the last neuron
-      return Neuron(gates[i], ups[i], das[i], s, i < count ? weight : 0.f);
+      Neuron made(gates[i], ups[i], das[i], sigmoid(gates[i]), i < count ? weight : 0.f);
+      if (i >= count) made.dot = 0.f;
+      return made;
     };
     const Neuron low = neuron(2 * j), high = neuron(2 * j + 1);
     dot += low.dot;

@@ -63,17 +63,22 @@ __device__ __forceinline__ void store_saved(T* to, const float (&v)[kCount], int
 
 // Zeros where no number exists.
 template <class T, int kCount>
-__device__ __forceinline__ void load_saved(float (&v)[kCount], const T* from, int count) {
+__device__ __forceinline__ void read_saved(T (&v)[kCount], const T* from, int count) {
   using All = Access<kCount * sizeof(T)>;
-  alignas(16) T read[kCount] = {};
+  reinterpret_cast<All&>(v) = All{};
   if (in_one_access<T, kCount>(from, count)) {
-    reinterpret_cast<All&>(read) = *reinterpret_cast<const All*>(from);
+    reinterpret_cast<All&>(v) = *reinterpret_cast<const All*>(from);
   } else {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (i < count) read[i] = from[i];
+      if (i < count) v[i] = from[i];
     }
   }
+}
+template <class T, int kCount>
+__device__ __forceinline__ void load_saved(float (&v)[kCount], const T* from, int count) {
+  alignas(16) T read[kCount];
+  read_saved(read, from, count);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) v[i] = to_float(read[i]);
 }
