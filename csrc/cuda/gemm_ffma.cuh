@@ -125,7 +125,8 @@ __global__ void __launch_bounds__(kThreads)
         });
 
     const int64_t tile_column = args.expert_columns[tile.expert] + tile.column;
-    const int columns = ceil_div(tile.columns, 4) * 4;  // zeros at the end, as the rows were
+    const int columns =
+        ceil_div(tile.columns, 4) * 4;  // zeros at the end, even of an infinite gate
 #pragma unroll
     for (int i = 0; i < Product::kRows; ++i) {
       const int pair = tile.pairs.begin + Product::row(i);
@@ -140,7 +141,8 @@ __global__ void __launch_bounds__(kThreads)
         float out[Product::kNeighbours];
 #pragma unroll
         for (int j = 0; j < Product::kNeighbours; ++j) {
-          out[j] = weight * (g[j] / (1.f + expf(-g[j])) * u[j]);
+          const float activation = g[j] / (1.f + expf(-g[j])) * u[j];
+          out[j] = column + j < tile.columns ? weight * activation : 0.f;
         }
         store_neighbours<Product>(args.activations + token * args.width + tile_column + column,
                                   out);

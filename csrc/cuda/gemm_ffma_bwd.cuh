@@ -62,7 +62,8 @@ __global__ void __launch_bounds__(kThreads)
         });
 
     const int64_t tile_column = pass.expert_columns[tile.expert] + tile.column;
-    const int columns = ceil_div(tile.columns, 4) * 4;  // zeros at the end, as the rows were
+    const int columns =
+        ceil_div(tile.columns, 4) * 4;  // zeros at the end, even of an infinite gate
 #pragma unroll
     for (int i = 0; i < Product::kRows; ++i) {
       const int pair = tile.pairs.begin + Product::row(i);
@@ -87,7 +88,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int j = 0; j < kCount; ++j) {
           const float s = 1.f / (1.f + expf(-g[j]));
-          const Neuron neuron(g[j], u[j], das[i][part][j], s, weight);
+          const Neuron neuron(g[j], u[j], das[i][part][j], s,
+                              column + j < tile.columns ? weight : 0.f);
           gated[j] = neuron.gated;
           dgate[j] = neuron.dgate;
           dup[j] = neuron.dup;

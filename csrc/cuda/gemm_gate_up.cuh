@@ -80,8 +80,8 @@ __device__ __forceinline__ void gate_up_epilogue(const PassArgs<T>& args, const 
   constexpr int kMine = 2 * C::kBlocks;  // neighbouring columns of this lane
   const int lane = threadIdx.x % kWarp, rows = tile.pairs.count();
   const int column = warp_n * C::kBlocks * 8 + lane % 4 * kMine;
-  // the columns up to the next multiple of 8 belong to the expert too, and are zeros: its weights'
-  // rows there were
+  // the columns up to the next multiple of 8 belong to the expert too, and are zeros, even of an
+  // infinite gate
   if (column >= ceil_div(tile.columns, kChunk) * kChunk) return;
   const int first_column = args.expert_columns[tile.expert] + tile.column + column;
 #pragma unroll
@@ -97,7 +97,9 @@ __device__ __forceinline__ void gate_up_epilogue(const PassArgs<T>& args, const 
       for (int j = 0; j < C::kBlocks; ++j) {
         const float* g = &sums.gate[i][j][half * 2];
         const float* u = &sums.up[i][j][half * 2];
-        packed[j] = pack(weight * swiglu(g[0], u[0]), weight * swiglu(g[1], u[1]), T());
+        const int left = tile.columns - column - 2 * j;  // neurons from here on
+        packed[j] = pack(left > 0 ? weight * swiglu(g[0], u[0]) : 0.f,
+                         left > 1 ? weight * swiglu(g[1], u[1]) : 0.f, T());
       }
       if (args.saved != nullptr) {
         float gates[kMine], ups[kMine];

@@ -107,9 +107,18 @@ struct Neuron {
   }
 };
 
-// Eight neighbouring neurons of a token, from column `at` of the workspace on; of 32 in four lanes.
+// 1 / (1 + exp(-v)). Added to 1, what ex2 flushes to zero makes no difference: __expf would guard it with
+// three instructions more.
+__device__ __forceinline__ float sigmoid(float v) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(v * -1.44269504f));
+  return __fdividef(1.f, 1.f + power);
+}
+
+// Eight neighbouring neurons of a token, from column `at` of the workspace on; of 32 in four lanes. The
+// first `count` exist, the rest are zeros.
 template <class T>
-__device__ __forceinline__ void store_neurons(const NeuronsArgs<T>& args, int64_t at, bool exists,
+__device__ __forceinline__ void store_neurons(const NeuronsArgs<T>& args, int64_t at, int count,
                                               float weight, const float (&gates)[kChunk],
                                               const float (&ups)[kChunk],
                                               const float (&das)[kChunk]) {
@@ -118,8 +127,9 @@ __device__ __forceinline__ void store_neurons(const NeuronsArgs<T>& args, int64_
 #pragma unroll
   for (int j = 0; j < kChunk / 2; ++j) {
     auto neuron = [&](int i) {
-      const float s = __fdividef(1.f, 1.f + __expf(-gates[i]));
-      return Neuron(gates[i], ups[i], das[i], s, weight);
+      Neuron made(gates[i], ups[i], das[i], sigmoid(gates[i]), i < count ? weight : 0.f);
+      if (i >= count) made.dot = 0.f;
+      return made;
     };
     const Neuron low = neuron(2 * j), high = neuron(2 * j + 1);
     dot += low.dot;
@@ -130,7 +140,7 @@ __device__ __forceinline__ void store_neurons(const NeuronsArgs<T>& args, int64_
   }
   dot += __shfl_xor_sync(kAllLanes, dot, 1);
   dot += __shfl_xor_sync(kAllLanes, dot, 2);
-  if (!exists) return;
+  if (count <= 0) return;
   if (threadIdx.x % 4 == 0) args.partial[at / kColumnAlign] = dot;
   auto store = [at](T* matrix, const uint32_t (&v)[kChunk / 2]) {
     __stcg(reinterpret_cast<uint4*>(matrix + at), uint4{v[0], v[1], v[2], v[3]});
@@ -150,8 +160,6 @@ __device__ __forceinline__ void neurons_epilogue(const NeuronsArgs<T>& args, con
   const PassArgs<T>& pass = args.pass;
   const int lane = threadIdx.x % kWarp;
   const int column = part * kPartialColumns + lane % 4 * kChunk;
-  // up to the next multiple of 8 neurons are zeros, as the weights' rows there were
-  const bool has_column = column < ceil_div(tile.columns, kChunk) * kChunk;
   const int64_t tile_column = pass.expert_columns[tile.expert] + tile.column;
 #pragma unroll
   for (int i = 0; i < C::kRowBlocks; ++i) {
@@ -161,9 +169,9 @@ __device__ __forceinline__ void neurons_epilogue(const NeuronsArgs<T>& args, con
       const bool exists = row < tile.pairs.count();
       const int64_t token = exists ? args.listed.token_idx[tile.pairs.begin + row] : 0;
       const float weight = exists ? pass.gates[token * pass.num_experts + tile.expert] : 0.f;
+      const int count = exists ? tile.columns - column : 0;
       float gates[kChunk], ups[kChunk], das[kChunk];
       if constexpr (kSaved) {
-        const int count = exists ? tile.columns - column : 0;
         const T* saved = args.saved + token * 2 * pass.intermediate_size + tile.first_row + column;
         load_saved(gates, saved, count);
         load_saved(ups, saved + pass.intermediate_size, count);
@@ -178,7 +186,7 @@ __device__ __forceinline__ void neurons_epilogue(const NeuronsArgs<T>& args, con
         das[b] = sums[part][i][j][at];
       }
       const int64_t at = token * pass.width + tile_column + column;
-      store_neurons(args, at, exists && has_column, weight, gates, ups, das);
+      store_neurons(args, at, count, weight, gates, ups, das);
     }
   }
 }

@@ -94,4 +94,14 @@ __device__ __forceinline__ uint32_t pack(float low, float high, __half) {
   return reinterpret_cast<const uint32_t&>(v);
 }
 
+// The same, but what fp16 cannot hold becomes its largest number; NaN stays. bf16 holds all that fp32 does.
+__device__ __forceinline__ uint32_t pack_finite(float low, float high, __nv_bfloat16) {
+  return pack(low, high, __nv_bfloat16());
+}
+__device__ __forceinline__ uint32_t pack_finite(float low, float high, __half) {
+  uint32_t v;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+  return v;
+}
+
 }  // namespace dsmoe::cuda

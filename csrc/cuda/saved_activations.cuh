@@ -4,6 +4,10 @@
 //
 // A lane holds neighbouring neurons, but an expert's rows may begin anywhere: one access where that is
 // aligned, single numbers else and at an expert's end. Inactive pairs are neither written nor read.
+//
+// Beyond 65504 fp16 would keep infinities, and the backward make NaN of them: silu'(g) has a factor of
+// g (1 - sigmoid(g)). So g and u are kept as fp16's largest number there: gradients stay finite, though
+// those that hang on how large g or u was are too small.
 #pragma once
 
 #include <type_traits>
@@ -47,25 +51,34 @@ __device__ __forceinline__ void store_rounded(T* to, const T (&v)[kCount], int c
 }
 template <class T, int kCount>
 __device__ __forceinline__ void store_saved(T* to, const float (&v)[kCount], int count) {
-  alignas(16) T rounded[kCount];
+  if constexpr (std::is_same_v<T, float>) {
+    store_rounded(to, v, count);
+  } else {
+    alignas(16) uint32_t packed[kCount / 2];
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) rounded[i] = static_cast<T>(v[i]);
-  store_rounded(to, rounded, count);
+    for (int i = 0; i < kCount / 2; ++i) packed[i] = pack_finite(v[2 * i], v[2 * i + 1], T());
+    store_rounded(to, reinterpret_cast<const T(&)[kCount]>(packed), count);
+  }
 }
 
 // Zeros where no number exists.
 template <class T, int kCount>
-__device__ __forceinline__ void load_saved(float (&v)[kCount], const T* from, int count) {
+__device__ __forceinline__ void read_saved(T (&v)[kCount], const T* from, int count) {
   using All = Access<kCount * sizeof(T)>;
-  alignas(16) T read[kCount] = {};
+  reinterpret_cast<All&>(v) = All{};
   if (in_one_access<T, kCount>(from, count)) {
-    reinterpret_cast<All&>(read) = *reinterpret_cast<const All*>(from);
+    reinterpret_cast<All&>(v) = *reinterpret_cast<const All*>(from);
   } else {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (i < count) read[i] = from[i];
+      if (i < count) v[i] = from[i];
     }
   }
+}
+template <class T, int kCount>
+__device__ __forceinline__ void load_saved(float (&v)[kCount], const T* from, int count) {
+  alignas(16) T read[kCount];
+  read_saved(read, from, count);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) v[i] = to_float(read[i]);
 }

@@ -50,16 +50,17 @@ def neurons(gpu: Gpu, load: Load) -> list[Prediction]:
     """What every gradient is made of: g, u and da in one kernel, or da alone where g and u were
     saved; on sm_90a recomputed g and u wait in the workspace for da."""
     hidden, loop = load.hidden_size, gpu.loop
+    saved = ", saved" if load.is_saved else ""
     if loop is not WGMMA:
         columns = 32 if loop is MMA and not load.is_saved else 64
-        kernel = f"{loop.prefix}neurons_backward{', saved' if load.is_saved else ''}"
+        kernel = f"{loop.prefix}neurons_backward{saved}"
         products, rows, numbers = (1, 1, 5) if load.is_saved else (3, 2, 3)
         one = gathered(
             gpu, load, [(kernel, columns, ANY)], products, lambda s: rows * hidden + numbers * s
         )
         return [replace(one[0], kernel="neurons")]
     recompute = [(f"sm90a recompute<{c}>", c, most) for c, most in RECOMPUTE]
-    rest = [(f"sm90a neurons<{c // 2}>", c, most) for c, most in NEURONS]
+    rest = [(f"sm90a neurons<{c // 2}>{saved}", c, most) for c, most in NEURONS]
     return [
         *(() if load.is_saved else gathered(gpu, load, recompute, 2, lambda s: hidden + 2 * s)),
         *gathered(gpu, load, rest, 1, lambda s: hidden + 5 * s),

@@ -53,6 +53,9 @@ KERNELS = {
     "sm90a neurons<16>": ((64, 256), lambda steps: (64 * steps, 32), 1, 1),
     "sm90a neurons<64>": ((64, 256), lambda steps: (64 * steps, 128), 1, 1),
     "sm90a neurons<80>": ((64, 256), lambda steps: (64 * steps, 160), 1, 1),
+    "sm90a neurons<16>, saved": ((64, 256), lambda steps: (64 * steps, 32), 1, 1),
+    "sm90a neurons<64>, saved": ((64, 256), lambda steps: (64 * steps, 128), 1, 1),
+    "sm90a neurons<80>, saved": ((64, 256), lambda steps: (64 * steps, 160), 1, 1),
     "sm90a weights": ((64, 256), lambda steps: (192, 64 * steps), 1, 1),
 }
 for kind in ("fp32 ", "tf32 "):  # whole tiles, whatever is in them
@@ -77,9 +80,9 @@ def short(name):
     if tile := re.match(r"gate_up_kernel<bfloat16,GateUpTile<(\d+)", name):
         return f"gate_up<{tile[1]}>"
     if own := re.match(
-        r"sm90a::(gate_up|down|recompute|neurons|weights)_kernel<bfloat16(?:,(\d+))?>", name
+        r"sm90a::(gate_up|down|recompute|neurons|weights)_kernel<bfloat16(?:,(\d+))?(,true)?", name
     ):
-        return f"sm90a {own[1]}" + (f"<{own[2]}>" if own[2] else "")
+        return f"sm90a {own[1]}" + (f"<{own[2]}>" if own[2] else "") + (", saved" if own[3] else "")
     saved = {"true": ", saved", "false": ""}
     if neurons := re.match(r"neurons_backward_kernel<bfloat16,(\w+)>", name):
         return f"neurons_backward{saved[neurons[1]]}"

@@ -5,11 +5,12 @@
 
 Columns: registers of a thread; static shared bytes (dynamic ones are not in the code); CTAs that
 the registers and the static shared memory let one SM hold; stack and spilled bytes (must be 0);
-SASS instructions in all. Then, of the tightest loop around the tensor-core instructions, the main
-loop, its instructions, and how many are HMMA (mma), LDSM (ldmatrix), LDGSTS (cp.async), BAR and
-DEPBAR (waits for copies). A kernel without tensor-core instructions has zeros there. In kernels of
-sm_90a one warpgroup copies and others multiply: hmma counts the HGMMA of their loop, ldgsts and
-utmaldg (the copy engine, UTMALDG) those of all the kernel.
+SASS instructions in all. Then, of the main loop, that around the most tensor-core instructions
+(sass.py), its instructions, and how many are HMMA (mma), LDSM (ldmatrix), LDGSTS (cp.async), BAR
+and DEPBAR (waits for copies). A kernel without tensor-core instructions has zeros there. In kernels
+of sm_90a one warpgroup copies and others multiply: hmma counts the HGMMA of their loop, ldgsts and
+utmaldg (the copy engine, UTMALDG) those of all the kernel; fetch and multiply are the registers
+that either role uses, of those that setmaxnreg leaves it.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import subprocess
 import sys
 
 from nvcc import ROOT, cache_folder, nvcc, sources_digest, version
+from sass import read_sass
 
 TABLE = pathlib.Path(__file__).with_suffix(".txt")
 ARCHITECTURES = ("80", "86", "89", "90", "90a", "120")
@@ -29,10 +31,7 @@ COLUMNS = (
     "arch", "registers", "shared", "ctas", "stack", "spills", "sass",
     "loop", "hmma", "ldsm", "ldgsts", "bar", "depbar",
 )  # fmt: skip
-LOOP_COUNTS = {
-    "hmma": ("HMMA", "HGMMA"), "ldsm": ("LDSM",), "ldgsts": ("LDGSTS",), "bar": ("BAR",),
-    "depbar": ("LDGDEPBAR",),
-}  # fmt: skip
+HOPPER_COLUMNS = ("utmaldg", "fetch", "multiply")
 # registers, threads and shared bytes of one SM; a CTA's shared memory costs 1 KiB more
 SM = {"80": (65536, 2048, 164), "86": (65536, 1536, 100), "89": (65536, 1536, 100),
       "90": (65536, 2048, 228), "90a": (65536, 2048, 228), "120": (65536, 1536, 100)}  # fmt: skip
@@ -112,36 +111,6 @@ def read_report(text):
     return found
 
 
-def read_sass(text):
-    """nvdisasm -c -> {mangled name: {sass, loop, hmma, ...}}."""
-    parts = re.split(r"^\.text\.(\S+):$", text, flags=re.M)
-    return {name: count(body) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
-
-
-def count(body):
-    labels, code = {}, []  # code: (opcode, label that it jumps to)
-    for line in body.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = len(code)
-        elif ins := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z0-9_]+)(.*)", line):
-            target = re.search(r"`\((\.L_x_\d+)\)", ins[2]) if ins[1] == "BRA" else None
-            code.append((ins[1], target and target[1]))
-    while code and code[-1][0] in ("NOP", "BRA") and code[-1][1] in (None, *labels):
-        code.pop()  # padding behind the end
-    loops = [
-        [op for op, _ in code[labels[target] : i + 1]]
-        for i, (_, target) in enumerate(code)
-        if target and labels[target] <= i
-    ]
-    loops = [ops for ops in loops if any(op in LOOP_COUNTS["hmma"] for op in ops)]
-    main = min(loops, key=len, default=[])
-    counts = {k: sum(op in names for op in main) for k, names in LOOP_COUNTS.items()}
-    everywhere = [op for op, _ in code]
-    if "HGMMA" in everywhere:
-        counts |= {k.lower(): everywhere.count(k) for k in ("LDGSTS", "UTMALDG")}
-    return {"sass": len(code), "loop": len(main), **counts}
-
-
 def ctas_per_sm(arch, threads, registers, shared):
     """CTAs that an SM holds at once, by registers (given to warps in eights), threads, memory."""
     of_sm, most_threads, kib = SM[arch]
@@ -172,9 +141,15 @@ def measure(architectures=ARCHITECTURES):
             if own != (arch == "90a"):
                 continue
             report, sass = assemble(source, arch)
+            if "serialized" in report:
+                raise RuntimeError(f"ptxas makes wgmmas of {source.name} wait: {report}")
             report, sass = read_report(report), read_sass(sass)
             for mangled, name in readable(sorted(report)).items():
-                row = {"arch": arch, **report[mangled], **sass[mangled]}
+                code = sass[mangled]
+                row = {"arch": arch, **report[mangled], **code.counts()}
+                if roles := code.roles():
+                    row["is_serialised"] = code.is_serialised()
+                    row["fetch"], row["multiply"] = (f"{used}/{left}" for left, used in roles)
                 limit = threads.get(_without_hash(mangled))
                 row["ctas"] = (
                     ctas_per_sm(arch, limit, row["registers"], row["shared"]) if limit else 0
@@ -188,7 +163,7 @@ def to_text(rows):
     lines = [f"# {__doc__.splitlines()[0]} See machine_code.py. nvcc {version(nvcc())}"]
     previous = None
     for file, name, row in rows:
-        columns = [*COLUMNS, "utmaldg"] if "utmaldg" in row else COLUMNS
+        columns = [*COLUMNS, *(HOPPER_COLUMNS if "fetch" in row else ())]
         if (file, name) != previous:
             lines += ["", f"{file}: {name}", "".join(f"{c:>10}" for c in columns)]
             previous = (file, name)

@@ -143,6 +143,18 @@ def test_without_hidden_size_zeros_are_saved(arch):
     assert (ops.saved == 0).all()
 
 
+@pytest.mark.parametrize("dtype, arch, tokens", [
+    (torch.float32, "80", 20), (torch.bfloat16, "80", 5), (torch.bfloat16, "80", 20),
+    (torch.bfloat16, "90a", 20)], ids=str)  # fmt: skip
+def test_an_infinite_gate_meets_no_padding(dtype, arch, tokens):
+    """Experts are padded with zeros, of which infinity would make NaN."""
+    case = random_case(14, tokens, 16, [1, 9], active=1.0, dtype=dtype)
+    for numbers in (case.gate_proj, case.up_proj, case.down_proj_t, case.x):
+        numbers.abs_()
+    case.gates[3] = float("inf")
+    assert (Ops(arch=arch).sparse_ffn(*case.inputs())[3] == float("inf")).all()
+
+
 @pytest.mark.parametrize("tokens", [16, 17])
 def test_infinity_at_an_inactive_pair_stays_there(tokens):
     """Decoding computes inactive pairs of active experts: what they hold must not reach y."""

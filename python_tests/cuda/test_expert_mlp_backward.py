@@ -44,15 +44,15 @@ def gradients(case, ops, **options):
     )
 
 
-def expect(case):
+def expect(case, ffn=reference.sparse_ffn):
     """By name: the gradient in float64, and the largest error. Rule 5 of design.md: of half types
     at most twice the error of PyTorch in the same dtype, plus the output's rounding; of float32 a
     bound from the sums' sizes."""
-    exact = run_case(reference.sparse_ffn, case.to(torch.float64))
+    exact = run_case(ffn, case.to(torch.float64))
     eps = torch.finfo(case.x.dtype).eps
     if case.x.dtype == torch.float32:
         return {name: (exact[name], 8 * eps * bound) for name, bound in magnitudes(case).items()}
-    torchs = run_case(reference.sparse_ffn, case)
+    torchs = run_case(ffn, case)
     return {
         name: (e, 2 * (torchs[name].double() - e).abs().max() + eps * e.abs().max())
         for name, e in exact.items()
@@ -91,6 +91,51 @@ def test_edges_in_float16(edge, arch):
     tokens, hidden, sizes, active = EDGES[edge]
     options = dict(active=active, exact_ste=True, dtype=torch.float16)
     check(random_case(1, tokens, hidden, sizes, **options), Ops(arch=arch))
+
+
+@types_in_their_loops
+@pytest.mark.parametrize("saved", [False, True], ids=["recomputed", "saved"])
+def test_an_infinite_gate_meets_no_padding(saved, dtype, arch):
+    """Experts are padded with zeros, of which infinity would make NaN."""
+    case = random_case(14, 20, 16, [1, 9], active=1.0, dtype=dtype)
+    for weights in (case.gate_proj, case.up_proj, case.down_proj_t, case.x, case.dy):
+        weights.abs_()
+    case.gates[3] = float("inf")
+    out = gradients(case, Ops(arch=arch), save_activations=saved)
+    assert (out["dx"][3] == float("inf")).all()
+
+
+class Kept(torch.autograd.Function):
+    """As fp16 holds it, whose largest number is 65504. The gradient is that of an identity."""
+
+    @staticmethod
+    def forward(ctx, v):
+        return v.clamp(-65504, 65504)
+
+    @staticmethod
+    def backward(ctx, dv):
+        return dv
+
+
+def ffn_of_kept(x, gates, gate_proj, up_proj, down_proj_t, expert_offsets, *, grad_weight):
+    """reference.sparse_ffn without inactive pairs' gradients, of g and u as they are kept."""
+    g, u = (Kept.apply(x @ w.t()) for w in (gate_proj, up_proj))
+    weights = reference.expand_experts(gates, expert_offsets).to(x.dtype)
+    return (torch.nn.functional.silu(g) * u * weights) @ down_proj_t
+
+
+@pytest.mark.parametrize("saved, arch", [(True, "80")] if ON_GPU else
+                         [(True, "80"), (True, "90a"), (False, "90a")])  # fmt: skip
+def test_activations_beyond_float16(saved, arch):
+    """Where fp16 keeps g for the backward it keeps 65504 at most: no infinity, which would make NaN
+    of the gradients."""
+    case = random_case(13, 20, 32, [16, 40], active=1.0, dtype=torch.float16)
+    case.gate_proj *= 1e5
+    case.up_proj /= 10
+    case.dy /= 1000
+    assert (case.x.double() @ case.gate_proj.double().t()).abs().max() > 1e5
+    expected = expect(case, ffn_of_kept)
+    check(case, Ops(arch=arch), expected, save_activations=saved)
 
 
 @pytest.mark.parametrize("exact_ste", [False, True], ids=["active", "exact"])
@@ -134,6 +179,27 @@ def test_saved_activations(edge, dtype, arch):
     tokens, hidden, sizes, active = EDGES[edge]
     case = random_case(12, tokens, hidden, sizes, active=active, exact_ste=True, dtype=dtype)
     check(case, Ops(arch=arch), save_activations=True)
+
+
+@interpreter_only
+def test_saved_activations_make_nothing_ready_to_recompute():
+    """Three widths of tiles, a kernel of each or two, and that of the weights. With a kernel go its
+    maps of the weights."""
+    case = random_case(12, 20, 16, [16], dtype=torch.bfloat16)
+
+    def made_ready(act, **options):
+        ops = Interpreter(arch="90a")
+        act(ops, **options)
+        return sum(name == "cudaFuncSetAttribute" for name, _ in ops.calls)
+
+    def forward(ops):
+        ops.sparse_ffn(*case.inputs(), save_activations=True)
+
+    def backward(ops, **options):
+        gradients(case, ops, without=("dx",), **options)
+
+    assert made_ready(backward) == 3 * 2 + 1
+    assert made_ready(backward, save_activations=True) - made_ready(forward) == 3 + 1
 
 
 @in_both_loops

@@ -3,8 +3,9 @@
 import functools
 
 import pytest
-from machine_code import TABLE, count, ctas_per_sm, measure, read_report, to_text
+from machine_code import TABLE, ctas_per_sm, measure, read_report, to_text
 from nvcc import nvcc, version
+from sass import Code, last_register
 
 
 @functools.cache
@@ -31,7 +32,7 @@ def test_tensor_core_kernels_keep_their_pipeline():
     """A main loop multiplies more often than it loads fragments, and copies asynchronously."""
     for source, kernel, row in rows():
         if row["arch"] == "90a":  # an HGMMA takes 16 of a step's 64 terms
-            assert row["hmma"] in (4, 8) and row["ldgsts"] >= 16, kernel
+            assert row["hmma"] == 2 * 4 and row["ldgsts"] >= 16, kernel  # two blocks of rows
             gathers_both = "weights" in kernel  # which the copy engine cannot
             assert row["utmaldg"] == 0 if gathers_both else row["utmaldg"] >= 2, kernel
         elif "Tf32" in kernel:  # fragments are single numbers of shared memory, copied by registers
@@ -39,6 +40,18 @@ def test_tensor_core_kernels_keep_their_pipeline():
         elif row["hmma"] and source != "decode.cu":  # fragments come straight from global memory
             assert row["hmma"] >= 2 * row["ldsm"] > 0, (kernel, row)
             assert row["ldgsts"] > 0 and row["bar"] > 0, (kernel, row)
+
+
+def test_products_of_a_step_do_not_wait_for_each_other():
+    assert [k for _, k, row in rows() if row.get("is_serialised", row["arch"] == "90a")] == []
+
+
+def test_both_roles_get_by_on_their_registers():
+    """setmaxnreg's, which ptxas need not check: it reports those at the start of the kernel."""
+    for _, kernel, row in rows():
+        for role in ("fetch", "multiply") if row["arch"] == "90a" else ():
+            used, left = map(int, row[role].split("/"))
+            assert used <= left, (kernel, role)
 
 
 def test_counts_of_a_loop_by_hand():
@@ -56,9 +69,64 @@ def test_counts_of_a_loop_by_hand():
         /*0070*/                   BRA `(.L_x_2);
         /*0080*/                   NOP;
 """
-    assert count(body) == {
+    assert Code(body).counts() == {
         "sass": 7, "loop": 2, "hmma": 1, "ldsm": 0, "ldgsts": 0, "bar": 0, "depbar": 0,
     }  # fmt: skip
+
+
+HOPPER = """
+        /*0000*/                   BRA.DIV UR4, `(.L_x_3) ;
+        /*0010*/              @!P0 BRA `(.L_x_4) ;
+        /*0020*/                   USETMAXREG.DEALLOC.CTAPOOL 0x38 ;
+        /*0028*/                   BRA.DIV UR4, `(.L_x_5) ;
+        /*0030*/                   LDG.E.64 R50, desc[UR4][R52.64] ;
+        /*0040*/                   EXIT ;
+.L_x_4:
+        /*0050*/                   USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xe0 ;
+.L_x_1:
+        /*0060*/                   HGMMA.64x192x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+        /*0070*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0080*/               @P1 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0090*/                   HGMMA.64x192x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*00a0*/                   HGMMA.64x192x16.F32.BF16 R120, gdesc[UR12], R120, gsb0 ;
+        /*00b0*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*00c0*/               @P1 BRA `(.L_x_2) ;
+        /*00d0*/                   EXIT ;
+.L_x_3:
+        /*00e0*/                   MOV R230, R2 ;
+        /*00f0*/                   BRA `(.L_x_1) ;
+.L_x_5:
+        /*0100*/                   MOV R54, R2 ;
+        /*0110*/                   EXIT ;
+"""
+
+
+def test_loops_and_roles_of_hopper_by_hand():
+    """The way back from behind the end is no loop, and no role reaches what stands there."""
+    code = Code(HOPPER)
+    assert [len(code.ops[loop]) for loop in code.main_loops()] == [3, 4]
+    assert code.roles() == [(0x38, 55), (0xE0, 216)]
+    assert not code.is_serialised()
+    waiting = HOPPER.replace(
+        "R24 ;", "R24, gsb0 ;\n        /*0098*/ WARPGROUP.DEPBAR.LE gsb0, 0x0 ;"
+    )
+    assert Code(waiting).is_serialised()
+
+
+@pytest.mark.parametrize(
+    "op, operands, last",
+    [
+        ("HGMMA.64x160x16.F32.BF16", " R24, gdesc[UR8], R24, gsb0 ;", 103),
+        ("STG.E.128.STRONG.GPU", " desc[UR4][R8.64+0x40], R12 ;", 15),
+        ("STG.E", " desc[UR4][R20.64], R12 ;", 21),
+        ("IMAD.WIDE", " R4, R3, 0x2, R6 ;", 7),
+        ("LDGSTS.E.BYPASS.128", " [R9+0x80], desc[UR6][R30.64], !P1 ;", 31),
+        ("SYNCS.ARRIVE.TRANS64", " RZ, [UR4], RZ ;", -1),
+    ],
+)
+def test_registers_of_an_instruction_by_hand(op, operands, last):
+    assert last_register(op, operands) == last
 
 
 def test_report_by_hand():

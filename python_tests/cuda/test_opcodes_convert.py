@@ -56,6 +56,17 @@ def test_half_conversions(kind, exponent, mantissa):
     assert out["d"].tolist() == [h << 16 | lo for h, lo in zip(high, low, strict=True)]
 
 
+def test_finite_half_conversion():
+    """Of 70000 and infinity the largest number, 65504; NaN stays."""
+    numbers = [1.5, 65519, 65520, -7e4, np.inf, -np.inf, np.nan, -0.0]
+    x = np.tile(np.array(numbers, np.float32), 4)
+    inputs = {"x": ("f32", x), "y": ("f32", x[::-1].copy())}
+    code = "cvt.rn.satfinite.f16x2.f32 %d, %x, %y;"
+    out = snippets.run(code, inputs, {"d": "b32"}, threads=len(x))["d"]
+    bits = [0x3E00, 0x7BFF, 0x7BFF, 0xFBFF, 0x7BFF, 0xFBFF, 0x7FFF, 0x8000]
+    assert out.tolist() == [h << 16 | lo for h, lo in zip(bits, bits[::-1], strict=True)] * 4
+
+
 @pytest.mark.parametrize("kind", ["bf16", "f16"])
 def test_half_to_float(kind):
     bits = np.arange(0, 1 << 16, 64, dtype=np.uint16)

@@ -21,18 +21,16 @@ __device__ __forceinline__ void store_activations(const PassArgs<T>& args, const
   using N = Neurons<kColumns>;
   using All = Access<4 * N::kTogether>;  // what a lane stores at once
   using Rounded = T[2 * N::kTogether];
-  const int lane = threadIdx.x % kWarp, rows = tile.pairs.count();
+  const int lane = threadIdx.x % kWarp;
   const int columns = ceil_div(tile.columns, kChunk) * kChunk;  // the last ones are zeros
   T* first = args.activations + args.expert_columns[tile.expert] + tile.column;
 #pragma unroll
   for (int block = 0; block < kLive; ++block) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = row_of_sums(block, half);
-      const bool exists = row < rows;
-      const int64_t token = exists ? args.lists.token_idx[tile.pairs.begin + row] : 0;
-      const float weight = exists ? args.gates[token * args.num_experts + tile.expert] : 0.f;
-      T* out = first + token * args.width;
+      const LanePair pair = pair_of_sums(args.lists, tile, block, half);
+      const float weight = gate_of(args, pair, tile.expert);
+      T* out = first + pair.token * args.width;
 #pragma unroll
       for (int j = 0; j < N::kBlocks; j += N::kTogether) {
         alignas(16) uint32_t packed[N::kTogether];
@@ -45,7 +43,7 @@ __device__ __forceinline__ void store_activations(const PassArgs<T>& args, const
                            column + 1 < tile.columns ? weight * swiglu(gate[1], up[1]) : 0.f, T());
         }
         const int column = j * 8 + make_neighbours(packed);
-        if (exists && column < columns) {
+        if (pair.exists && column < columns) {
           __stcg(reinterpret_cast<All*>(out + column), reinterpret_cast<const All&>(packed));
         }
         if constexpr (N::kMaySave) {
@@ -55,12 +53,12 @@ __device__ __forceinline__ void store_activations(const PassArgs<T>& args, const
 #pragma unroll
             for (int i = 0; i < N::kTogether; ++i) {
               const float* v = &sums[block][(matrix * N::kBlocks + j + i) * 4 + half * 2];
-              packed[i] = pack(v[0], v[1], T());
+              packed[i] = pack_finite(v[0], v[1], T());
             }
             make_neighbours(packed);
-            const int64_t at = (2 * token + matrix) * args.intermediate_size + tile.first_row;
+            const int64_t at = (2 * pair.token + matrix) * args.intermediate_size + tile.first_row;
             store_rounded<T>(args.saved + at + column, reinterpret_cast<const Rounded&>(packed),
-                             exists ? tile.columns - column : 0);
+                             pair.exists ? tile.columns - column : 0);
           }
         }
       }

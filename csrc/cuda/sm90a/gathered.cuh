@@ -38,6 +38,24 @@ __device__ __forceinline__ int make_neighbours(Word (&pairs)[4]) {
   return threadIdx.x % 4 * 8;
 }
 
+// The pair behind rows of a lane's sums.
+struct LanePair {
+  bool exists;
+  int64_t token;
+};
+template <class Tile>
+__device__ __forceinline__ LanePair pair_of_sums(const PairLists& lists, const Tile& tile,
+                                                 int block, int half) {
+  const int row = row_of_sums(block, half);
+  const bool exists = row < tile.pairs.count();
+  return {exists, exists ? lists.token_idx[tile.pairs.begin + row] : 0};
+}
+template <class T>
+__device__ __forceinline__ float gate_of(const PassArgs<T>& args, const LanePair& pair,
+                                         int expert) {
+  return pair.exists ? args.gates[pair.token * args.num_experts + expert] : 0.f;
+}
+
 template <int kColumns>
 struct Neurons {
   static constexpr int kBlocks = kColumns / 8;                 // of 8 columns, of each matrix

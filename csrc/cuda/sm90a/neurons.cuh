@@ -25,22 +25,20 @@ __device__ __forceinline__ void store_gate_up(const NeuronsArgs<T>& args, const 
   for (int block = 0; block < kLive; ++block) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = row_of_sums(block, half);
-      const bool exists = row < tile.pairs.count();
-      const int64_t token = exists ? args.listed.token_idx[tile.pairs.begin + row] : 0;
+      const LanePair pair = pair_of_sums(args.listed, tile, block, half);
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
-        T* out = (part == 0 ? args.dgate : args.dup) + token * pass.width + first;
+        T* out = (part == 0 ? args.dgate : args.dup) + pair.token * pass.width + first;
 #pragma unroll
         for (int j = 0; j < N::kBlocks; j += N::kTogether) {
           alignas(16) uint32_t packed[N::kTogether];
 #pragma unroll
           for (int i = 0; i < N::kTogether; ++i) {
             const float* sum = &sums[block][(part * N::kBlocks + j + i) * 4 + half * 2];
-            packed[i] = pack(sum[0], sum[1], T());
+            packed[i] = pack_finite(sum[0], sum[1], T());
           }
           const int column = make_neighbours(packed);
-          if (exists && column < tile.columns - j * 8) {
+          if (pair.exists && column < tile.columns - j * 8) {
             __stcg(reinterpret_cast<All*>(out + j * 8 + column),
                    reinterpret_cast<const All&>(packed));
           }
@@ -50,8 +48,20 @@ __device__ __forceinline__ void store_gate_up(const NeuronsArgs<T>& args, const 
   }
 }
 
+// Eight numbers, of which `count` exist. In the workspace they lie in one access, and something is behind
+// them.
+template <bool kSaved, class T>
+__device__ __forceinline__ void read_activations(T (&v)[kChunk], const T* from, int count) {
+  if constexpr (kSaved) {
+    read_saved(v, from, count);
+  } else {
+    const uint4 all = count > 0 ? *reinterpret_cast<const uint4*>(from) : uint4{};
+    reinterpret_cast<uint4&>(v) = all;
+  }
+}
+
 // A lane gets eight neighbouring neurons of a row, four lanes the 32 of a part of dgates.
-template <class T, int kColumns, int kLive, class Tile>
+template <class T, int kColumns, bool kSaved, int kLive, class Tile>
 __device__ __forceinline__ void finish_neurons(const NeuronsArgs<T>& args, const Tile& tile,
                                                const float (&sums)[kLive][kColumns]) {
   const PassArgs<T>& pass = args.pass;
@@ -61,24 +71,30 @@ __device__ __forceinline__ void finish_neurons(const NeuronsArgs<T>& args, const
   for (int block = 0; block < kLive; ++block) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = row_of_sums(block, half);
-      const bool exists = row < tile.pairs.count();
-      const int64_t token = exists ? args.listed.token_idx[tile.pairs.begin + row] : 0;
-      const float weight = exists ? pass.gates[token * pass.num_experts + tile.expert] : 0.f;
-      const int columns = exists ? tile.columns - first : 0;
-      const int64_t at = token * pass.width + tile_column;
+      const LanePair pair = pair_of_sums(args.listed, tile, block, half);
+      const float weight = gate_of(pass, pair, tile.expert);
+      const int columns = pair.exists ? tile.columns - first : 0;
+      const int64_t at = pair.token * pass.width + tile_column;
       const T *g = args.dgate + at, *u = args.dup + at;
-      if (args.saved != nullptr) {
-        g = args.saved + token * 2 * pass.intermediate_size + tile.first_row + first;
+      if (kSaved) {
+        g = args.saved + pair.token * 2 * pass.intermediate_size + tile.first_row + first;
         u = g + pass.intermediate_size;
       }
+      alignas(16) T g_ahead[kChunk], u_ahead[kChunk];
+      auto look_ahead = [&](int j) {
+        read_activations<kSaved>(g_ahead, g + j * 8, columns - j * 8);
+        read_activations<kSaved>(u_ahead, u + j * 8, columns - j * 8);
+      };
+      look_ahead(0);
 #pragma unroll
-      for (int j = 0; j < 2 * kColumns / 8; j += 4) {
+      for (int j = 0; j < kColumns / 4; j += 4) {
         if (j * 8 >= tile.columns) break;
-        const int count = columns - j * 8;
         float gates[kChunk], ups[kChunk], das[kChunk], parts[2][4];
-        load_saved(gates, g + j * 8, count);
-        load_saved(ups, u + j * 8, count);
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) {
+          gates[i] = to_float(g_ahead[i]);
+          ups[i] = to_float(u_ahead[i]);
+        }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -86,8 +102,9 @@ __device__ __forceinline__ void finish_neurons(const NeuronsArgs<T>& args, const
           make_neighbours(parts[i]);
         }
 #pragma unroll
-        for (int i = 0; i < kChunk; ++i) das[i] = i < count ? parts[i % 2][i / 2] : 0.f;
-        store_neurons(args, at + j * 8, count > 0, weight, gates, ups, das);
+        for (int i = 0; i < kChunk; ++i) das[i] = parts[i % 2][i / 2];
+        if (j + 4 < kColumns / 4) look_ahead(j + 4);
+        store_neurons(args, at + j * 8, columns - j * 8, weight, gates, ups, das);
       }
     }
   }
@@ -104,13 +121,15 @@ __global__ void __launch_bounds__(kThreads, 1)
       [&](const auto& tile, const auto& sums) { store_gate_up<T, kColumns>(args, tile, sums); });
 }
 
-template <class T, int kColumns>
+template <class T, int kColumns, bool kSaved>
 __global__ void __launch_bounds__(kThreads, 1)
     neurons_kernel(const __grid_constant__ NeuronsArgs<T> args,
                    const __grid_constant__ CUtensorMap down_proj_t, int min_size, int max_size) {
   multiply_gathered<T, kColumns, 2 * kColumns>(
       args.pass, args.listed, args.dy, args.dy_stride, down_proj_t, down_proj_t, min_size, max_size,
-      [&](const auto& tile, const auto& sums) { finish_neurons<T, kColumns>(args, tile, sums); });
+      [&](const auto& tile, const auto& sums) {
+        finish_neurons<T, kColumns, kSaved>(args, tile, sums);
+      });
 }
 
 }  // namespace dsmoe::cuda::sm90a

@@ -4,7 +4,7 @@ import numpy as np
 
 from .alu import is_float, lanewise
 from .machine import Trap, opcode, read, write
-from .numbers import DECODE, ENCODE, TYPES, f32_to_tf32
+from .numbers import DECODE, ENCODE, TYPES, f32_to_finite_f16, f32_to_tf32
 
 
 @opcode("mov")
@@ -42,9 +42,11 @@ def mov(ins, kernel):
 def cvt(ins, kernel):
     to, come = ins.op[-2], ins.op[-1]
     mods = set(ins.op[1:-2])
-    if to in ("bf16x2", "f16x2") and come == "f32" and mods == {"rn"}:
+    finite = to == "f16x2" and mods == {"rn", "satfinite"}
+    if to in ("bf16x2", "f16x2") and come == "f32" and (finite or mods == {"rn"}):
         high, low = (read(kernel, t, "f32") for t in ins.operands[1:])
-        put, encode = write(kernel, ins.operands[0], "b32"), ENCODE[to[:-2]]
+        put = write(kernel, ins.operands[0], "b32")
+        encode = f32_to_finite_f16 if finite else ENCODE[to[:-2]]
 
         def run(m, mask):
             hi, lo = (np.broadcast_to(encode(r(m)), m.n).astype(np.uint32) for r in (high, low))

@@ -45,6 +45,12 @@ def f32_to_tf32(x):
     return np.where(np.isfinite(x), rounded, u)
 
 
+def f32_to_finite_f16(x):
+    """The same, but beyond the largest number that number (.satfinite)."""
+    bits = f32_to_f16(x)
+    return np.where(bits & 0x7FFF == 0x7C00, bits - np.uint16(1), bits)
+
+
 DECODE = {"bf16": bf16_to_f32, "f16": f16_to_f32}
 ENCODE = {"bf16": f32_to_bf16, "f16": f32_to_f16}
 
