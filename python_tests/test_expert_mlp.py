@@ -48,6 +48,31 @@ def test_activations_computed_again(dtype, seed):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("saved", [True, False], ids=["saved", "recomputed"])
+def test_activations_beyond_float16(saved, seed):
+    """Of g and u the backward has 65504 at most, not infinity, which would make NaN of gradients."""
+    case = random_case(seed, 20, 32, [16, 40], active=1.0, dtype=torch.float16)
+    case.gate_proj *= 5e4
+    case.up_proj /= 10
+    case.dy /= 1000
+
+    def kept(v):
+        return v + (v.clamp(-65504, 65504) - v).detach()
+
+    def ffn_of_kept(x, gates, gate_proj, up_proj, down_proj_t, expert_offsets, grad_weight=None):
+        g, u = x @ gate_proj.t(), x @ up_proj.t()
+        assert g.abs().max() > 8e4
+        weights = reference.expand_experts(gates, expert_offsets).to(x.dtype)
+        return (torch.nn.functional.silu(kept(g)) * kept(u) * weights) @ down_proj_t
+
+    ours = run_case(lambda *a, **k: dsmoe_ext.sparse_ffn(*a, save_activations=saved, **k), case)
+    exact = run_case(ffn_of_kept, case.to(torch.float64))
+    for name in exact.keys() - {"y"}:
+        error = (ours[name].double() - exact[name]).abs().max()
+        assert error <= 0.01 * exact[name].abs().max(), name
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sampled_grad_weight(dtype, seed):
     case = random_case(seed, 50, 48, [20, 12, 16, 8], dtype=dtype)

@@ -102,15 +102,11 @@ struct Backward {
                 [&](int64_t first, int count, const C(*tile_sums)[kColumns<T>]) {
                   for (int r = 0; r < count; ++r) {
                     T* out = const_cast<T*>(inner(e, is_extra, first + r)) + row;
-                    store_part(out, load(tile_sums[r]), valid);
-                    store_part(out + S, load(tile_sums[r] + kL), valid);
+                    store_kept(out, load(tile_sums[r]), valid);
+                    store_kept(out + S, load(tile_sums[r] + kL), valid);
                   }
                 });
     });
-  }
-  static void store_part(T* out, Vec<C> v, int64_t valid) {
-    if (valid >= kL) return store(out, v);
-    for (int i = 0; i < valid; ++i) narrow(v[i], out[i]);
   }
   static Vec<C> load_part(const T* from, int64_t valid) {
     if (valid >= kL) return load(from);

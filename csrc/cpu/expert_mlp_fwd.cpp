@@ -88,12 +88,8 @@ struct Forward {
         a[i] = A{};  // an infinite gate would leave NaN in the padding
       if (!p.activations) continue;
       T* saved = (T*)p.activations + saved_start[e] + (first + r) * 2 * S + panel * kLanes<T>;
-      if (valid == kLanes<T>) {
-        store(saved, g);
-        store(saved + S, u);
-      } else {
-        for (int i = 0; i < valid; ++i) narrow(g[i], saved[i]), narrow(u[i], saved[S + i]);
-      }
+      store_kept(saved, g, valid);
+      store_kept(saved + S, u, valid);
     }
   }
 

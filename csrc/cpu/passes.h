@@ -10,6 +10,8 @@
 // any number of threads.
 #pragma once
 
+#include <type_traits>
+
 #include "gemm_tile.h"
 #include "pack.h"
 #include "team.h"
@@ -66,6 +68,18 @@ DSMOE_INLINE void* allocate(F take_all) {
   arena.start(memory);
   take_all(arena);
   return memory;
+}
+
+// g or u of valid neurons, for the backward. In fp16 at most its largest number: of an infinite g or u
+// the gradients would be NaN.
+template <class T>
+DSMOE_INLINE void store_kept(T* out, Vec<CType<T>> v, int64_t valid) {
+  if constexpr (std::is_same_v<T, fp16>) {
+    const Vec<float> most = splat(65504.f);
+    v = v > most ? most : v < -most ? -most : v;
+  }
+  if (valid >= kLanes<T>) return store(out, v);
+  for (int i = 0; i < valid; ++i) narrow(v[i], out[i]);
 }
 
 // Expert-major lists of pairs; tokens ascend within an expert.
