@@ -50,7 +50,7 @@ def test_activations_computed_again(dtype, seed):
 @pytest.mark.quick
 @pytest.mark.parametrize("saved", [True, False], ids=["saved", "recomputed"])
 def test_activations_beyond_float16(saved, seed):
-    """Of g and u the backward has 65504 at most, not infinity, which would make NaN of gradients."""
+    """Of g and u the backward has 65504 at most: infinity would make NaN of gradients."""
     case = random_case(seed, 20, 32, [16, 40], active=1.0, dtype=torch.float16)
     case.gate_proj *= 5e4
     case.up_proj /= 10

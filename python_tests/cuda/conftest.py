@@ -2,6 +2,7 @@
 there is one:
 
     pytest python_tests/cuda
+    pytest -n 2 --dist worksteal python_tests/cuda          half the time; 10 GB of memory
 
 A run that does not name this folder (plain `pytest python_tests`) leaves them out: they need nvcc,
 which they install from PyPI if it is missing.
@@ -18,3 +19,8 @@ def pytest_ignore_collect(collection_path, config):
     paths = (pathlib.Path(config.invocation_params.dir, a.split("::")[0]) for a in config.args)
     named = any(p.resolve() == HERE or HERE in p.resolve().parents for p in paths)
     return None if named else True
+
+
+def pytest_collection_modifyitems(items):
+    """The mutants first: they take one of two processes as long as the rest takes the other."""
+    items.sort(key=lambda item: item.name != "test_mutants_are_killed")

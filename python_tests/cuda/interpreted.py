@@ -13,7 +13,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from nvcc import ROOT, cache_folder, nvcc, sources_digest
+from nvcc import ROOT, alone, cache_folder, nvcc, sources_digest
 from params import DTYPE, METHOD, STATUS, STRUCTS
 from ptx import Device, Program
 
@@ -57,33 +57,32 @@ def build(arch, *macros):
         sources += sorted((ROOT / "csrc" / "cuda" / "sm90a").glob("*.cu"))
         macros += ("DSMOE_SM90A",)
     folder = cache_folder() / f"kernels_{arch}_{sources_digest(arch, *macros)}"
-    if not (folder / "done").exists():
-        folder.mkdir(exist_ok=True)
-        flags = [
-            "-std=c++17",
-            "-lineinfo",
-            "-I",
-            str(ROOT / "csrc"),
-            f"-arch=compute_{arch}",
-            f"-code=compute_{arch}",
-        ]
-        flags += ["-Xcompiler", "-fPIC", "-cudart", "none", "--keep", "--keep-dir", str(folder)]
-        flags += [f"-D{macro}" for macro in macros]
-        command = [
-            nvcc(),
-            "-shared",
-            *flags,
-            "-o",
-            str(folder / "launchers.so"),
-            *map(str, sources),
-        ]
-        command += [str(HERE / "fake_runtime.cpp"), str(ROOT / "csrc" / "common" / "status.cpp")]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:  # once is enough for the whole session
-            pytest.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}", returncode=1)
-        (folder / "done").touch()
+    with alone(folder.name):
+        if not (folder / "done").exists():
+            compile_launchers(sources, arch, macros, folder)
     programs = [Program((folder / f"{s.stem}.ptx").read_text()) for s in sources]
     return ctypes.CDLL(str(folder / "launchers.so")), {k: p for p in programs for k in p.kernels}
+
+
+def compile_launchers(sources, arch, macros, folder):
+    """Into folder: launchers.so, the PTX of every source, and a file "done"."""
+    folder.mkdir(exist_ok=True)
+    flags = [
+        "-std=c++17",
+        "-lineinfo",
+        "-I",
+        str(ROOT / "csrc"),
+        f"-arch=compute_{arch}",
+        f"-code=compute_{arch}",
+    ]
+    flags += ["-Xcompiler", "-fPIC", "-cudart", "none", "--keep", "--keep-dir", str(folder)]
+    flags += [f"-D{macro}" for macro in macros]
+    command = [nvcc(), "-shared", *flags, "-o", str(folder / "launchers.so"), *map(str, sources)]
+    command += [str(HERE / "fake_runtime.cpp"), str(ROOT / "csrc" / "common" / "status.cpp")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:  # once is enough for the whole session
+        pytest.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}", returncode=1)
+    (folder / "done").touch()
 
 
 class Interpreter:

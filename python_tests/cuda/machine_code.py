@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 
-from nvcc import ROOT, cache_folder, nvcc, sources_digest, version
+from nvcc import ROOT, alone, cache_folder, nvcc, sources_digest, version
 from sass import read_sass
 
 TABLE = pathlib.Path(__file__).with_suffix(".txt")
@@ -44,13 +44,14 @@ def nvdisasm():
         return found
     target = cache_folder() / WHEEL.replace("==", "-")
     path = target / "nvidia/cu13/bin/nvdisasm"
-    if not path.exists():
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps"]
-        done = subprocess.run(
-            [*command, "--target", str(target), WHEEL], capture_output=True, text=True
-        )
+    with alone(target.name):
         if not path.exists():
-            raise RuntimeError(f"Installing {WHEEL} failed: {done.stderr.strip()[-300:]}")
+            command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps"]
+            done = subprocess.run(
+                [*command, "--target", str(target), WHEEL], capture_output=True, text=True
+            )
+            if not path.exists():
+                raise RuntimeError(f"Installing {WHEEL} failed: {done.stderr.strip()[-300:]}")
     return str(path)
 
 
@@ -59,18 +60,19 @@ def assemble(source, arch):
     key = sources_digest(arch, source.name)
     beside = cache_folder() / f"{source.stem}-{arch}-{key}"
     report, code = beside.with_suffix(".ptxas"), beside.with_suffix(".sass")
-    if not code.exists():
-        cubin = beside.with_suffix(".cubin")
-        command = [nvcc(), "-std=c++17", "-I", str(ROOT / "csrc"), "-cubin", f"-arch=sm_{arch}"]
-        command += ["-Xptxas", "-v", "-o", str(cubin), str(source)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-        report.write_text(done.stdout + done.stderr)
-        sass = subprocess.run([nvdisasm(), "-c", str(cubin)], capture_output=True, text=True)
-        if sass.returncode:
-            raise RuntimeError(sass.stderr)
-        code.write_text(sass.stdout)
+    with alone(beside.name):
+        if not code.exists():
+            cubin = beside.with_suffix(".cubin")
+            command = [nvcc(), "-std=c++17", "-I", str(ROOT / "csrc"), "-cubin", f"-arch=sm_{arch}"]
+            command += ["-Xptxas", "-v", "-o", str(cubin), str(source)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+            report.write_text(done.stdout + done.stderr)
+            sass = subprocess.run([nvdisasm(), "-c", str(cubin)], capture_output=True, text=True)
+            if sass.returncode:
+                raise RuntimeError(sass.stderr)
+            code.write_text(sass.stdout)
     return report.read_text(), code.read_text()
 
 

@@ -1,5 +1,7 @@
 """Finds the pinned nvcc, or installs its wheels; compiles kernels once per content."""
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import os
@@ -31,12 +33,25 @@ def cache_folder():
     return folder
 
 
+@contextlib.contextmanager
+def alone(name):
+    """One process at a time writes what the cache folder holds under this name."""
+    with open(cache_folder() / f"{name}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 @functools.cache
 def nvcc():
     """Path of nvcc: CUDACXX if it is set; else the version that WHEELS pins, from PATH, from this
     Python's packages, or installed into the cache folder."""
     if named := os.environ.get("CUDACXX"):
         return named
+    with alone("toolkit"):
+        return find_or_install()
+
+
+def find_or_install():
     target = cache_folder() / "toolkit"
     folders = [folder / "nvidia/cu13/bin" for folder in (*map(pathlib.Path, sys.path), target)]
     for folder in (None, *map(str, folders)):
