@@ -229,8 +229,15 @@ HOPPER_BACKWARD = {
     "one warpgroup idles": (50, 136, [16, 72, 256], 0.9),
 }
 HOPPER_BACKWARD_ACTIVE = {  # of active pairs only: others in a tile that is not theirs show
-    "two row tiles": ((330, 24, [16, 33], 0.9), {}),
-    "more steps than stages": ((130, 264, [72, 136], 1.0), {}),
+    **{
+        f"{name}{', saved' * save}": (shape, dict(save_activations=save))
+        for name, shape in {
+            "two row tiles": (330, 24, [16, 33], 0.9),
+            "more steps than stages": (130, 264, [72, 40, 136], 1.0),
+            "more steps than stages, one warpgroup idles": (50, 328, [16, 72, 136], 1.0),
+        }.items()
+        for save in (False, True)
+    },
     "three multiprocessors": (
         (70, 24, [16, 40, 24, 120, 16, 136, 264], 0.9),
         dict(multiprocessors=3),
