@@ -15,7 +15,8 @@ def convert_llama(model, num_experts: int = 8, *, permutations=None, dtype=None,
     Args:
         model: a transformers LlamaForCausalLM, or the folder or hub id of one. A model's weights
             are used, not copied, except down_proj, which is stored transposed. The dense model
-            stays usable, but training one then changes the other: deepcopy it where that matters.
+            stays usable, but training one, or moving or casting it by `.to`, changes the other:
+            deepcopy it where that matters.
         num_experts: routed experts of equal size; or expert_sizes among the options.
         permutations: per layer, the order of the neurons [I] (partition.py); None: LLaMA's.
         dtype: of a model that is loaded from a folder; None: as stored.

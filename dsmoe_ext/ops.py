@@ -128,7 +128,10 @@ def route(
     options = _route_options(method, top_k, gates, rescale, gate_scale)
     if logits.dtype != torch.float64:
         logits = logits.float()
-    threshold = torch.as_tensor(threshold, dtype=torch.float32, device=logits.device)
+    if isinstance(threshold, Tensor):
+        threshold = threshold.to(logits.device, torch.float32)
+    else:  # filled on the device: a copy from the host would wait for it
+        threshold = torch.full((), threshold, dtype=torch.float32, device=logits.device)
     return Routing(*_ops.route(logits, threshold, expert_offsets, *options))
 
 
@@ -211,7 +214,8 @@ def sparse_ffn(
     inference on the CPU, as `sparse_ffn(x, gates, packed)`. (DSMoE, arXiv 2502.12455, section 3.)
 
     Args:
-        x: [T,H] float32, bfloat16, float16 or float64; any strides.
+        x: [T,H] float32, bfloat16, float16 or float64; any strides. On CUDA no float64, H and the
+            rows' stride multiples of 8, rows aligned to 16 bytes, and at most 512 experts.
         gates: [T,E] float32 (float64 if x is); 0 = the token skips the expert; any scale already
             applied.
         gate_proj, up_proj, down_proj_t: [I,H] like x; down_proj_t is Hugging Face's down_proj
@@ -244,6 +248,7 @@ def sparse_ffn(
     return _ops.expert_mlp(x, gates, *weights, expert_offsets, grad_weight, save, tf32)[0]
 
 
+@torch.compiler.assume_constant_result  # Dynamo cannot trace the setting
 def _allows_tf32() -> bool:
     """What torch is told for its own float32 matmuls; newer versions have more than one setting,
     of which this is the resolved one."""

@@ -11,7 +11,8 @@ do without (docs/calibration.md has the figures).
 
 calibration/neurons.py groups by the predictable part of the contributions, with the same k-means.
 
-Everything here is deterministic for a given seed and runs on plain tensors of any device.
+Everything here runs on plain tensors of any device; on the CPU it is deterministic for a given seed
+(on CUDA the sums of k-means have no fixed order).
 """
 
 from __future__ import annotations

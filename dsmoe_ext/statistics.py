@@ -46,6 +46,7 @@ class ActivityCounter(nn.Module):
         used = gates != 0
         tokens = gates.shape[0]
         if token_mask is not None:
+            token_mask = token_mask.to(gates.device)
             used = used & token_mask.unsqueeze(1)
             tokens = token_mask.sum()
         row = self.counts[int(training)]

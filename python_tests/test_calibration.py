@@ -259,3 +259,11 @@ def test_groups_and_masks(sizes, seed):
     for index, neurons in enumerate(order[2:].split(sizes)):
         expected = contributions[:, neurons] * on[:, index : index + 1]
         assert torch.equal(masked[:, neurons], expected)
+
+
+@pytest.mark.quick
+def test_more_experts_than_cuda_takes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    layerwise._warn_of_many_experts(512)
+    with pytest.warns(UserWarning, match="517 experts a layer are more than the 512"):
+        layerwise._warn_of_many_experts(517)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dsmoe_ext
-from dsmoe_ext import reference
+from dsmoe_ext import ops, reference
 from dsmoe_ext.testing import check_case, offsets_of, random_case, run_case
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -215,6 +215,12 @@ def test_opcheck(dtype, seed):
         torch.ops.dsmoe.expert_mlp_packed.default,
         (case.x.detach(), case.gates.detach(), packed.data, case.expert_offsets, 16, 20),
     )
+
+
+def test_setting_of_tf32_compiles():
+    """The CUDA path asks for it in every call."""
+    compiled = torch.compile(lambda x: x * (2 if ops._allows_tf32() else 3), fullgraph=True)
+    assert compiled(torch.ones(2)).tolist() == [3, 3]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,6 +1,7 @@
 """calibrate: the loop over the layers, and the sparse model made of what it found."""
 
 import contextlib
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ from dsmoe_ext.llama_mlp import check_llama_mlp
 GROUPING_TOKENS = 4096
 # How much of the error that earlier layers left in the hidden state a layer's refit takes on.
 CORRECTION = 0.5
+MAX_CUDA_EXPERTS = 512  # kMaxExperts in csrc/cuda/permute.cuh
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def calibrate(
     layout = Layout(*sizes)
     windows = _check_windows(token_ids, dense, window)
     _check_target(target_active, layout)
+    _warn_of_many_experts(len(sizes[1]) + (sizes[0] > 0))
     training = dense.training
     dense.eval()
     layers = dense.model.layers
@@ -90,6 +93,16 @@ def calibrate(
     finally:
         dense.train(training)
     return _assemble(dense, layout, target_active, fits, kept).train(training)
+
+
+def _warn_of_many_experts(num_experts: int) -> None:
+    """Before the work is done: the default cut of Llama-2-7B has 517 experts."""
+    if num_experts > MAX_CUDA_EXPERTS and torch.cuda.is_available():
+        warnings.warn(
+            f"{num_experts} experts a layer are more than the {MAX_CUDA_EXPERTS} that CUDA kernels "
+            "take: the result will run on the CPU only. A larger expert_size makes fewer.",
+            stacklevel=3,
+        )
 
 
 def fit_layer(

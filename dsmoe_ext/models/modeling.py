@@ -282,7 +282,8 @@ class DSMoELlamaForCausalLM(DSMoELlamaPreTrainedModel, GenerationMixin):
             if num_items is None:
                 num_items = self._num_items(loss_mask, attention_mask, outputs.last_hidden_state)
             num_items = torch.as_tensor(num_items, device=logits.device)
-            sparsity_loss = outputs.sparsity_sum / num_items / self.config.num_hidden_layers
+            sparsity_sum = outputs.sparsity_sum.to(logits.device)
+            sparsity_loss = sparsity_sum / num_items / self.config.num_hidden_layers
         if labels is not None:
             vocab_size = self.config.vocab_size
             lm_loss = loss = self.loss_function(
