@@ -17,7 +17,8 @@
 // dx is summed in a [T,H] buffer.
 #pragma once
 
-#include "passes.h"
+#include "column_pass.h"
+#include "row_pass.h"
 
 namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
 namespace {
@@ -97,8 +98,9 @@ struct Backward {
               *up = weight(p.up_proj, e) + row * p.hidden_size;
       pack_rows(gate, valid, up, valid, p.hidden_size, p.hidden_size, panel);
       row_panel(x_copy ? x_copy : (const A*)p.x,
-                x_copy ? copy_stride<T>(p.hidden_size) : p.x_stride, pairs.of(e), low, high, panel,
-                steps(), ahead_in_rows(gate, up, min_of(valid, kL), p.hidden_size),
+                x_copy ? copy_stride<T>(p.hidden_size) : p.x_stride, pairs.of(e), low, high,
+                PanelOfB<T>{panel, steps()},
+                ahead_in_rows(gate, up, min_of(valid, kL), p.hidden_size),
                 [&](int64_t first, int count, const C(*tile_sums)[kColumns<T>]) {
                   for (int r = 0; r < count; ++r) {
                     T* out = const_cast<T*>(inner(e, is_extra, first + r)) + row;
@@ -136,10 +138,11 @@ struct Backward {
       const Ahead ahead = ahead_in_rows(down, (const T*)nullptr, min_of(valid, kN), H);
       if (valid > kL) {
         pack_rows(down, valid, down + kL * H, valid - kL, H, H, panel);
-        row_panel(a, stride, pairs.of(e), low, high, panel, steps(), ahead, epilogue);
+        row_panel(a, stride, pairs.of(e), low, high, PanelOfB<T>{panel, steps()}, ahead, epilogue);
       } else {
         pack_rows_half<T, 1>(down, H, int(valid), H, panel);
-        row_panel<T, 1>(a, stride, pairs.of(e), low, high, panel, steps(), ahead, epilogue);
+        row_panel<T, 1>(a, stride, pairs.of(e), low, high, PanelOfB<T>{panel, steps()}, ahead,
+                        epilogue);
       }
     });
   }

@@ -10,8 +10,9 @@
 // size [A,H] exists. Large batches go in blocks of tokens, so that a [T, I] stays in the
 // third-level cache. One token takes the same path: its tiles are one row high and stream each
 // active expert's weights once.
+#include "column_pass.h"
 #include "expert_mlp_isa.h"
-#include "passes.h"
+#include "row_pass.h"
 
 namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
 namespace {
@@ -52,35 +53,49 @@ struct Forward {
     return p.packed ? (const T*)p.packed + packed_start[e] : nullptr;
   }
 
-  void gate_up(const RowItem& item, T* panel_scratch) {
-    const PackedLayout<T> layout{p.hidden_size};
+  void gate_up(const RowItem& item) {
+    for_each_expert(item, shape, pairs,
+                    [&](int e, int64_t begin, int64_t end, int64_t low, int64_t high) {
+                      const T* packed = packed_expert(e);
+                      const PackedPanels<T> b = PackedLayout<T>{p.hidden_size}.gate_up(size(e));
+                      if (high - low <= kMaxRows) {
+                        few_rows(x(), x_stride(), pairs.of(e) + low, int(high - low), packed, b,
+                                 begin, end, [&](int64_t panel, const C* sums, int64_t stride) {
+                                   swiglu(e, panel, low, int(high - low), sums, stride);
+                                 });
+                        return;
+                      }
+                      for (int64_t panel = begin; panel < end; ++panel)
+                        gate_up_panel(e, panel, low, high, packed_panel(packed, b, panel),
+                                      ahead_in_packed(packed, b, panel));
+                    });
+  }
+  void gate_up_unpacked(const RowItem& item, T* panel_scratch) {
+    const int64_t H = p.hidden_size;
     for_each_panel(item, shape, pairs, [&](int e, int64_t panel, int64_t low, int64_t high) {
       const int64_t row = p.expert_offsets[e] + panel * kLanes<T>,
                     valid = size(e) - panel * kLanes<T>;
-      const T *b = panel_scratch, *gate = (const T*)p.gate_proj + row * p.hidden_size,
-              *up = (const T*)p.up_proj + row * p.hidden_size;
-      Ahead ahead;
-      if (p.packed) {
-        b = packed_expert(e) + panel * layout.gate_up_panel();
-        ahead = ahead_in_packed(b, layout.gate_up_panel(), high - low);
-      } else {
-        pack_rows(gate, valid, up, valid, p.hidden_size, p.hidden_size, panel_scratch);
-        ahead = ahead_in_rows(gate, up, min_of<int64_t>(valid, kLanes<T>), p.hidden_size);
-      }
-      row_panel(x(), x_stride(), pairs.of(e), low, high, b, layout.hidden_steps(), ahead,
-                [&](int64_t first, int rows, const C(*sums)[kColumns<T>]) {
-                  swiglu(e, panel, int(min_of<int64_t>(valid, kLanes<T>)), first, rows, sums);
-                });
+      const T *gate = (const T*)p.gate_proj + row * H, *up = (const T*)p.up_proj + row * H;
+      pack_rows(gate, valid, up, valid, H, H, panel_scratch);
+      gate_up_panel(e, panel, low, high, PanelOfB<T>{panel_scratch, ceil_div(H, Compute<T>::kPair)},
+                    ahead_in_rows(gate, up, min_of<int64_t>(valid, kLanes<T>), H));
     });
+  }
+  void gate_up_panel(int e, int64_t panel, int64_t low, int64_t high, const PanelOfB<T>& b,
+                     Ahead ahead) {
+    row_panel(x(), x_stride(), pairs.of(e), low, high, b, ahead,
+              [&](int64_t first, int rows, const C(*sums)[kColumns<T>]) {
+                swiglu(e, panel, first, rows, sums[0], kColumns<T>);
+              });
   }
 
   // a = gate silu(g) u, and g, u themselves if the backward will want them.
-  void swiglu(int e, int64_t panel, int valid, int64_t first, int rows,
-              const C (*tile_sums)[kColumns<T>]) {
+  void swiglu(int e, int64_t panel, int64_t first, int rows, const C* sums, int64_t sums_stride) {
     const int64_t stride = padded_size(size(e)), S = size(e);
+    const int valid = int(min_of<int64_t>(S - panel * kLanes<T>, kLanes<T>));
     const C* gates = (const C*)p.gates;
-    for (int r = 0; r < rows; ++r) {
-      const Vec<C> g = load(tile_sums[r]), u = load(tile_sums[r] + kLanes<T>);
+    for (int r = 0; r < rows; ++r, sums += sums_stride) {
+      const Vec<C> g = load(sums), u = load(sums + kLanes<T>);
       const C gate = gates[int64_t(pairs.of(e)[first + r]) * p.num_experts + e];
       A* a = activated + a_start[e] + (first + r) * stride + panel * kLanes<T>;
       store(a, g * sigmoid(g) * u * splat(gate));
@@ -95,7 +110,7 @@ struct Forward {
 
   void down(int64_t chunk, C* chunk_sums, T* thread_scratch) {
     const PackedLayout<T> layout{p.hidden_size};
-    const int64_t panels = layout.hidden_panels(), begin = panels * chunk / chunks,
+    const int64_t panels = ceil_div(p.hidden_size, kColumns<T>), begin = panels * chunk / chunks,
                   end = panels * (chunk + 1) / chunks;
     memset(chunk_sums, 0, size_t(p.num_tokens * (end - begin) * kColumns<T>) * sizeof(C));
     for (int e = 0; e < p.num_experts; ++e) {
@@ -122,7 +137,8 @@ struct Forward {
                 p.num_tokens * (thread + 1) / team_size, x_copy);
       barrier_wait(sync->barrier, team_size);
     }
-    for (int64_t i; (i = draw(sync->next_item)) < num_items;) gate_up(items[i], thread_scratch);
+    for (int64_t i; (i = draw(sync->next_item)) < num_items;)
+      p.packed ? gate_up(items[i]) : gate_up_unpacked(items[i], thread_scratch);
     barrier_wait(sync->barrier, team_size);
     for (int64_t i; (i = draw(sync->next_chunk)) < chunks;) down(i, thread_sums, thread_scratch);
   }
@@ -155,21 +171,22 @@ Status forward_block(const ExpertMlpParams& p, int64_t* saved_start, const Team&
              p.num_experts,
              p.expert_offsets,
              kLanes<T>,
-             layout.gate_up_panel() * int64_t(sizeof(T)),
+             layout.hidden_panel() * int64_t(sizeof(T)),
              p.hidden_size * int64_t(sizeof(AType<T>)),
              p.packed != nullptr};
   f.num_items = plan_rows(f.shape, f.pairs, int(f.threads), nullptr);
   f.chunks = column_chunks<T>(p.num_tokens, p.hidden_size, int(f.threads));
-  f.sums_size = p.num_tokens * ceil_div(layout.hidden_panels(), f.chunks) * kColumns<T>;
+  f.sums_size =
+      p.num_tokens * ceil_div(ceil_div(p.hidden_size, kColumns<T>), f.chunks) * kColumns<T>;
   f.scratch_size = 0;
   int64_t a_size = 0;
   for (int e = 0; e < p.num_experts; ++e) {
     a_size += f.pairs.count(e) * f.padded_size(f.size(e));
-    if (!p.packed) f.scratch_size = max_of(f.scratch_size, layout.down_panel(f.size(e)));
+    if (!p.packed) f.scratch_size = max_of(f.scratch_size, layout.down(f.size(e)).panel());
   }
   if (!p.packed)
     f.scratch_size =
-        max_of(max_of(f.scratch_size, layout.gate_up_panel()), kScratchBytes / int64_t(sizeof(T)));
+        max_of(max_of(f.scratch_size, layout.hidden_panel()), kScratchBytes / int64_t(sizeof(T)));
   void* memory = allocate([&](Arena& arena) {
     arena.take(f.sync, 1);
     arena.take(f.items, f.num_items);

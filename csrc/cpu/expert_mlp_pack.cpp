@@ -1,7 +1,7 @@
-// pack_weights and this ISA's table of entry points. Layout: pack.h, PackedLayout; experts one
-// after another.
+// pack_weights and this ISA's table of entry points. Layout: packed_layout.h; experts one after another.
 #include "expert_mlp_isa.h"
 #include "pack.h"
+#include "packed_layout.h"
 #include "team.h"
 
 namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
@@ -28,12 +28,21 @@ struct Pack {
     const T* gate = (const T*)p.gate_proj + p.expert_offsets[e] * H;
     const T* up = (const T*)p.up_proj + p.expert_offsets[e] * H;
     const T* down = (const T*)p.down_proj_t + p.expert_offsets[e] * H;
-    for (int64_t i = 0; i < layout.gate_up_panels(size); ++i) {
+    const PackedPanels<T> gate_up = layout.gate_up(size), columns = layout.down(size);
+    for (int64_t i = 0; i < gate_up.panels; ++i) {
       const int64_t row = i * kLanes<T>, valid = size - row;
-      pack_rows(gate + row * H, valid, up + row * H, valid, H, H, out + i * layout.gate_up_panel());
+      for (int64_t b = 0; b < gate_up.blocks(); ++b) {
+        const int64_t from = row * H + gate_up.first_term(b);
+        pack_rows(gate + from, valid, up + from, valid, H, gate_up.terms_of(b),
+                  out + gate_up.start(b, i));
+      }
     }
-    pack_columns([&](int64_t i) { return down + i * H; }, size, 0, H, layout.hidden_panels(),
-                 out + layout.down_start(size));
+    out += layout.down_start(size);
+    for (int64_t b = 0; b < columns.blocks(); ++b) {
+      const T* first = down + columns.first_term(b) * H;
+      pack_columns([&](int64_t i) { return first + i * H; }, columns.terms_of(b), 0, H,
+                   columns.panels, out + columns.start(b, 0));
+    }
   }
   void run() {
     for (int64_t e; (e = draw(next)) < p.num_experts;) {

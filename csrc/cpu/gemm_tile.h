@@ -10,7 +10,7 @@
 // per cycle.
 #pragma once
 
-#include "simd.h"
+#include "packed_layout.h"
 
 namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
 
@@ -36,12 +36,19 @@ struct Ahead {
   }
 };
 
+// B, or one panel of it that packed_layout.h has cut into blocks of kBlockSteps: elements from the end of
+// one to the next, and to the last.
 template <class T>
-struct TileArgs {
-  const AType<T>* a[kMaxRows];  // row pointers; kStepMajor: a[0] only
-  int64_t lda = 0;  // kStepMajor: elements from one k to the next (one pair of k for vdpbf16ps)
+struct PanelOfB {
   const T* b;
   int64_t steps;  // K / kPair, rounded up
+  int64_t skip = 0, last_skip = 0;
+};
+
+template <class T>
+struct TileArgs : PanelOfB<T> {
+  const AType<T>* a[kMaxRows];  // row pointers; kStepMajor: a[0] only
+  int64_t lda = 0;  // kStepMajor: elements from one k to the next (one pair of k for vdpbf16ps)
   int64_t panels = 1;
   CType<T>* c[kMaxRows];  // kRowPointers: rows of sums
   bool accumulate;
@@ -56,6 +63,7 @@ struct TileArgs {
 
 constexpr int kUnroll = 4;
 constexpr int kRun = 16;  // steps between two looks ahead, whose code stays out of the inner loop
+static_assert(kBlockSteps % kRun == 0);
 // Up to six rows the hardware's prefetchers keep up by themselves, and asking too costs a fifth (2 to
 // 4 rows: 28 instead of 34 GB/s). From eight rows on asking near and far pays (28 instead of 25).
 constexpr int kByHardware = 6;
@@ -150,6 +158,8 @@ __attribute__((noinline)) static void tile(const TileArgs<T>& args) {
       if (args.ahead) Ahead::fetch(*args.ahead, args.ahead_lines);
       tile_run<T, R, O, W>(acc, a, lda, s, count, b);
       b += count * kStep;
+      if ((s + kRun) % kBlockSteps == 0)
+        b += s + kRun + kBlockSteps <= steps ? args.skip : args.last_skip;
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {

@@ -165,30 +165,4 @@ DSMOE_INLINE void pack_columns(Row row, int64_t k, int64_t column0, int64_t widt
   }
 }
 
-// ---------------------------------------------------------------------------------------- packed
-// weights, per expert
-//
-//   [ceil(S / kLanes) panels of gate | up][ceil(H / kColumns) panels of down], each K rounded up to
-//   kPair
-// A panel of gate and up is one register of gate and one of up columns: SwiGLU finds its two
-// operands side by side.
-
-template <class T>
-struct PackedLayout {
-  int64_t hidden;
-  int64_t hidden_steps() const { return ceil_div(hidden, Compute<T>::kPair); }
-  int64_t hidden_panels() const { return ceil_div(hidden, kColumns<T>); }
-  static int64_t gate_up_panels(int64_t size) { return ceil_div(size, kLanes<T>); }
-  static int64_t size_steps(int64_t size) { return ceil_div(size, Compute<T>::kPair); }
-  // In elements of T:
-  int64_t gate_up_panel() const { return hidden_steps() * Compute<T>::kPair * kColumns<T>; }
-  static int64_t down_panel(int64_t size) {
-    return size_steps(size) * Compute<T>::kPair * kColumns<T>;
-  }
-  int64_t down_start(int64_t size) const { return gate_up_panels(size) * gate_up_panel(); }
-  int64_t expert(int64_t size) const {
-    return down_start(size) + hidden_panels() * down_panel(size);
-  }
-};
-
 }  // namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE
