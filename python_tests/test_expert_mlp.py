@@ -92,7 +92,19 @@ def test_one_expert_takes_all(seed):
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 5, 16, 70])
 @pytest.mark.parametrize("sizes", [[32] * 4, [96] + [16] * 6, [13, 0, 29, 7]], ids=str)
 def test_packed(num_tokens, sizes, dtype, seed):
-    case = random_case(seed, num_tokens, 72, sizes, dtype=dtype)
+    check_packed(random_case(seed, num_tokens, 72, sizes, dtype=dtype))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 9, 30])
+@pytest.mark.parametrize("hidden_size, sizes", [(600, [16, 40]), (1032, [264, 24]), (24, [1032])])
+def test_packed_in_blocks(hidden_size, sizes, num_tokens, dtype, seed):
+    """Sums longer than a block of packed weights, and those too long for blocks."""
+    check_packed(random_case(seed, num_tokens, hidden_size, sizes, dtype=dtype))
+
+
+def check_packed(case):
     x, gates, *weights = case.inputs()
     packed = dsmoe_ext.pack_weights(*weights)
 
@@ -100,7 +112,7 @@ def test_packed(num_tokens, sizes, dtype, seed):
     plain = run_case(dsmoe_ext.sparse_ffn, case)["y"]
     exact = run_case(reference.sparse_ffn, case.to(torch.float64))["y"]
     error, plain_error = ((t.double() - exact).abs().sum() for t in (ours, plain))
-    eps = torch.finfo(dtype).eps
+    eps = torch.finfo(case.x.dtype).eps
     assert error <= 2 * plain_error + eps * exact.abs().sum()
 
 
