@@ -297,9 +297,10 @@ def test_traffic():
 
 @interpreter_only
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_what_is_not_supported_says_so(dtype):
+@pytest.mark.parametrize("hidden, sizes", [(20, [8]), (24, [1] * 2049)], ids=["H", "E"])
+def test_what_is_not_supported_says_so(hidden, sizes, dtype):
     with pytest.raises(Failed, match="kUnsupported"):
-        Interpreter().sparse_ffn(*random_case(7, 4, 20, [8], dtype=dtype).inputs())
+        Interpreter().sparse_ffn(*random_case(7, 4, hidden, sizes, dtype=dtype).inputs())
 
 
 @interpreter_only

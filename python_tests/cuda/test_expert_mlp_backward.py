@@ -363,6 +363,7 @@ def test_float32_under_any_schedule_and_without_bank_conflicts():
 
 
 @interpreter_only
-def test_what_is_not_supported_says_so():
+@pytest.mark.parametrize("hidden, sizes", [(20, [8]), (24, [1] * 2049)], ids=["H", "E"])
+def test_what_is_not_supported_says_so(hidden, sizes):
     with pytest.raises(Failed, match="kUnsupported"):
-        gradients(random_case(10, 4, 20, [8], dtype=torch.bfloat16), Interpreter())
+        gradients(random_case(10, 4, hidden, sizes, dtype=torch.bfloat16), Interpreter())
