@@ -215,7 +215,7 @@ def sparse_ffn(
 
     Args:
         x: [T,H] float32, bfloat16, float16 or float64; any strides. On CUDA no float64, H and the
-            rows' stride multiples of 8, rows aligned to 16 bytes, and at most 512 experts.
+            rows' stride multiples of 8, rows aligned to 16 bytes, and at most 2048 experts.
         gates: [T,E] float32 (float64 if x is); 0 = the token skips the expert; any scale already
             applied.
         gate_proj, up_proj, down_proj_t: [I,H] like x; down_proj_t is Hugging Face's down_proj

@@ -8,7 +8,7 @@ const char* status_string(Status status) {
       return "ok";
     case Status::kUnsupported:
       return "these sizes or this dtype are not supported (CUDA: H and strides are multiples of 8, "
-             "rows aligned to 16 bytes, at most 512 experts, no float64)";
+             "rows aligned to 16 bytes, at most 2048 experts, no float64)";
     case Status::kWorkspaceTooSmall:
       return "the workspace is too small";
     case Status::kCudaError:

@@ -16,7 +16,7 @@
 //
 // Sums of warps, then of parts, are added in a fixed order; the CTA that arrives last at a strip of
 // columns adds the parts. Units exist on the device only: every CTA of `neurons` counts the active
-// experts by itself (at most 512 columns of gates), which is quicker than one more launch.
+// experts by itself, 128 columns of gates a round; for few rounds that is quicker than one more launch.
 #include "cuda/decode.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/mma_sm80.cuh"
@@ -126,7 +126,7 @@ __device__ __forceinline__ void mma_loaded(float (&d)[4], const uint4& low, cons
 template <class T>
 __global__ void __launch_bounds__(kNeuronThreads)
     neurons_kernel(const __grid_constant__ DecodeArgs<T> args) {
-  __shared__ int first_unit[kMaxExperts + 1];
+  extern __shared__ int first_unit[];  // [E+1]
   __shared__ float sums[2][kNeuronWarps][4][kWarp];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
   count_units(args, first_unit);
@@ -359,7 +359,8 @@ Status decode_as(const ExpertMlpParams& p, unsigned char* workspace, cudaStream_
   args.sums = reinterpret_cast<float4*>(workspace + l.sums);
   constexpr int kCtasPerSm = 5;  // 20 warps
   const int ctas = min(l.max_units, kCtasPerSm * multiprocessors);
-  neurons_kernel<<<ctas, kNeuronThreads, 0, on>>>(args);
+  const int shared_bytes = (p.num_experts + 1) * int{sizeof(int)};
+  neurons_kernel<<<ctas, kNeuronThreads, shared_bytes, on>>>(args);
   outputs_kernel<<<dim3(l.strips, l.parts), kOutputThreads, 0, on>>>(args);
   return launch_status();
 }

@@ -244,10 +244,10 @@ class Backward {
     const int64_t first = row_pass * l_.rows, end = std::min(first + l_.rows, f_.intermediate_size);
     first_row_ = first;
     args_.pass.turn = {first == 0, end == f_.intermediate_size};
-    clip_experts_kernel<<<1, kMaxExperts, 0, on_>>>(f_.expert_offsets, f_.num_experts,
-                                                    static_cast<int>(first), static_cast<int>(end),
-                                                    at<int32_t>(l_.expert_offsets));
-    place_columns_kernel<<<1, kMaxExperts, 0, on_>>>(args_.pass);
+    clip_experts_kernel<<<1, kExpertThreads, 0, on_>>>(
+        f_.expert_offsets, f_.num_experts, static_cast<int>(first), static_cast<int>(end),
+        at<int32_t>(l_.expert_offsets));
+    place_columns_kernel<<<1, kExpertThreads, 0, on_>>>(args_.pass);
   }
 
   void take_tokens(int64_t token_pass) {

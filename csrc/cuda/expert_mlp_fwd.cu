@@ -81,7 +81,7 @@ Status forward(const ExpertMlpParams& p, unsigned char* workspace, cudaStream_t 
   args.num_sources = 1;
   args.sources[0] = {args.activations, static_cast<const T*>(p.down_proj_t)};
   args.strips = reinterpret_cast<float*>(workspace + l.strips);
-  place_columns_kernel<<<1, kMaxExperts, 0, on>>>(args);
+  place_columns_kernel<<<1, kExpertThreads, 0, on>>>(args);
   for (int64_t first = 0; first < p.num_tokens; first += l.tokens) {
     args.num_tokens = std::min(p.num_tokens - first, l.tokens);
     args.x = static_cast<const T*>(p.x) + first * p.x_stride;

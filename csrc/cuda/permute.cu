@@ -22,7 +22,14 @@ namespace {
 
 constexpr int kWarps = 8;  // 256 threads: 8 CTAs fill an SM's 2048 threads
 static_assert(kTokensPerChunk == kWarps * kWarp, "one token per lane");
-static_assert(kMaxExperts * kWarps * 4 <= 16 << 10, "the masks in shared memory");
+
+// Shared memory is dynamic, so that few experts don't keep CTAs off an SM for the sake of many.
+// A kernel need not ask for 48 KiB, its warps' totals among them.
+constexpr int kUnasked = (48 << 10) - kWarps * int{sizeof(int32_t)};
+constexpr int count_shared_bytes(int num_experts) {
+  return num_experts * kWarps * int{sizeof(uint16_t)};
+}
+static_assert(count_shared_bytes(kMaxExperts) <= kUnasked);
 
 int64_t count_chunks(const PermuteParams& p) {
   const int64_t chunks = ceil_div<int64_t>(p.num_tokens, kTokensPerChunk);
@@ -46,19 +53,19 @@ __device__ __forceinline__ uint32_t token_mask(const PermuteParams& p, int64_t f
 __global__ void __launch_bounds__(kTokensPerChunk)
     count_kernel(const __grid_constant__ PermuteParams p,
                  const __grid_constant__ PermuteTables tables) {
-  __shared__ int32_t counts[kWarps][kMaxExperts];
+  extern __shared__ uint16_t counts[];  // [kWarps,E]
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t first_token = blockIdx.x * int64_t{kTokensPerChunk} + warp * kWarp;
   for (int expert = lane; expert < p.num_experts + lane; expert += kWarp) {
     const int count = __popc(token_mask(p, first_token, expert));
-    if (expert < p.num_experts) counts[warp][expert] = count;
+    if (expert < p.num_experts) counts[warp * p.num_experts + expert] = count;
   }
   __syncthreads();
   __shared__ int32_t warp_totals[kWarps];
   int total = 0;  // of this thread's experts
   for (int expert = threadIdx.x; expert < p.num_experts; expert += kTokensPerChunk) {
     int count = 0;
-    for (int w = 0; w < kWarps; ++w) count += counts[w][expert];
+    for (int w = 0; w < kWarps; ++w) count += counts[w * p.num_experts + expert];
     tables.counts[expert * tables.num_chunks + blockIdx.x] = count;
     total += count;
   }
@@ -88,12 +95,23 @@ __global__ void __launch_bounds__(kTokensPerChunk)
   if (lane == 0) tables.totals[row] = before;
 }
 
+// A warp's first pair of an expert is the chunk's first one plus what earlier warps have of it. That is
+// at most 7 * 32, a byte: 44 bytes an expert, so that 2048 fit into the 99 KiB that every GPU has.
 struct WriteShared {
-  uint32_t masks[kWarps][kMaxExperts];  // the warp's tokens that are active for an expert
-  int32_t starts[kWarps][kMaxExperts];  // the pair of the first of them
-  int32_t pair_offsets[kMaxExperts + 1];
-  int32_t warp_totals[kWarps];
+  uint8_t (*before)[kWarps];  // [E,kWarps]  pairs of an expert that the chunk's earlier warps have
+  uint32_t* masks;            // [kWarps,E]  the warp's tokens that are active for an expert
+  int32_t* first_pairs;       // [E+1]       the chunk's first pair of an expert, then A
+
+  __device__ WriteShared(unsigned char* shared, int num_experts)
+      : before(reinterpret_cast<uint8_t (*)[kWarps]>(shared)),
+        masks(reinterpret_cast<uint32_t*>(before + num_experts)),
+        first_pairs(reinterpret_cast<int32_t*>(masks + kWarps * num_experts)) {}
+  static constexpr int bytes(int num_experts) {
+    return num_experts * (kWarps + 4 * kWarps + 4) + 4;
+  }
 };
+static_assert(WriteShared::bytes(kMaxExperts) + 4 * kWarps <= 99 << 10, "with warp_totals");
+static_assert(kWarps == sizeof(uint64_t) && (kWarps - 1) * kWarp < 256, "written at once");
 
 // One warp: offsets[e] = sum of totals before e, and A behind the last.
 __device__ void scan_totals(const int32_t* totals, int num_experts, int32_t* offsets) {
@@ -111,47 +129,52 @@ __device__ void scan_totals(const int32_t* totals, int num_experts, int32_t* off
 __global__ void __launch_bounds__(kTokensPerChunk)
     write_kernel(const __grid_constant__ PermuteParams p,
                  const __grid_constant__ PermuteTables tables) {
-  __shared__ WriteShared s;
+  extern __shared__ __align__(8) unsigned char shared[];
+  __shared__ int32_t warp_totals[kWarps];
+  const WriteShared s(shared, p.num_experts);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t token = blockIdx.x * int64_t{kTokensPerChunk} + threadIdx.x;
+  uint32_t* masks = s.masks + warp * p.num_experts;
   for (int expert = lane; expert < p.num_experts + lane; expert += kWarp) {
     const uint32_t mask = token_mask(p, token - lane, expert);
-    if (expert < p.num_experts) s.masks[warp][expert] = mask;
+    if (expert < p.num_experts) masks[expert] = mask;
   }
-  if (warp == 0) scan_totals(tables.totals, p.num_experts, s.pair_offsets);
+  if (warp == 0) scan_totals(tables.totals, p.num_experts, s.first_pairs);
   __syncthreads();
 
   for (int expert = threadIdx.x; expert < p.num_experts; expert += kTokensPerChunk) {
-    int pair = s.pair_offsets[expert] + tables.counts[expert * tables.num_chunks + blockIdx.x];
-    for (int w = 0; w < kWarps; ++w) {
-      s.starts[w][expert] = pair;
-      pair += __popc(s.masks[w][expert]);
+    s.first_pairs[expert] += tables.counts[expert * tables.num_chunks + blockIdx.x];
+    uint64_t before = 0;
+    for (int w = 0; w < kWarps - 1; ++w) {  // a warp's count goes to the bytes of all later ones
+      const uint64_t count = __popc(s.masks[w * p.num_experts + expert]);
+      before += count * (0x0101010101010100 << 8 * w);
     }
+    *reinterpret_cast<uint64_t*>(s.before[expert]) = before;
   }
   int num_active = 0;  // of this lane's token
   for (int expert = 0; expert < p.num_experts; ++expert) {
-    num_active += s.masks[warp][expert] >> lane & 1u;
+    num_active += masks[expert] >> lane & 1u;
   }
   const int through = warp_inclusive_sum(num_active);
-  if (lane == kWarp - 1) s.warp_totals[warp] = through;
+  if (lane == kWarp - 1) warp_totals[warp] = through;
   __syncthreads();
 
   int slot = tables.counts[p.num_experts * tables.num_chunks + blockIdx.x] + through - num_active;
-  for (int w = 0; w < warp; ++w) slot += s.warp_totals[w];
+  for (int w = 0; w < warp; ++w) slot += warp_totals[w];
   if (token < p.num_tokens && p.token_offsets != nullptr) p.token_offsets[token] = slot;
-  if (blockIdx.x == 0) {
+  if (blockIdx.x == 0) {  // the first chunk's first pairs are the experts'
     if (threadIdx.x == 0 && p.token_offsets != nullptr) {
       p.token_offsets[p.num_tokens] = tables.totals[p.num_experts];
     }
     for (int e = threadIdx.x; e <= p.num_experts; e += kTokensPerChunk) {
-      p.pair_offsets[e] = s.pair_offsets[e];
+      p.pair_offsets[e] = s.first_pairs[e];
     }
   }
   const uint32_t lower_lanes = (1u << lane) - 1;
   for (int expert = 0; expert < p.num_experts; ++expert) {
-    const uint32_t mask = s.masks[warp][expert];
+    const uint32_t mask = masks[expert];
     if ((mask >> lane & 1u) == 0) continue;
-    const int pair = s.starts[warp][expert] + __popc(mask & lower_lanes);
+    const int pair = s.first_pairs[expert] + s.before[expert][warp] + __popc(mask & lower_lanes);
     if (pair < p.capacity) p.token_idx[pair] = static_cast<int32_t>(token);
     if (slot < p.capacity && p.slot_idx != nullptr) p.slot_idx[slot] = pair;
     ++slot;
@@ -175,10 +198,15 @@ Status permute(const PermuteParams& p, void* workspace, Stream stream) {
   const PermuteTables tables = permute_tables(p, workspace);
   const auto on = static_cast<cudaStream_t>(stream);
   const unsigned chunks = static_cast<unsigned>(tables.num_chunks);
-  count_kernel<<<chunks, kTokensPerChunk, 0, on>>>(p, tables);
+  count_kernel<<<chunks, kTokensPerChunk, count_shared_bytes(p.num_experts), on>>>(p, tables);
   scan_kernel<<<ceil_div(p.num_experts + 1, kWarps), kTokensPerChunk, 0, on>>>(tables,
                                                                                p.num_experts + 1);
-  write_kernel<<<chunks, kTokensPerChunk, 0, on>>>(p, tables);
+  const int write_bytes = WriteShared::bytes(p.num_experts);
+  if (write_bytes > kUnasked) {  // always for the most, since other threads may be launching it
+    cudaFuncSetAttribute(write_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         WriteShared::bytes(kMaxExperts));
+  }
+  write_kernel<<<chunks, kTokensPerChunk, write_bytes, on>>>(p, tables);
   return launch_status();
 }
 

@@ -11,10 +11,11 @@
 // backward: the factor is a constant and the threshold is passed straight through, so
 // d value = factor * dG for every pair, then the derivatives of value and of s by z.
 //
-// A warp per token: rows are at most 2 KiB, so a row is read again from L1 instead of being kept in
+// A warp per token: rows are a few KiB, so a row is read again from L1 instead of being kept in
 // registers, and no size needs a kernel of its own. A rank is the number of logits that come before:
-// R^2 / 32 comparisons per lane, cheaper than a sort of up to 512 numbers. Every lane writes only its
-// own experts; top_p alone reads what other lanes wrote, after __syncwarp.
+// R^2 / 32 comparisons per lane, cheaper than a sort of up to 512 numbers. Calibrated models have more
+// experts, but a threshold, which needs no ranks. Every lane writes only its own experts; top_p alone
+// reads what other lanes wrote, after __syncwarp.
 #include <cmath>
 
 #include "common/routing.h"

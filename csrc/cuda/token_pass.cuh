@@ -13,6 +13,7 @@ constexpr int kTileM = 128;
 constexpr int kCopyRows =
     kThreads / kChunksPerRow;  // rows of kTileK numbers that a CTA copies at once
 constexpr int kCtasPerSm = 2;
+constexpr int kExpertThreads = 512;  // of a CTA that goes through all experts
 
 // Which of the launches that together make one sum this is: the first does not read what was there, the
 // last writes the result.
@@ -53,32 +54,41 @@ struct PassArgs {
   T* y;           // [Tp,H]   what `down` writes
 };
 
-// One CTA: where experts' columns begin (an exclusive sum of sizes rounded up), and which row of
-// down_proj_t stands behind a column.
+// One CTA, 512 experts at a time: where experts' columns begin (an exclusive sum of sizes
+// rounded up), and which row of down_proj_t stands behind a column.
 template <class T>
-__global__ void __launch_bounds__(kMaxExperts)
+__global__ void __launch_bounds__(kExpertThreads)
     place_columns_kernel(const __grid_constant__ PassArgs<T> args) {
-  __shared__ int warp_totals[kMaxExperts / kWarp];
-  const int expert = threadIdx.x, warp = expert / kWarp, lane = expert % kWarp;
-  const bool exists = expert < args.num_experts;
-  const int first = exists ? args.expert_offsets[expert] : 0;
-  const int size = exists ? args.expert_offsets[expert + 1] - first : 0;
-  const int padded = ceil_div(size, kColumnAlign) * kColumnAlign;
-  int end = warp_inclusive_sum(padded);
-  if (lane == kWarp - 1) warp_totals[warp] = end;
-  __syncthreads();
-  for (int w = 0; w < warp; ++w) end += warp_totals[w];
-  if (exists) args.expert_columns[expert] = end - padded;
-  if (expert == args.num_experts - 1) args.expert_columns[args.num_experts] = end;
-  // a warp writes the columns of its 32 experts, one expert after the other
-  for (int other = 0; other < kWarp; ++other) {
-    const int column = __shfl_sync(kAllLanes, end - padded, other);
-    const int columns = __shfl_sync(kAllLanes, padded, other);
-    const int row = __shfl_sync(kAllLanes, first, other),
-              rows = __shfl_sync(kAllLanes, size, other);
-    for (int i = lane; i < columns; i += kWarp) {
-      args.row_of_column[column + i] = i < rows ? row + i : -1;
+  __shared__ int warp_totals[kExpertThreads / kWarp];
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  int before = 0;  // columns of earlier rounds
+  for (int base = 0; base < args.num_experts; base += kExpertThreads) {
+    const int expert = base + threadIdx.x;
+    const bool exists = expert < args.num_experts;
+    const int first = exists ? args.expert_offsets[expert] : 0;
+    const int size = exists ? args.expert_offsets[expert + 1] - first : 0;
+    const int padded = ceil_div(size, kColumnAlign) * kColumnAlign;
+    const int through = warp_inclusive_sum(padded);
+    if (lane == kWarp - 1) warp_totals[warp] = through;
+    __syncthreads();
+    int end = before + through;
+    for (int w = 0; w < kExpertThreads / kWarp; ++w) {
+      if (w < warp) end += warp_totals[w];
+      before += warp_totals[w];
     }
+    if (exists) args.expert_columns[expert] = end - padded;
+    if (expert == args.num_experts - 1) args.expert_columns[args.num_experts] = end;
+    // a warp writes the columns of its 32 experts, one expert after the other
+    for (int other = 0; other < kWarp; ++other) {
+      const int column = __shfl_sync(kAllLanes, end - padded, other);
+      const int columns = __shfl_sync(kAllLanes, padded, other);
+      const int row = __shfl_sync(kAllLanes, first, other),
+                rows = __shfl_sync(kAllLanes, size, other);
+      for (int i = lane; i < columns; i += kWarp) {
+        args.row_of_column[column + i] = i < rows ? row + i : -1;
+      }
+    }
+    __syncthreads();  // warp_totals are free again
   }
 }
 

@@ -27,7 +27,7 @@ from dsmoe_ext.llama_mlp import check_llama_mlp
 GROUPING_TOKENS = 4096
 # How much of the error that earlier layers left in the hidden state a layer's refit takes on.
 CORRECTION = 0.5
-MAX_CUDA_EXPERTS = 512  # kMaxExperts in csrc/cuda/permute.cuh
+MAX_CUDA_EXPERTS = 2048  # kMaxExperts in csrc/cuda/permute.cuh
 
 
 @dataclass(frozen=True)

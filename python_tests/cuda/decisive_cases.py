@@ -180,7 +180,8 @@ def list_pairs(make):
             assert torch.equal(listed, want.float())
 
 
-# loops are unrolled four times: experts and chunks beyond 128 take every copy, others the rest
+# loops are unrolled four times: experts and chunks beyond 128 take every copy, others the rest; of
+# a loop over a CTA's 256 threads, experts beyond 768
 PERMUTE = [
     (33, 3, 0.5),
     (300, 40, 0.4),
@@ -188,6 +189,7 @@ PERMUTE = [
     (256 * 33 + 5, 2, 0.3),
     (300, 301, 0.2),
     (256 * 130 + 5, 1, 0.3),
+    (31, 1100, 0.3),
 ]
 SHARED = (2, [2] * 170, 130)  # experts of which 130 are shared
 MANY = (3, [1 + i % 7 for i in range(130)], 0)
@@ -201,7 +203,7 @@ SHAPES = {
 FORWARD = {
     **SHAPES,
     "chunks": (300, 40, [72, 40, 16], 0.5),
-    "many": (17, 16, [2 * (i > 300 or i % 7 > 2) for i in range(512)], 0.1),
+    "many": (17, 16, [2 * (i > 300 or i % 7 > 2) for i in range(600)], 0.1),
     "large last": (40, 32, [8, 20, 72], 0.5),
     "large idle": (40, 32, [72, 80, 8, 72], (0, 2, 3)),
     "two groups of row tiles": (1100, 8, [16, 24, 40, 72], 1.0),

@@ -48,6 +48,14 @@ DECODE = {  # the same, T <= 16
 }
 
 
+def fine_experts(tokens):
+    """600 experts of 16 neurons, about 40 pairs of them active, behind one that all tokens use."""
+    sizes, dtype = [48] + [16] * 600, torch.bfloat16
+    case = random_case(15, tokens, 24, sizes, active=40 / 600 / tokens, dtype=dtype)
+    case.gates[:, 0] = 1
+    return case
+
+
 def expect(case):
     """The result in float64, and the largest error that rule 5 of design.md allows."""
     exact = reference.sparse_ffn(*case.to(torch.float64).inputs())
@@ -113,6 +121,11 @@ def test_edges_in_float32(edge):
 @pytest.mark.parametrize("tokens, sizes", [(1, [32] * 4), (130, [72, 8, 4]), (260, [8, 70])])
 def test_float32(tokens, sizes):
     check(random_case(3, tokens, 24, sizes, dtype=torch.float32), Ops())
+
+
+@pytest.mark.parametrize("tokens, arch", [(1, "80"), (4, "80"), (20, "80"), (20, "90a")])
+def test_experts_of_a_calibrated_model(tokens, arch):
+    check(fine_experts(tokens), Ops(arch=arch))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -257,6 +270,7 @@ def test_tokens_in_passes():
 
 
 SIZES = [(8, 11008, 4096), (512, 8192, 2048), (8, 28672, 8192)]  # E, I, H
+SIZES += [(1345, 28672, 8192), (2048, 32768, 4096)]
 
 
 @interpreter_only
@@ -283,9 +297,10 @@ def test_traffic():
 
 @interpreter_only
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_what_is_not_supported_says_so(dtype):
+@pytest.mark.parametrize("hidden, sizes", [(20, [8]), (24, [1] * 2049)], ids=["H", "E"])
+def test_what_is_not_supported_says_so(hidden, sizes, dtype):
     with pytest.raises(Failed, match="kUnsupported"):
-        Interpreter().sparse_ffn(*random_case(7, 4, 20, [8], dtype=dtype).inputs())
+        Interpreter().sparse_ffn(*random_case(7, 4, hidden, sizes, dtype=dtype).inputs())
 
 
 @interpreter_only

@@ -7,7 +7,7 @@ import torch
 from interpreted import Failed, Interpreter
 from ops_under_test import ON_GPU, Ops
 from ptx import Counters
-from test_expert_mlp import SIZES
+from test_expert_mlp import SIZES, fine_experts
 
 from dsmoe_ext import reference
 from dsmoe_ext.testing import magnitudes, random_case, run_case
@@ -76,6 +76,11 @@ def test_edges(edge, exact_ste, arch):
     tokens, hidden, sizes, active = EDGES[edge]
     options = dict(active=active, exact_ste=exact_ste, dtype=torch.bfloat16)
     check(random_case(0, tokens, hidden, sizes, **options), Ops(arch=arch))
+
+
+@in_both_loops
+def test_experts_of_a_calibrated_model(arch):
+    check(fine_experts(10), Ops(arch=arch))
 
 
 @interpreter_only
@@ -358,6 +363,7 @@ def test_float32_under_any_schedule_and_without_bank_conflicts():
 
 
 @interpreter_only
-def test_what_is_not_supported_says_so():
+@pytest.mark.parametrize("hidden, sizes", [(20, [8]), (24, [1] * 2049)], ids=["H", "E"])
+def test_what_is_not_supported_says_so(hidden, sizes):
     with pytest.raises(Failed, match="kUnsupported"):
-        gradients(random_case(10, 4, 20, [8], dtype=torch.bfloat16), Interpreter())
+        gradients(random_case(10, 4, hidden, sizes, dtype=torch.bfloat16), Interpreter())

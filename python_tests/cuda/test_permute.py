@@ -36,10 +36,26 @@ def check(gates, **options):
         (257, 33, 0.3),
         (600, 40, 0.5),
         (70, 512, 0.1),
+        (70, 513, 0.1),
+        (3, 1117, 0.5),  # the first to ask for shared memory, by 32 bytes
+        (300, 1345, 0.2),
+        (33, 2048, 0.5),
+        (0, 2048, 0.5),
     ],
 )
 def test_lists_equal_the_reference(tokens, experts, active):
     check(random_gates(0, tokens, experts, active))
+
+
+@pytest.mark.parametrize("tokens", [0, 256])
+def test_all_pairs_of_the_most_experts_are_active(tokens):
+    """A warp finds up to 224 pairs of an expert before its own: just what a byte holds."""
+    check(torch.ones(tokens, 2048))
+
+
+def test_more_experts_are_refused():
+    with pytest.raises(RuntimeError, match=r"kUnsupported|at most 2048 experts"):
+        Ops().permute(torch.ones(2, 2049))
 
 
 def test_one_expert_takes_all_and_others_are_empty():
