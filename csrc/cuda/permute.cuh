@@ -6,7 +6,6 @@
 namespace dsmoe::cuda {
 
 constexpr int kTokensPerChunk = 256;
-constexpr int kMaxExperts = 512;
 
 struct PermuteTables {
   int64_t num_chunks;
