@@ -3,6 +3,9 @@
 import pytest
 import torch
 from end_to_end import check, numbers
+from interpreted import STREAM
+from on_cuda_kernels import cuda_kernels
+from ops_under_test import ON_GPU
 
 from dsmoe_ext import DSMoEFFN
 
@@ -67,3 +70,15 @@ def test_ffn_infers(tokens, dtype):
 
     for method in METHODS.values():
         check(run, random_ffn(dtype, **method).eval())
+
+
+@pytest.mark.skipif(ON_GPU, reason="asks the interpreter")
+def test_where_it_ran():
+    """All kernels on torch's current stream; outside of the context none."""
+    ffn, x = random_ffn(torch.bfloat16), numbers(12, 3, 32).bfloat16()
+    with cuda_kernels() as ops:
+        ffn(x).sum().backward()
+    launches = len(ops.launches)
+    ffn(x).sum().backward()
+    assert len(ops.launches) == launches > 0
+    assert {stream for name, stream in ops.calls if name == "cudaLaunchKernel"} == {STREAM}
