@@ -190,6 +190,8 @@ namespace cuda {
 
 using Stream = void*;  // a cudaStream_t
 
+constexpr int kMaxExperts = 2048;  // what permute's shared memory holds
+
 // All work goes to the stream, and nothing waits for it: workspaces and launches have worst-case
 // sizes (every pair active), known on the host, so that a CUDA graph can capture any of these calls.
 

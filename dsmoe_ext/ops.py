@@ -55,7 +55,8 @@ class PackedWeights:
 
 
 def build_info() -> dict:
-    """Version, torch built against, compiler, CUDA (empty: none), instruction sets, one in use."""
+    """Version, torch built against, compiler, CUDA (empty: none) and the most experts that it
+    takes, instruction sets, the one in use."""
     return _C.build_info()
 
 
@@ -65,7 +66,9 @@ def build_info() -> dict:
 def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """logits [T,R] = x [T,H] @ weight.T + bias, in float32 whatever x is (float64 if x is).
 
-    weight [R,H] and bias [R] have that dtype. On the CPU x is widened a cache block at a time.
+    weight [R,H] and bias [R] have that dtype. On the CPU x is widened a cache block at a time. On
+    CUDA it is torch's own product: where torch.backends.cuda.matmul allows TF32 (by default it does
+    not), logits are exact to 10 bits, and a score that is as near to the threshold may cross it.
     """
     return _ops.router(x, weight, bias)
 
@@ -214,8 +217,9 @@ def sparse_ffn(
     inference on the CPU, as `sparse_ffn(x, gates, packed)`. (DSMoE, arXiv 2502.12455, section 3.)
 
     Args:
-        x: [T,H] float32, bfloat16, float16 or float64; any strides. On CUDA no float64, H and the
-            rows' stride multiples of 8, rows aligned to 16 bytes, and at most 2048 experts.
+        x: [T,H] float32, bfloat16, float16 or float64; any strides. On CUDA no float64, H a
+            multiple of 8, and at most build_info()["max_cuda_experts"] experts; rows that are not
+            aligned to 16 bytes, and 8 elements apart or a multiple of that, are copied.
         gates: [T,E] float32 (float64 if x is); 0 = the token skips the expert; any scale already
             applied.
         gate_proj, up_proj, down_proj_t: [I,H] like x; down_proj_t is Hugging Face's down_proj

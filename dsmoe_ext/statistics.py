@@ -15,22 +15,19 @@ class ActivityCounter(nn.Module):
     """Counts the tokens that used each expert. Counts only grow; readers keep what they saw last.
 
     counts [2,E+1] int64: row 0 in evaluation, row 1 in training; the last column is the number of
-    tokens. Never read on the host while the model runs.
+    tokens. Never read on the host while the model runs. Not a buffer: DistributedDataParallel would
+    overwrite it with the first process's before every forward.
     """
 
     def __init__(self, num_experts: int, device=None):
         super().__init__()
         self.num_experts = num_experts
-        counts = torch.zeros(2, num_experts + 1, dtype=torch.int64, device=device)
-        self.register_buffer("counts", counts, persistent=False)
+        # Loaders build modules on the meta device and then fill in parameters and buffers alone.
+        on_cpu = device is None or torch.device(device).type == "meta"
+        device = "cpu" if on_cpu else device
+        self.counts = torch.zeros(2, num_experts + 1, dtype=torch.int64, device=device)
         self._pending: list[tuple[Tensor, Tensor | None, bool]] = []
         self._last_read: Tensor | None = None
-
-    def reset_parameters(self) -> None:
-        """Starts again at zero; also what a loader that builds on the meta device calls."""
-        self._pending.clear()
-        self._last_read = None
-        self.counts.zero_()
 
     def add(self, gates: Tensor, token_mask: Tensor | None = None) -> None:
         """Counts gates [T,E] that are not 0, but not of tokens whose token_mask [T] is False."""
@@ -43,6 +40,9 @@ class ActivityCounter(nn.Module):
             self._flush()
 
     def _count(self, gates: Tensor, token_mask: Tensor | None, training: bool) -> None:
+        if self.counts.device != gates.device:
+            with torch.inference_mode(False):  # or no later forward with gradients could add to it
+                self.counts = self.counts.to(gates.device)
         used = gates != 0
         tokens = gates.shape[0]
         if token_mask is not None:
@@ -75,6 +75,9 @@ class ActivityCounter(nn.Module):
 
     def _apply(self, fn, recurse=True):
         self._flush()  # before counts move to another device than the batches in waiting
+        device = fn(self.counts).device
+        if device.type != "meta":
+            self.counts = self.counts.to(device)
         return super()._apply(fn, recurse)
 
     def __getstate__(self):

@@ -264,6 +264,7 @@ def test_groups_and_masks(sizes, seed):
 @pytest.mark.quick
 def test_more_experts_than_cuda_takes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    layerwise._warn_of_many_experts(2048)
-    with pytest.warns(UserWarning, match="2049 experts a layer are more than the 2048"):
-        layerwise._warn_of_many_experts(2049)
+    most = dsmoe_ext.build_info()["max_cuda_experts"]
+    layerwise._warn_of_many_experts(most)
+    with pytest.warns(UserWarning, match=f"{most + 1} experts a layer are more than the {most}"):
+        layerwise._warn_of_many_experts(most + 1)

@@ -3,6 +3,8 @@
 import copy
 import math
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -74,6 +76,45 @@ def test_counts_of_experts(seed):
     offsets = torch.tensor([0, 2, 3, 10], dtype=torch.int32)
     counts = torch.tensor([5, 4, 2, 10])
     assert active_share(counts, offsets) == (5 * 2 + 4 * 1 + 2 * 7) / 100
+
+
+COUNT_UNDER_DDP = """
+import sys, torch
+from dsmoe_ext import DSMoEFFN
+rank, meeting = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group(
+    "gloo", init_method=f"file://{meeting}", rank=rank, world_size=2
+)
+ffn = DSMoEFFN(24, 40, 4)
+model = torch.nn.parallel.DistributedDataParallel(ffn)
+for _ in range(3):
+    model(torch.randn(20 + 10 * rank, 24)).sum().backward()
+print(ffn.activity.totals()[1, -1].item())
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_every_process_counts_its_own_tokens(tmp_path):
+    """DistributedDataParallel broadcasts buffers: what is counted must not be one."""
+    command = [sys.executable, "-c", COUNT_UNDER_DDP]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "meeting")],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    assert [int(p.communicate(timeout=120)[0]) for p in processes] == [3 * 20, 3 * 30]
+
+
+def test_counts_need_no_loader():
+    """Built on the meta device, as loaders do, and given memory afterwards."""
+    with torch.device("meta"):
+        ffn = DSMoEFFN(24, 40, 4)
+    ffn.to_empty(device="cpu")
+    assert torch.equal(ffn.activity.totals(), torch.zeros(2, 4 + 1, dtype=torch.int64))
 
 
 def test_copies_and_moves_lose_nothing(seed):

@@ -72,12 +72,6 @@ inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-// Kernels take rows at any distance, but the elements of a row side by side.
-inline Tensor with_dense_rows(const Tensor& tensor) {
-  const bool dense = tensor.size(1) <= 1 || tensor.stride(1) == 1;
-  return dense && tensor.stride(0) >= 0 ? tensor : torch::stable::contiguous(tensor);
-}
-
 inline int64_t row_stride(const Tensor& tensor) {
   return tensor.size(0) <= 1 || tensor.size(1) == 0 ? tensor.size(1) : tensor.stride(0);
 }

@@ -2,6 +2,7 @@
 // device's kernel.
 #include <limits>
 
+#include "binding/cuda_limits.h"
 #include "binding/device.h"
 #include "binding/kept_memory.h"
 #include "binding/ops.h"
@@ -26,6 +27,11 @@ Inputs check_inputs(const Tensor& x, const Tensor& gates, const Tensor& offsets,
         ".");
   check(gates.device() == x.device() && offsets.device() == x.device(),
         "x, gates and expert_offsets must be on one device.");
+  if (x.is_cuda()) {
+    check_cuda_dtype(x, "x");
+    check_cuda_hidden_size(hidden_size);
+    check_cuda_experts(gates.size(1));
+  }
   check(x.size(0) * std::max<int64_t>(gates.size(1), 1) < std::numeric_limits<int32_t>::max(),
         "T * E must be below 2^31; split the tokens.");
   return {with_dense_rows(x), as_contiguous(gates),
@@ -38,7 +44,7 @@ Tensor checked_weight(const Tensor& weight, const char* name, const Tensor& x,
   check_like(weight, name, x);
   check(weight.dim() == 2, name, " must have shape [I, H], but has ", shape_string(weight), ".");
   check_shape(weight, name, {gate_proj.size(0), gate_proj.size(1)});
-  return as_contiguous(weight);
+  return aligned(as_contiguous(weight));
 }
 
 ExpertMlpParams params(const Inputs& in, int64_t intermediate_size) {

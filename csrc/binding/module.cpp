@@ -31,6 +31,7 @@ pybind11::dict build_info() {
   info["torch"] = DSMOE_TORCH_VERSION;
   info["compiler"] = DSMOE_COMPILER;
   info["cuda"] = DSMOE_CUDA_VERSION;
+  info["max_cuda_experts"] = dsmoe::cuda::kMaxExperts;
   info["isas"] = isas();
   info["isa"] = dsmoe::cpu::isa();
   return info;

@@ -1,6 +1,7 @@
 // dsmoe::permute: check, allocate, fill Params, call the device's kernel.
 #include <limits>
 
+#include "binding/cuda_limits.h"
 #include "binding/device.h"
 
 namespace dsmoe::binding {
@@ -14,6 +15,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> permute(const Tensor& gates_in) {
   p.gates_dtype = kernel_dtype(gates_in, "gates");
   check(p.gates_dtype == Dtype::kFloat32 || p.gates_dtype == Dtype::kFloat64,
         "gates must be float32 or float64.");
+  if (gates_in.is_cuda()) {
+    check_cuda_dtype(gates_in, "gates");
+    check_cuda_experts(gates_in.size(1));
+  }
   p.num_tokens = gates_in.size(0);
   p.num_experts = static_cast<int32_t>(gates_in.size(1));
   p.capacity = p.num_tokens * p.num_experts;

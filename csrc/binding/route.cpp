@@ -1,5 +1,5 @@
 // dsmoe::route and its backward: check, allocate, fill Params, call the device's kernel.
-#include "binding/checks.h"
+#include "binding/cuda_limits.h"
 #include "binding/device.h"
 #include "binding/ops.h"
 
@@ -33,6 +33,7 @@ void check_route(const Tensor& logits, const Tensor& expert_offsets, const Optio
   check(logits.dim() == 2, "logits must have shape [T, R], but has ", shape_string(logits), ".");
   check(logits.scalar_type() == ScalarType::Float || logits.scalar_type() == ScalarType::Double,
         "logits must be float32 or float64.");
+  if (logits.is_cuda()) check_cuda_dtype(logits, "logits");
   check(expert_offsets.dim() == 1 && expert_offsets.size(0) > logits.size(1),
         "expert_offsets must have one entry more than there are experts, at least ",
         logits.size(1) + 1, ".");

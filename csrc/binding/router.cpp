@@ -1,6 +1,7 @@
 // dsmoe::router: check, allocate, fill Params, call the kernel; on CUDA torch's matrix product.
 #include <array>
 
+#include "binding/cuda_limits.h"
 #include "binding/device.h"
 #include "binding/ops.h"
 

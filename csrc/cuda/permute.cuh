@@ -6,7 +6,6 @@
 namespace dsmoe::cuda {
 
 constexpr int kTokensPerChunk = 256;
-constexpr int kMaxExperts = 2048;  // what permute's shared memory holds
 
 struct PermuteTables {
   int64_t num_chunks;

@@ -22,12 +22,12 @@ from dsmoe_ext.calibration.streams import Streams, quick_matmul
 from dsmoe_ext.command_line import console
 from dsmoe_ext.convert import convert_llama, merge_to_llama
 from dsmoe_ext.llama_mlp import check_llama_mlp
+from dsmoe_ext.ops import build_info
 
 # The neurons are grouped on about this many of the tokens; more made no difference.
 GROUPING_TOKENS = 4096
 # How much of the error that earlier layers left in the hidden state a layer's refit takes on.
 CORRECTION = 0.5
-MAX_CUDA_EXPERTS = 2048  # kMaxExperts in csrc/cuda/permute.cuh
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,11 @@ def calibrate(
 
 def _warn_of_many_experts(num_experts: int) -> None:
     """Before the work is done: the default cut of Llama-2-7B has 517 experts."""
-    if num_experts > MAX_CUDA_EXPERTS and torch.cuda.is_available():
+    most = build_info()["max_cuda_experts"]
+    if num_experts > most and torch.cuda.is_available():
         warnings.warn(
-            f"{num_experts} experts a layer are more than the {MAX_CUDA_EXPERTS} that CUDA kernels "
-            "take: the result will run on the CPU only. A larger expert_size makes fewer.",
+            f"{num_experts} experts a layer are more than the {most} that CUDA kernels take: the "
+            "result will run on the CPU only. A larger expert_size makes fewer.",
             stacklevel=3,
         )
 

@@ -35,7 +35,6 @@ from dsmoe_ext.losses import layer_sparsity_sum
 from dsmoe_ext.models.auto import MODEL_TYPE
 from dsmoe_ext.models.configuration import DSMoELlamaConfig
 from dsmoe_ext.routers import LinearRouter
-from dsmoe_ext.statistics import ActivityCounter
 
 
 @dataclass
@@ -101,7 +100,7 @@ class DSMoELlamaPreTrainedModel(LlamaPreTrainedModel):
         if isinstance(module, DSMoEFFN):
             for weight in (module.gate_proj, module.up_proj, module.down_proj_t):
                 nn.init.normal_(weight, std=self.config.initializer_range)
-        elif isinstance(module, LinearRouter | ActivityCounter):
+        elif isinstance(module, LinearRouter):
             module.reset_parameters()
         else:
             super()._init_weights(module)

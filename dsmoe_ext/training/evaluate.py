@@ -58,8 +58,8 @@ def activity_since(model, before: list[torch.Tensor]) -> list[float]:
     from ..statistics import active_share
 
     return [
-        active_share((ffn.activity.totals() - counts).sum(0), ffn.expert_offsets).item()
-        for ffn, counts in zip(ffn_layers(model), before, strict=True)
+        active_share((now - seen.to(now.device)).sum(0), ffn.expert_offsets).item()
+        for ffn, now, seen in zip(ffn_layers(model), activity(model), before, strict=True)
     ]
 
 

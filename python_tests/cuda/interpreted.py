@@ -127,10 +127,11 @@ class Interpreter:
         return 0
 
     def _memset(self, address, value, count):
-        buffer = self.device.memory.buffers[address >> 40]
-        start = address & (1 << 40) - 1
-        buffer.bytes[start : start + count] = value
-        buffer.initialised[start // 2 : (start + count) // 2] = True
+        try:
+            self.device.memory.fill(address, value, count)
+        except Exception as error:  # as in _launch
+            self.problem = self.problem or error
+            return 1
         return 0
 
     def _run(self, entry, params, workspace=None):

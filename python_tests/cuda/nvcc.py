@@ -80,9 +80,9 @@ def version(path):
 def sources_digest(*extra):
     """Changes with any file that a kernel could include, and with the compiler."""
     digest = hashlib.sha256("\0".join([version(nvcc()), *extra]).encode())
-    csrc = ROOT / "csrc"
-    folders = [csrc / "cuda", csrc / "common", pathlib.Path(__file__).parent]
-    files = [p for f in folders for p in f.rglob("*") if p.suffix in (".cu", ".cuh", ".h", ".cpp")]
+    csrc, here = ROOT / "csrc", pathlib.Path(__file__).parent
+    files = [*(csrc / "cuda").rglob("*"), *(csrc / "common").rglob("*"), *here.glob("*")]
+    files = [p for p in files if p.suffix in (".cu", ".cuh", ".h", ".cpp")]
     files = sorted([*files, csrc / "kernels.h"])
     for path in files:
         digest.update(path.name.encode() + path.read_bytes())

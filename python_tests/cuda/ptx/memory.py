@@ -45,9 +45,12 @@ class GlobalMemory:
             buffer.shadow = None
         self.clocks = clocks
 
+    def _locate(self, address):
+        """(numbers of the buffers, offsets in them)."""
+        return address >> BUFFER_SHIFT, (address & OFFSET_MASK).astype(np.int64)
+
     def _split(self, address, size):
-        number = address >> BUFFER_SHIFT
-        offset = (address & OFFSET_MASK).astype(np.int64)
+        number, offset = self._locate(address)
         first = int(number[0])
         groups = (
             [(first, slice(None))]
@@ -63,8 +66,8 @@ class GlobalMemory:
                 raise BadAccess(
                     f"global access at byte {worst} of buffer {i}, which has {buffer.bytes.size}"
                 )
-            if (off % size).any():
-                worst = int(off[off % size != 0][0])
+            if (odd := address[part] % np.uint64(size) != 0).any():
+                worst = int(off[odd][0])
                 raise BadAccess(f"misaligned global access of {size} bytes at byte {worst}")
             yield buffer, off, part
 
@@ -100,6 +103,14 @@ class GlobalMemory:
             self._shadow(buffer).on_write(at, who, atomic)
             buffer.initialised[at] = True
             buffer.bytes[off[:, None] + np.arange(size)] = data[part]
+
+    def fill(self, address, value, count):
+        """What cudaMemset does."""
+        ((buffer, (start,), _),) = self._split(np.array([address], np.uint64), 1)
+        if start + count > buffer.bytes.size:
+            raise BadAccess(f"a memset reaches byte {start + count} of {buffer.bytes.size}")
+        buffer.bytes[start : start + count] = value
+        buffer.initialised[start // 2 : (start + count) // 2] = True
 
 
 class SharedMemory:
