@@ -19,15 +19,8 @@ namespace {
 template <int kColumns, class T>
 bool launch_gate_up(const PassArgs<T>& args, int min_size, int max_size, int ctas,
                     cudaStream_t on) {
-  CUtensorMap gate, up;
-  const auto kernel = gate_up_kernel<T, kColumns>;
-  if (!map_matrix(gate, args.gate_proj, args.intermediate_size, args.hidden_size, kColumns) ||
-      !map_matrix(up, args.up_proj, args.intermediate_size, args.hidden_size, kColumns) ||
-      !may_use_shared_memory(kernel)) {
-    return false;
-  }
-  kernel<<<ctas, kThreads, kSharedBytes, on>>>(args, gate, up, min_size, max_size);
-  return true;
+  return launch_gates_and_ups(gate_up_kernel<T, kColumns>, args, args, kColumns, min_size, max_size,
+                              ctas, on);
 }
 
 }  // namespace
