@@ -94,11 +94,12 @@ def pipes(gpu: Gpu, kernel: str, rows: int) -> dict[str, float]:
 
 
 def aside(gpu: Gpu, kernel: str, rows: int, part: str) -> tuple[float, float, float]:
-    """What a tile or unit costs beside its steps: cycles, issue slots, bytes.
+    """What a tile or unit costs beside its steps: cycles, issue slots, bytes. Blocks are multiplied
+    whole, but rows beyond the last one are not moved.
 
     Where an SM holds one CTA, nobody multiplies while its results travel, at the SM's share of L2.
     """
-    slots = counted(kernel, rows, part, "instructions") / 4
+    slots = counted(kernel, gpu.loop.blocks(rows), part, "instructions") / 4
     moved = sum(counted(kernel, rows, part, k) for k in ("load_bytes", "store_bytes"))
     alone = gpu.loop.ctas_per_sm == 1
     travel = moved * gpu.sms / gpu.l2_bytes_per_cycle if alone else 0.0
@@ -120,15 +121,14 @@ def run_tiles(
         sm, chain = index % gpu.sms, 0.0
         for rows, steps in tiles:
             step = pipes(gpu, kernel, rows)
-            whole = gpu.loop.blocks(rows)
-            own, slots, own_bytes = aside(gpu, kernel, whole, "tile")
+            own, slots, own_bytes = aside(gpu, kernel, rows, "tile")
             busy[sm] += steps * max(step.values()) + own
             chain += steps * (step[gpu.loop.unit] + gpu.loop.sync_cycles) + own
             for name, cycles in step.items():
                 sums[name] += steps * cycles + (slots if name == "issue" else 0.0)
             moved += own_bytes
             for what in ("load_bytes", "store_bytes"):
-                moved += steps * counted(kernel, whole, "step", what)
+                moved += steps * counted(kernel, rows, "step", what)
         for tokens in units[index] if units else ():
             own, slots, own_bytes = aside(gpu, kernel, tokens, "unit")
             busy[sm], chain, moved = busy[sm] + own, chain + own, moved + own_bytes
