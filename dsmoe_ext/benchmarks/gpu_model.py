@@ -182,14 +182,24 @@ def gate_up(gpu: Gpu, load: Load) -> list[Prediction]:
     return gathered(gpu, load, kernels, 2, lambda size: load.hidden_size + written * size)
 
 
+def strip(gpu: Gpu, load: Load) -> tuple[int, int]:
+    """Columns and tokens of a unit of `down`, chosen as in sm90a/forward.cu."""
+
+    def cost(choice: tuple[int, int]) -> int:
+        columns, tokens = choice
+        units = math.ceil(load.num_tokens / tokens) * math.ceil(load.hidden_size / columns)
+        return math.ceil(units / gpu.sms) * (tokens * 3 // 8 + columns)
+
+    return min(gpu.loop.strips, key=cost)
+
+
 def down(gpu: Gpu, load: Load, sources: int = 1, ends: bool = True) -> Prediction:
     """A unit is some tokens by a strip; small experts that are neighbours go as one, dense.
     Several sources make one sum of several times the steps. ends: units are cleared and written."""
     loop, number = gpu.loop, load.number_bytes
-    strips = math.ceil(load.hidden_size / loop.strip_columns)
+    columns, unit_tokens = strip(gpu, load)
+    strips = math.ceil(load.hidden_size / columns)
     units, tokens, read = [], [], 0.0
-    is_busy = math.ceil(load.num_tokens / loop.unit_tokens) * strips >= gpu.sms
-    unit_tokens = loop.unit_tokens if is_busy else CHUNK_TOKENS
     for first in range(0, load.num_tokens, unit_tokens):
         chunk = load.active[first : first + unit_tokens]
         tiles, run = [], 0
@@ -209,7 +219,8 @@ def down(gpu: Gpu, load: Load, sources: int = 1, ends: bool = True) -> Predictio
     dram = sources * (read + waves * number * load.hidden_size * sum(load.sizes))
     dram += number * load.num_tokens * load.hidden_size
     apart = deal(gpu, tokens) if loop is WGMMA and ends else None
-    return run_tiles(gpu, f"{loop.prefix}down", ctas, dram, apart)
+    kernel = f"{loop.prefix}down" + (f"<{columns}>" if loop is WGMMA else "")
+    return run_tiles(gpu, kernel, ctas, dram, apart)
 
 
 def row_tiles_of(loop: Loop, rows: int, terms: int, sources: int) -> list[tuple[int, int]]:
