@@ -78,17 +78,36 @@ def test_counts_of_wgmma_by_hand():
     assert model.counted(kernel, 256, "step", "mma") == 16 * 24 * 4
     assert model.counted(kernel, 256, "step", "shared_cycles") == 448 + 4 * 4 * 256 * 32 // 128
     # a unit of 512 tokens: sums zeroed and read, y written
-    sums = 512 * 128 * 4
-    assert model.counted("sm90a down", 512, "unit", "store_bytes") == sums + sums // 2
+    sums = 512 * 192 * 4
+    assert model.counted("sm90a down<192>", 512, "unit", "store_bytes") == sums + sums // 2
 
 
 def test_tiles_of_wgmma_are_those_of_its_schedulers():
-    """Rows of 256; 64 columns up to size 128, 96 beyond. Units of 512 tokens if they suffice."""
+    """Rows of 256; 64 columns up to size 128, 96 beyond."""
     h100 = GPUS["h100"]
     case = load(300, 64, [16, 40, 128, 200, 0])
     assert [p.tiles for p in model.gate_up(h100, case)] == [2, 0, 2 * (1 + 2), 2 * 3]
-    assert model.down(h100, load(300, 200, [16, 72])).tiles == 2 * (1 + 1) * 2
+    assert model.down(h100, load(300, 200, [16, 72])).tiles == 2 * (1 + 1) * 4  # of 64 columns
     assert model.down(h100, load(512, 132 * 128, [72])).tiles == 132 * 2
+
+
+def test_strips_of_wgmma_by_hand():
+    """What an SM gets at most, times its lines of L2 a step: 96 rows of 256 tokens, and columns. T
+    2048 makes 128 strips of 128 columns by 512 tokens (320 lines), or 88 of 192 columns (384)."""
+    chosen = {256: (64, 256), 512: (64, 256), 1024: (128, 256), 2048: (128, 512), 8192: (192, 512)}
+    for tokens, strip in chosen.items():
+        assert model.strip(GPUS["h100"], load(tokens, 4096, [72])) == strip
+    assert model.strip(A100, load(8192, 4096, [72])) == (128, 256)
+
+
+def test_rows_are_moved_one_by_one_and_multiplied_in_blocks():
+    """130 rows are three blocks; 64 terms of bf16 are 128 bytes."""
+    kernel, h100 = "sm90a gate_up<96>", GPUS["h100"]
+    assert model.counted(kernel, 130, "step", "load_bytes") == (130 + 192) * 128
+    assert model.pipes(h100, kernel, 130)["tensor cores"] == 3 * 64 * 192 // 32
+    _, few_slots, few = model.aside(h100, kernel, 130, "tile")
+    _, more_slots, more = model.aside(h100, kernel, 192, "tile")
+    assert few_slots == more_slots and few < more
 
 
 def test_tiles_of_the_backward_by_wgmma():
@@ -163,7 +182,7 @@ def test_tensor_cores_have_60_percent_of_what_a_full_tile_takes(gpu, kernel):
 
 
 @pytest.mark.parametrize(
-    "kernel", ["gate_up<96>", "gate_up<64>", "down", "recompute<96>", "neurons<80>", "weights"]
+    "kernel", ["gate_up<96>", "gate_up<64>", "down<192>", "recompute<96>", "neurons<80>", "weights"]
 )
 def test_wgmma_has_60_percent_of_what_a_full_tile_takes(kernel):
     step = model.pipes(GPUS["h100"], f"sm90a {kernel}", 256)

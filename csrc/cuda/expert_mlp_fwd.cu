@@ -41,12 +41,18 @@ struct Layout {
   Carver carver;
 };
 
+// Of an SM.
+int64_t strip_floats(const ExpertMlpParams& p) {
+  const bool on_hopper = p.dtype != Dtype::kFloat32 && sm90a::is_available();
+  return on_hopper ? sm90a::kStripFloats : kCtasPerSm * DownTile::kStripFloats;
+}
+
 Layout layout(const ExpertMlpParams& p, int ctas) {
   Layout l{};
   const int64_t width = matrix_width(p), row_bytes = width * dtype_size(p.dtype);
   l.expert_columns = l.carver.place((p.num_experts + 1) * 4);
   l.row_of_column = l.carver.place(width * 4);
-  l.strips = l.carver.place(ctas * int64_t{DownTile::kStripFloats} * 4);
+  l.strips = l.carver.place(ctas / kCtasPerSm * strip_floats(p) * 4);
   // small tables, and what rounding up takes
   const int64_t room = kWorkspaceLimit - l.carver.bytes - 32 * p.num_experts - 4096;
   l.tokens = per_pass(p.num_tokens, kTokensPerChunk, room / (row_bytes + p.num_experts * 5));

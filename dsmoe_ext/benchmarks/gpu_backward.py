@@ -81,7 +81,7 @@ def weights(gpu: Gpu, load: Load) -> list[Prediction]:
     """Three gradients, whose tiles have neurons as rows and tokens as steps: three launches, but
     one on sm_90a."""
     loop, hidden, launches = gpu.loop, load.hidden_size, 1 if gpu.loop is WGMMA else 3
-    columns = 192 if loop is WGMMA else loop.strip_columns
+    columns = 192 if loop is WGMMA else loop.strips[0][0]
     tile_rows = loop.tile_rows if loop is WGMMA else 64
     tiles, moved = [], 0.0
     for size, pairs in zip(load.sizes, load.active.sum(0).tolist(), strict=True):

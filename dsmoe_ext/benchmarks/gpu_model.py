@@ -94,11 +94,12 @@ def pipes(gpu: Gpu, kernel: str, rows: int) -> dict[str, float]:
 
 
 def aside(gpu: Gpu, kernel: str, rows: int, part: str) -> tuple[float, float, float]:
-    """What a tile or unit costs beside its steps: cycles, issue slots, bytes.
+    """What a tile or unit costs beside its steps: cycles, issue slots, bytes. Blocks are multiplied
+    whole, but rows beyond the last one are not moved.
 
     Where an SM holds one CTA, nobody multiplies while its results travel, at the SM's share of L2.
     """
-    slots = counted(kernel, rows, part, "instructions") / 4
+    slots = counted(kernel, gpu.loop.blocks(rows), part, "instructions") / 4
     moved = sum(counted(kernel, rows, part, k) for k in ("load_bytes", "store_bytes"))
     alone = gpu.loop.ctas_per_sm == 1
     travel = moved * gpu.sms / gpu.l2_bytes_per_cycle if alone else 0.0
@@ -120,15 +121,14 @@ def run_tiles(
         sm, chain = index % gpu.sms, 0.0
         for rows, steps in tiles:
             step = pipes(gpu, kernel, rows)
-            whole = gpu.loop.blocks(rows)
-            own, slots, own_bytes = aside(gpu, kernel, whole, "tile")
+            own, slots, own_bytes = aside(gpu, kernel, rows, "tile")
             busy[sm] += steps * max(step.values()) + own
             chain += steps * (step[gpu.loop.unit] + gpu.loop.sync_cycles) + own
             for name, cycles in step.items():
                 sums[name] += steps * cycles + (slots if name == "issue" else 0.0)
             moved += own_bytes
             for what in ("load_bytes", "store_bytes"):
-                moved += steps * counted(kernel, whole, "step", what)
+                moved += steps * counted(kernel, rows, "step", what)
         for tokens in units[index] if units else ():
             own, slots, own_bytes = aside(gpu, kernel, tokens, "unit")
             busy[sm], chain, moved = busy[sm] + own, chain + own, moved + own_bytes
@@ -182,14 +182,24 @@ def gate_up(gpu: Gpu, load: Load) -> list[Prediction]:
     return gathered(gpu, load, kernels, 2, lambda size: load.hidden_size + written * size)
 
 
+def strip(gpu: Gpu, load: Load) -> tuple[int, int]:
+    """Columns and tokens of a unit of `down`, chosen as in sm90a/forward.cu."""
+
+    def cost(choice: tuple[int, int]) -> int:
+        columns, tokens = choice
+        units = math.ceil(load.num_tokens / tokens) * math.ceil(load.hidden_size / columns)
+        return math.ceil(units / gpu.sms) * (tokens * 3 // 8 + columns)
+
+    return min(gpu.loop.strips, key=cost)
+
+
 def down(gpu: Gpu, load: Load, sources: int = 1, ends: bool = True) -> Prediction:
     """A unit is some tokens by a strip; small experts that are neighbours go as one, dense.
     Several sources make one sum of several times the steps. ends: units are cleared and written."""
     loop, number = gpu.loop, load.number_bytes
-    strips = math.ceil(load.hidden_size / loop.strip_columns)
+    columns, unit_tokens = strip(gpu, load)
+    strips = math.ceil(load.hidden_size / columns)
     units, tokens, read = [], [], 0.0
-    is_busy = math.ceil(load.num_tokens / loop.unit_tokens) * strips >= gpu.sms
-    unit_tokens = loop.unit_tokens if is_busy else CHUNK_TOKENS
     for first in range(0, load.num_tokens, unit_tokens):
         chunk = load.active[first : first + unit_tokens]
         tiles, run = [], 0
@@ -209,7 +219,8 @@ def down(gpu: Gpu, load: Load, sources: int = 1, ends: bool = True) -> Predictio
     dram = sources * (read + waves * number * load.hidden_size * sum(load.sizes))
     dram += number * load.num_tokens * load.hidden_size
     apart = deal(gpu, tokens) if loop is WGMMA and ends else None
-    return run_tiles(gpu, f"{loop.prefix}down", ctas, dram, apart)
+    kernel = f"{loop.prefix}down" + (f"<{columns}>" if loop is WGMMA else "")
+    return run_tiles(gpu, kernel, ctas, dram, apart)
 
 
 def row_tiles_of(loop: Loop, rows: int, terms: int, sources: int) -> list[tuple[int, int]]:

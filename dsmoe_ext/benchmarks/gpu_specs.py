@@ -14,8 +14,8 @@ class Loop:
     tile_rows: int
     block_rows: int  # that are multiplied together
     step_terms: int
-    unit_tokens: int  # of y, what a CTA of `down` owns at most
-    strip_columns: int  # and its columns
+    # of y, what a CTA of `down` may own: columns, tokens
+    strips: tuple[tuple[int, int], ...]
     # columns of a gate_up tile, up to which size of expert; the same where g and u are saved
     widths: tuple[tuple[int, int], ...]
     saving_widths: tuple[tuple[int, int], ...]
@@ -30,12 +30,20 @@ class Loop:
 
 
 SMALL = ((16, 16), (32, 32))
-MMA = Loop("", 128, 16, 32, 256, 128, (*SMALL, (64, ANY)), (*SMALL, (64, ANY)), 2, 100.0)
+MMA = Loop("", 128, 16, 32, ((128, 256),), (*SMALL, (64, ANY)), (*SMALL, (64, ANY)), 2, 100.0)
 WGMMA = Loop(
-    "sm90a ", 256, 64, 64, 512, 128, (*SMALL, (64, 128), (96, ANY)), (*SMALL, (64, ANY)), 1, 0.0
+    "sm90a ",
+    256,
+    64,
+    64,
+    ((64, 256), (128, 256), (128, 512), (192, 512)),
+    (*SMALL, (64, 128), (96, ANY)),
+    (*SMALL, (64, ANY)),
+    1,
+    0.0,
 )
 # whole tiles of 64 rows, whatever is in them
-TF32 = Loop("tf32 ", 64, 64, 16, 256, 64, ((64, ANY),), ((64, ANY),), 4, 100.0)
+TF32 = Loop("tf32 ", 64, 64, 16, ((64, 256),), ((64, ANY),), ((64, ANY),), 4, 100.0)
 FP32 = replace(TF32, prefix="fp32 ", unit="fp32 units")
 
 

@@ -46,7 +46,9 @@ KERNELS = {
     "sm90a gate_up<32>": ((64, 256), lambda steps: (64 * steps, 32), 1, 1),
     "sm90a gate_up<64>": ((64, 256), lambda steps: (64 * steps, 64), 1, 1),
     "sm90a gate_up<96>": ((64, 256), lambda steps: (64 * steps, 192), 2, 1),
-    "sm90a down": ((64, 256), lambda steps: (128, 64 * steps), 1, 1),
+    "sm90a down<64>": ((64, 256), lambda steps: (64, 64 * steps), 1, 1),
+    "sm90a down<128>": ((64, 256), lambda steps: (128, 64 * steps), 1, 1),
+    "sm90a down<192>": ((64, 256), lambda steps: (192, 64 * steps), 1, 1),
     "sm90a recompute<32>": ((64, 256), lambda steps: (64 * steps, 32), 1, 1),
     "sm90a recompute<64>": ((64, 256), lambda steps: (64 * steps, 64), 1, 1),
     "sm90a recompute<96>": ((64, 256), lambda steps: (64 * steps, 192), 2, 1),
@@ -169,7 +171,7 @@ def measure():
                 "step": {k: v / tiles / steps for k, v in step.items()},
                 "tile": {k: (few[k] - FEW * step[k]) / tiles for k in few},
             }
-            if kernel == "sm90a down":  # a second expert tells a tile's cost from the unit's
+            if "sm90a down" in kernel:  # a second expert tells a tile's cost from the unit's
                 second = run(kernel, FEW, rows, experts=2)
                 tile = {k: second[k] - few[k] - FEW * step[k] for k in few}
                 both = rows_table[str(rows)]["tile"]

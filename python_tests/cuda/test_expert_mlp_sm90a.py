@@ -14,8 +14,9 @@ from dsmoe_ext.testing import random_case
 pytestmark = pytest.mark.skipif(ON_GPU, reason="asks the interpreter")
 OWN = {  # tiles of 256 rows in blocks of 64; units of 512 tokens; 64 terms of a sum a step
     "blocks of rows": (200, 72, [130, 40], 0.6),
-    "a tile and a row": (257, 64, [64, 80], 1.0),
+    "a tile and a row": (257, 136, [64, 80], 1.0),
     "two units": (530, 136, [64, 8, 8, 128], 0.3),
+    "a strip of two panels": (300, 264, [72, 40, 16], 0.5),
     "steps without gaps": (66, 200, [64, 64, 16, 16, 16, 16], 0.7),
     # for more steps than there are stages, in every width of tile
     "one warpgroup idles": (50, 328, [16, 32, 64, 328], 0.9),
@@ -34,6 +35,18 @@ def test_edges_in_float16(edge):
     tokens, hidden, sizes, active = (EDGES | OWN)[edge]
     case = random_case(1, tokens, hidden, sizes, active=active, dtype=torch.float16)
     check(case, Interpreter(arch="90a"))
+
+
+@pytest.mark.parametrize("tokens, hidden, multiprocessors, columns", [
+    (40, 72, 2, 64), (40, 200, 1, 128), (300, 128, 1, 128), (40, 136, 1, 192), (300, 264, 2, 192),
+])  # fmt: skip
+def test_strips(tokens, hidden, multiprocessors, columns):
+    """Narrow ones where wide ones would leave multiprocessors idle, or be empty mostly."""
+    case = random_case(8, tokens, hidden, [72, 20], active=0.5, dtype=torch.bfloat16)
+    ops = Interpreter(arch="90a", multiprocessors=multiprocessors)
+    check(case, ops)
+    names = readable(sorted({name for name, *_ in ops.launches})).values()
+    assert f"sm90a::down_kernel<bfloat16,{columns}>" in names
 
 
 def test_one_expert_takes_all():
@@ -83,7 +96,7 @@ def test_rows_of_x_further_apart():
 def test_same_bits_for_any_schedule_and_number_of_multiprocessors():
     case = random_case(4, 90, 136, [72, 16, 16, 40], dtype=torch.bfloat16)
     want = Interpreter(arch="90a").sparse_ffn(*case.inputs())
-    for seed, multiprocessors in ((None, 1), (0, 3), (1, 2), (2, 1)):
+    for seed, multiprocessors in ((None, 1), (0, 3), (1, 2), (2, 1)):  # each has its strips
         ops = Interpreter(arch="90a", seed=seed, multiprocessors=multiprocessors)
         assert torch.equal(ops.sparse_ffn(*case.inputs()), want)
 

@@ -16,21 +16,6 @@ namespace dsmoe::cuda::sm90a {
 namespace {
 
 // Experts of min_size to max_size neurons; columns of each box: of gates and ups, and of the rest.
-template <int kGateUp, class T>
-bool launch_recompute(const NeuronsArgs<T>& args, int min_size, int max_size, int ctas,
-                      cudaStream_t on) {
-  const PassArgs<T>& pass = args.pass;
-  const auto kernel = recompute_kernel<T, kGateUp>;
-  CUtensorMap gate, up;
-  if (!map_matrix(gate, pass.gate_proj, pass.intermediate_size, pass.hidden_size, kGateUp) ||
-      !map_matrix(up, pass.up_proj, pass.intermediate_size, pass.hidden_size, kGateUp) ||
-      !may_use_shared_memory(kernel)) {
-    return false;
-  }
-  kernel<<<ctas, kThreads, kSharedBytes, on>>>(args, gate, up, min_size, max_size);
-  return true;
-}
-
 template <int kGateUp, int kRest, class T>
 bool launch_neurons(const NeuronsArgs<T>& args, int min_size, int max_size, int ctas,
                     cudaStream_t on) {
@@ -40,7 +25,8 @@ bool launch_neurons(const NeuronsArgs<T>& args, int min_size, int max_size, int 
   CUtensorMap down;
   if (!map_matrix(down, args.down_proj_t, pass.intermediate_size, pass.hidden_size, kRest) ||
       !may_use_shared_memory(kernel) ||
-      !(is_saved || launch_recompute<kGateUp>(args, min_size, max_size, ctas, on))) {
+      !(is_saved || launch_gates_and_ups(recompute_kernel<T, kGateUp>, args, pass, kGateUp,
+                                         min_size, max_size, ctas, on))) {
     return false;
   }
   kernel<<<ctas, kThreads, kSharedBytes, on>>>(args, down, min_size, max_size);

@@ -1,26 +1,24 @@
-// down on sm_90a: y[chunk of 512 tokens, 128 columns] = sum over e of a[tokens of e] Wd_e          see sm90a/forward.cu
+// down on sm_90a: y[chunk of 512 tokens, 192 columns] = sum over e of a[tokens of e] Wd_e          see sm90a/forward.cu
 //                 dx the same with dg Wg_e + du Wu_e: two sources, one sum                        see sm90a/backward.cu
 //
 //   rows     tokens that are active for the expert, gathered   [256, S_e]
-//   columns  of Wd_e, the sum running down its rows            [S_e, 128]
-//   result   added to a strip that only this CTA touches       [512, 128] fp32
+//   columns  of Wd_e, the sum running down its rows            [S_e, 192], in panels of 64
+//   result   added to a strip that only this CTA touches       [512, 192] fp32
 //
 // Twice the tokens of gemm_down.cuh, because products come in blocks of 64 rows: of 512 tokens, 3/8 are
-// 192. 64 rows of Wd that lie together come by the copy engine; those at an expert's end, or of small
-// experts with gaps between their columns, come one by one, with zeros in the gaps.
+// 192. Strips of fewer columns or tokens where those would leave SMs idle; no bit of y changes. 64 rows
+// of Wd that lie together come by the copy engine; those at an expert's end, or of small experts with
+// gaps between their columns, come one by one, with zeros in the gaps.
 #pragma once
 
-#include "cuda/gemm_down.cuh"  // DownUnit, token_of_row
+#include "cuda/gemm_down.cuh"    // DownUnit, token_of_row
+#include "cuda/sm90a/forward.h"  // kStripFloats
 #include "cuda/sm90a/pipeline.cuh"
 
 namespace dsmoe::cuda::sm90a {
 
-constexpr int kMaxChunks = 2;  // of a unit
-constexpr int kStripColumns = 128, kStripFloats = kMaxChunks * kTokensPerChunk * kStripColumns;
-constexpr int kPanelBytes = kTerms * kLine;  // 64 terms of 64 columns; two panels
-constexpr int kDownBytes = 2 * kPanelBytes;
-static_assert(kDownBytes <= kWeightsBytes);
-static_assert(kStripFloats == kCtasPerSm * DownTile::kStripFloats, "the workspace has as much");
+constexpr int kPanelColumns = 64;
+constexpr int kPanelBytes = kTerms * kLine;  // 64 terms of 64 columns
 
 // Of the sources' weights.
 struct SourceMaps {
@@ -33,18 +31,20 @@ struct StepRows {
   __device__ bool lie_together() const { return first >= 0 && last - first == kTerms - 1; }
 };
 
-template <class T>
+// All steps of 256 rows of a span: those of one source after those of the other.
+template <int kColumns, class T>
 __device__ __forceinline__ void fetch_rows(Producer& producer, const PassArgs<T>& args,
-                                           const SumSource<T>& source, const CUtensorMap& weights,
-                                           const DownUnit& unit, const SpanIterator::Span& span,
-                                           int first_row) {
+                                           const SourceMaps& weights, const DownUnit& unit,
+                                           const SpanIterator::Span& span, int first_row) {
+  constexpr int kPanels = kColumns / kPanelColumns;
   const int t = threadIdx.x % kGroup, chunk = t % kChunks;
-  const T* base = source.rows + unit.chunk * kTokensPerChunk * args.width;
   const int rows = blocks_of(min(span.pairs.count() - first_row, kMaxRows)) * kBlockRows;
-  int token[kRowCopies];
+  constexpr uint32_t kNone = UINT32_MAX;
+  uint32_t from[kRowCopies];  // in chunks: there are no registers for as many addresses
 #pragma unroll
   for (int i = 0; i < kRowCopies; ++i) {
-    token[i] = token_of_row(args, unit, span, first_row + t / kChunks + i * kRowsAtOnce);
+    const int token = token_of_row(args, unit, span, first_row + t / kChunks + i * kRowsAtOnce);
+    from[i] = token < 0 ? kNone : token * static_cast<uint32_t>(args.width / kChunk);
   }
   auto row_at = [&](int column) {
     return column < span.end_column ? args.row_of_column[column] : -1;
@@ -52,75 +52,142 @@ __device__ __forceinline__ void fetch_rows(Producer& producer, const PassArgs<T>
   auto look_up = [&](int column) {
     return StepRows{row_at(column), row_at(column + kTerms - 1), row_at(column + chunk * kChunk)};
   };
-  StepRows ahead = look_up(span.first_column);
-  for (int column = span.first_column; column < span.end_column; column += kTerms) {
-    const StepRows now = ahead;
-    ahead = look_up(column + kTerms);  // a step ahead: the copies need the answer at once
-    const bool together = now.lie_together();
-    if (producer.begin(together ? kDownBytes : 0)) {
-      for (int panel = 0; panel < 2; ++panel) {
-        copy_box(producer.stage() + kRowsBytes + panel * kPanelBytes, weights, now.first,
-                 unit.first_column + panel * 64, producer.full());
+#pragma unroll 1
+  for (int s = 0; s < args.num_sources; ++s) {
+    const SumSource<T>& source = args.sources[s];
+    StepRows ahead = look_up(span.first_column);
+#pragma unroll 1
+    for (int column = span.first_column; column < span.end_column; column += kTerms) {
+      const StepRows now = ahead;
+      ahead = look_up(column + kTerms);  // a step ahead: the copies need the answer at once
+      const bool together = now.lie_together();
+      if (producer.begin(together ? kPanels * kPanelBytes : 0)) {
+        for (int panel = 0; panel < kPanels; ++panel) {
+          copy_box(producer.stage() + kRowsBytes + panel * kPanelBytes, weights.of[s], now.first,
+                   unit.first_column + panel * kPanelColumns, producer.full());
+        }
       }
-    }
-    copy_rows(producer.stage(), rows, now.mine >= 0, source.rows, [&](int i) {
-      return token[i] < 0 ? nullptr : base + token[i] * args.width + column;
-    });
-    if (!together) {
-      constexpr int kAcross = kStripColumns / kChunk, kTermsAtOnce = kGroup / kAcross;
-      const int c = t % kAcross, y_column = unit.first_column + c * kChunk;
-      const uint32_t to = producer.stage() + kRowsBytes + c / kChunks * kPanelBytes;
-      for (int term = t / kAcross; term < kTerms; term += kTermsAtOnce) {
-        const int64_t row = row_at(column + term);
-        const bool exists = row >= 0 && y_column < args.hidden_size;
-        cp_async_16(to + term * kLine + (c % kChunks ^ term % 8) * 16,
-                    source.weights + (exists ? row * args.hidden_size + y_column : 0), exists);
+      const T* base = source.rows + unit.chunk * kTokensPerChunk * args.width + column;
+      copy_rows(producer.stage(), rows, now.mine >= 0, source.rows, [&](int i) {
+        return from[i] == kNone ? nullptr : base + uint64_t{from[i]} * kChunk;
+      });
+      if (!together) {
+#pragma unroll 1
+        for (int term = t / kChunks; term < kTerms; term += kRowsAtOnce) {
+          const int64_t row = row_at(column + term);
+          const uint32_t to =
+              producer.stage() + kRowsBytes + term * kLine + (chunk ^ term % 8) * 16;
+#pragma unroll
+          for (int panel = 0; panel < kPanels; ++panel) {
+            const int y_column = unit.first_column + panel * kPanelColumns + chunk * kChunk;
+            const bool exists = row >= 0 && y_column < args.hidden_size;
+            cp_async_16(to + panel * kPanelBytes,
+                        source.weights + (exists ? row * args.hidden_size + y_column : 0), exists);
+          }
+        }
       }
+      producer.end();
     }
-    producer.end();
   }
 }
+
+// Where a unit's sums stand: a token's columns, then `stride` floats on the next one's. Both ends of a
+// unit go over them alike, a thread over four columns of each panel, of every 16th token.
+template <int kColumns>
+struct StripSums {
+  static constexpr int kPanels = kColumns / kPanelColumns;
+  static constexpr int kQuads = kPanelColumns / 4, kTokensAtOnce = kConsumers / kQuads;
+  static constexpr int kAhead = 4;  // tokens whose sums are read before they are written
+  float* sums;
+  int64_t stride;
+  int tokens, columns;  // columns: as far as y goes
+
+  __device__ int first_token() const { return threadIdx.x / kQuads; }
+  __device__ int column(int panel) const {
+    return panel * kPanelColumns + threadIdx.x % kQuads * 4;
+  }
+  __device__ float4& at(int token, int panel) const {
+    return *reinterpret_cast<float4*>(sums + token * stride + column(panel));
+  }
+  __device__ void clear() const {
+#pragma unroll 1
+    for (int token = first_token(); token < tokens; token += kTokensAtOnce) {
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel) {
+        if (panel * kPanelColumns < columns) at(token, panel) = float4{};
+      }
+    }
+  }
+  template <class T>
+  __device__ void write(T* y, int64_t y_stride) const {
+#pragma unroll 1
+    for (int first = first_token(); first < tokens; first += kAhead * kTokensAtOnce) {
+      float4 ahead[kAhead][kPanels];
+      auto exists = [&](int i, int panel) {
+        return first + i * kTokensAtOnce < tokens && column(panel) < columns;
+      };
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+#pragma unroll
+        for (int panel = 0; panel < kPanels; ++panel) {
+          ahead[i][panel] = exists(i, panel) ? at(first + i * kTokensAtOnce, panel) : float4{};
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        T* row = y + (first + i * kTokensAtOnce) * y_stride;
+#pragma unroll
+        for (int panel = 0; panel < kPanels; ++panel) {
+          const float4 sum = ahead[i][panel];
+          if (exists(i, panel)) {
+            __stcg(reinterpret_cast<uint2*>(row + column(panel)),
+                   uint2{pack(sum.x, sum.y, T()), pack(sum.z, sum.w, T())});
+          }
+        }
+      }
+    }
+  }
+};
 
 // Between what one expert and what the next adds to a strip; the fetching warps take no part.
 __device__ __forceinline__ void consumers_meet() {
   asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory");
 }
 
-template <class T, int kLive>
-__device__ __forceinline__ void add_products(const PassArgs<T>& args, const DownUnit& unit,
-                                             const SpanIterator::Span& span, int first_row,
-                                             Ring& ring, int num_steps, float* strip) {
-  const int lane = threadIdx.x % kWarp;
-  float sums[kLive][kStripColumns / 2]{};
+// token_at(row of the tile) -> token of the strip, or -1.
+template <class T, int kColumns, int kLive, class Token>
+__device__ __forceinline__ void add_products(Ring& ring, int num_steps,
+                                             const StripSums<kColumns>& strip, Token token_at) {
+  float sums[kLive][kColumns / 2]{};
   multiply<T, 0, 1>(ring, num_steps, sums);
   consumers_meet();
 #pragma unroll
   for (int block = 0; block < kLive; ++block) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int token = token_of_row(args, unit, span, first_row + row_of_sums(block, half));
+      const int token = token_at(row_of_sums(block, half));
       if (token < 0) continue;
-      float* out = strip + token * kStripColumns + lane % 4 * 2;
+      float* out = strip.sums + token * strip.stride + threadIdx.x % 4 * 2;
 #pragma unroll
-      for (int j = 0; j < kStripColumns / 8; ++j) {
-        float2* sum = reinterpret_cast<float2*>(out + j * 8);
-        const float2 before = *sum;
-        *sum = float2{before.x + sums[block][j * 4 + half * 2],
-                      before.y + sums[block][j * 4 + half * 2 + 1]};
+      for (int panel = 0; panel < kColumns / kPanelColumns; ++panel) {
+        if (panel * kPanelColumns >= strip.columns) break;
+#pragma unroll
+        for (int j = panel * 8; j < panel * 8 + 8; ++j) {
+          float2* sum = reinterpret_cast<float2*>(out + j * 8);
+          const float2 before = *sum;
+          *sum = float2{before.x + sums[block][j * 4 + half * 2],
+                        before.y + sums[block][j * 4 + half * 2 + 1]};
+        }
       }
     }
   }
 }
 
 // This CTA's units; of each, tile(unit, span, first row) for every 256 rows of every span.
-template <class T, class Begin, class Tile, class End>
-__device__ __forceinline__ void for_each_unit(const PassArgs<T>& args, Begin begin, Tile tile,
-                                              End end) {
-  // few units would leave SMs idle: then small ones
-  const int64_t large = ceil_div<int64_t>(args.lists.tables.num_chunks, kMaxChunks) *
-                        ceil_div<int64_t>(args.hidden_size, kStripColumns);
-  const int chunks = large >= gridDim.x ? kMaxChunks : 1;
-  DownUnits<kStripColumns> units(args, chunks);
+template <int kColumns, class T, class Begin, class Tile, class End>
+__device__ __forceinline__ void for_each_unit(const PassArgs<T>& args, int chunks, Begin begin,
+                                              Tile tile, End end) {
+  DownUnits<kColumns> units(args, chunks);
   DownUnit unit;
   while (units.next(unit)) {
     begin(unit);
@@ -134,60 +201,56 @@ __device__ __forceinline__ void for_each_unit(const PassArgs<T>& args, Begin beg
   }
 }
 
-// Where a unit's strip begins if each has its own: no more room than for single chunks.
-template <class T>
-__device__ __forceinline__ int64_t first_of_unit(const PassArgs<T>& args, const DownUnit& unit) {
-  const int64_t strips = ceil_div<int64_t>(args.hidden_size, kStripColumns);
-  const int64_t chunks = ceil_div(unit.tokens, kTokensPerChunk);
-  const int64_t before = unit.chunk * strips + unit.first_column / kStripColumns * chunks;
-  return before * kTokensPerChunk * kStripColumns;
-}
-
-template <class T>
+// chunks: of tokens, in a unit. sums_of_all: a unit's strip is a part of one matrix [tokens, H up to whole
+// panels], which outlives the launch; else a CTA has room for the strip that it is at.
+template <class T, int kColumns>
 __global__ void __launch_bounds__(kThreads, 1)
     down_kernel(const __grid_constant__ PassArgs<T> args,
-                const __grid_constant__ SourceMaps weights, bool strip_per_unit) {
+                const __grid_constant__ SourceMaps weights, int chunks, bool sums_of_all) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t base = shared_address(shared);
   make_mbarriers(base);
   auto nothing = [](const DownUnit&) {};
   if (threadIdx.x >= kConsumers) {
-    Registers<88, 208>::fetch();
+    Registers<56, 224>::fetch();
     Producer producer(base);
-    for_each_unit(
-        args, nothing,
+    for_each_unit<kColumns>(
+        args, chunks, nothing,
         [&](const DownUnit& unit, const SpanIterator::Span& span, int row) {
-          for (int s = 0; s < args.num_sources; ++s) {
-            fetch_rows(producer, args, args.sources[s], weights.of[s], unit, span, row);
-          }
+          fetch_rows<kColumns>(producer, args, weights, unit, span, row);
         },
         nothing);
     producer.finish();
     return;
   }
-  Registers<88, 208>::multiply();
+  Registers<56, 224>::multiply();
   Ring ring(base);
-  float* strip = nullptr;
-  constexpr int kQuads = kStripColumns / 4;
-  for_each_unit(
-      args,
+  auto strip_of = [&](const DownUnit& unit) {
+    const int left = static_cast<int>(args.hidden_size) - unit.first_column;
+    StripSums<kColumns> strip{args.strips + blockIdx.x * int64_t{kStripFloats}, kColumns,
+                              unit.tokens, left};
+    if (sums_of_all) {
+      strip.stride = ceil_div<int64_t>(args.hidden_size, kPanelColumns) * kPanelColumns;
+      strip.sums = args.strips + unit.chunk * kTokensPerChunk * strip.stride + unit.first_column;
+    }
+    return strip;
+  };
+  // the same thread clears and reads: neither y nor the next unit's zeros need a barrier
+  for_each_unit<kColumns>(
+      args, chunks,
       [&](const DownUnit& unit) {
-        strip = args.strips +
-                (strip_per_unit ? first_of_unit(args, unit) : blockIdx.x * int64_t{kStripFloats});
-        float4* quads = reinterpret_cast<float4*>(strip);
-        for (int i = threadIdx.x; i < unit.tokens * kQuads && args.turn.is_first; i += kConsumers) {
-          quads[i] = float4{};
-        }
+        if (args.turn.is_first) strip_of(unit).clear();
       },
       [&](const DownUnit& unit, const SpanIterator::Span& span, int row) {
         const int num_steps =
             args.num_sources * ceil_div(span.end_column - span.first_column, kTerms);
         const int rows = min(span.pairs.count() - row, kMaxRows);
         const int live = live_blocks(rows, threadIdx.x / kGroup);
+        auto token_at = [&](int line) { return token_of_row(args, unit, span, row + line); };
         if (live == 2) {
-          add_products<T, 2>(args, unit, span, row, ring, num_steps, strip);
+          add_products<T, kColumns, 2>(ring, num_steps, strip_of(unit), token_at);
         } else if (live == 1) {
-          add_products<T, 1>(args, unit, span, row, ring, num_steps, strip);
+          add_products<T, kColumns, 1>(ring, num_steps, strip_of(unit), token_at);
         } else {
           pass_by(ring, num_steps);
           consumers_meet();
@@ -195,16 +258,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       },
       [&](const DownUnit& unit) {
         consumers_meet();
-        const float4* quads = reinterpret_cast<const float4*>(strip);
-        // the same thread as at the beginning: neither y nor the next unit's zeros need a barrier
-        for (int i = threadIdx.x; i < unit.tokens * kQuads && args.turn.is_last; i += kConsumers) {
-          const int column = unit.first_column + i % kQuads * 4;
-          if (column >= args.hidden_size) continue;
-          const int64_t token = unit.chunk * kTokensPerChunk + i / kQuads;
-          const float4 sum = quads[i];
-          __stcg(reinterpret_cast<uint2*>(args.y + token * args.hidden_size + column),
-                 uint2{pack(sum.x, sum.y, T()), pack(sum.z, sum.w, T())});
-        }
+        if (!args.turn.is_last) return;
+        strip_of(unit).write(
+            args.y + unit.chunk * kTokensPerChunk * args.hidden_size + unit.first_column,
+            args.hidden_size);
       });
 }
 

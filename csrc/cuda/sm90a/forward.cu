@@ -1,7 +1,7 @@
 // The forward's two GEMMs on Hopper: as expert_mlp_fwd.cu says, by wgmma and the copy engine.
 //
 // Same passes, lists, workspace and order of sums as there; only the main loop differs: one CTA on an
-// SM, two warpgroups that multiply tiles of 256 rows by 128 or 192 columns of weights and one that
+// SM, two warpgroups that multiply tiles of 256 rows by up to 192 columns of weights and one that
 // fetches (pipeline.cuh).
 //
 // Nothing falls back: the weights are plain [I,H] matrices with H a multiple of 8, so that their rows
@@ -19,15 +19,29 @@ namespace {
 template <int kColumns, class T>
 bool launch_gate_up(const PassArgs<T>& args, int min_size, int max_size, int ctas,
                     cudaStream_t on) {
-  CUtensorMap gate, up;
-  const auto kernel = gate_up_kernel<T, kColumns>;
-  if (!map_matrix(gate, args.gate_proj, args.intermediate_size, args.hidden_size, kColumns) ||
-      !map_matrix(up, args.up_proj, args.intermediate_size, args.hidden_size, kColumns) ||
-      !may_use_shared_memory(kernel)) {
-    return false;
+  return launch_gates_and_ups(gate_up_kernel<T, kColumns>, args, args, kColumns, min_size, max_size,
+                              ctas, on);
+}
+
+struct Strip {
+  int columns, chunks;  // of y, and of tokens
+};
+
+// L2 sets the pace: a step brings the active rows, of 256 tokens say 96, and as many of the weights as a
+// strip has columns. The SM that gets the most strips decides.
+Strip choose_strip(int64_t num_chunks, int64_t hidden_size, int multiprocessors) {
+  Strip best{};
+  int64_t least = INT64_MAX;
+  for (const Strip strip : {Strip{64, 1}, Strip{128, 1}, Strip{128, 2}, Strip{192, 2}}) {
+    const int64_t strips =
+        ceil_div<int64_t>(num_chunks, strip.chunks) * ceil_div<int64_t>(hidden_size, strip.columns);
+    const int64_t lines =
+        ceil_div<int64_t>(strips, multiprocessors) * (strip.chunks * 96 + strip.columns);
+    if (lines >= least) continue;
+    least = lines;
+    best = strip;
   }
-  kernel<<<ctas, kThreads, kSharedBytes, on>>>(args, gate, up, min_size, max_size);
-  return true;
+  return best;
 }
 
 }  // namespace
@@ -41,9 +55,12 @@ bool is_available() {
 }
 
 template <class T>
-Status down(const PassArgs<T>& args, bool strip_per_unit, int multiprocessors, cudaStream_t on) {
+Status down(const PassArgs<T>& args, bool sums_of_all, int multiprocessors, cudaStream_t on) {
+  const Strip strip = choose_strip(args.lists.tables.num_chunks, args.hidden_size, multiprocessors);
+  const auto kernel = strip.columns == 64    ? down_kernel<T, 64>
+                      : strip.columns == 128 ? down_kernel<T, 128>
+                                             : down_kernel<T, 192>;
   SourceMaps weights;
-  const auto kernel = down_kernel<T>;
   if (!may_use_shared_memory(kernel)) return Status::kCudaError;
   for (int s = 0; s < args.num_sources; ++s) {
     if (!map_matrix(weights.of[s], args.sources[s].weights, args.intermediate_size,
@@ -51,7 +68,7 @@ Status down(const PassArgs<T>& args, bool strip_per_unit, int multiprocessors, c
       return Status::kCudaError;
     }
   }
-  kernel<<<multiprocessors, kThreads, kSharedBytes, on>>>(args, weights, strip_per_unit);
+  kernel<<<multiprocessors, kThreads, kSharedBytes, on>>>(args, weights, strip.chunks, sums_of_all);
   return launch_status();
 }
 

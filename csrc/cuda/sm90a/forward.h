@@ -5,13 +5,15 @@
 
 namespace dsmoe::cuda::sm90a {
 
+constexpr int kStripFloats = 2 * kTokensPerChunk * 192;  // of an SM's strip in `down`, at most
+
 #ifdef DSMOE_SM90A
 // Is the current device one of compute capability 9.0?
 bool is_available();
-// Sums of each token over its experts, as args.sources say. strip_per_unit: args.strips have room for all
-// tokens, not just for what the CTAs are at.
+// Sums of each token over its experts, as args.sources say. sums_of_all: args.strips are one matrix for all
+// tokens, [Tp, H up to a multiple of 64], not just what the CTAs are at.
 template <class T>
-Status down(const PassArgs<T>& args, bool strip_per_unit, int multiprocessors, cudaStream_t on);
+Status down(const PassArgs<T>& args, bool sums_of_all, int multiprocessors, cudaStream_t on);
 // gate_up, then down, for one pass of tokens; bf16 and fp16.
 template <class T>
 Status forward(const PassArgs<T>& args, int multiprocessors, cudaStream_t on);

@@ -45,4 +45,20 @@ bool may_use_shared_memory(Kernel* kernel) {
                               kSharedBytes) == cudaSuccess;
 }
 
+// One of the two kernels that multiply x with boxes of gate_proj and up_proj, for experts of min_size to
+// max_size neurons. args: that kernel's own, of which `pass` is a part.
+template <class Args, class T>
+bool launch_gates_and_ups(void (*kernel)(Args, CUtensorMap, CUtensorMap, int, int),
+                          const Args& args, const PassArgs<T>& pass, int box_rows, int min_size,
+                          int max_size, int ctas, cudaStream_t on) {
+  CUtensorMap gate, up;
+  if (!map_matrix(gate, pass.gate_proj, pass.intermediate_size, pass.hidden_size, box_rows) ||
+      !map_matrix(up, pass.up_proj, pass.intermediate_size, pass.hidden_size, box_rows) ||
+      !may_use_shared_memory(kernel)) {
+    return false;
+  }
+  kernel<<<ctas, kThreads, kSharedBytes, on>>>(args, gate, up, min_size, max_size);
+  return true;
+}
+
 }  // namespace dsmoe::cuda::sm90a
