@@ -214,6 +214,9 @@ HOPPER = {
     **FORWARD,
     **test_expert_mlp_sm90a.OWN,
     "a step of one neuron": (20, 24, [16, 16, 16, 16, 1], 0.6),
+    # rows of every unit fill their tiles: one more would be a tile more
+    "full tiles of 192 columns": (1030, 136, [64], 1.0),
+    "full tiles of 128 columns": (530, 104, [72, 80, 8, 72], (0, 2, 3)),
     "three row tiles": (600, 8, [24, 136, 16, 64], 1.0),
 }
 BACKWARD = {
@@ -245,8 +248,11 @@ HOPPER_BACKWARD_ACTIVE = {  # of active pairs only: others in a tile that is not
         dict(multiprocessors=3),
     ),
     "passes of 192 columns": ((300, 192, [136, 40], 0.5), {}),
+    "passes of 128 columns": ((40, 72, [400, 200], 0.5), {}),
+    "passes of two strips": ((150, 328, [264, 200], 0.5), dict(multiprocessors=2)),
     "unaligned, saved": ((130, 24, [13, 125, 141], 1.0), dict(save_activations=True)),
 }
+UNALIGNED = (130, 24, [13, 29, 67], 1.0)  # the last rows of a tile of 128, at odd addresses
 DECODE = {  # the number of multiprocessors decides into how many parts a sum is cut
     "ragged": ((3, 264, [72, 17, 5], 0.6), 1),
     "all rows": ((16, 40, [40, 24, 16, 7, 320], 0.5), 1),
@@ -325,6 +331,12 @@ CASES = {
         for name, shape in BACKWARD.items()
         for save in (False, True)
     },
+    "backward, unaligned, saved": expert_mlp_backward(*UNALIGNED, save_activations=True),
+    "TF32, unaligned, saved": tf32(*UNALIGNED, save_activations=True),
+    "TF32, a whole tile in a later pass": tf32(260, 64, [64, 16], 0.1, save_activations=False),
+    "backward, three parts of dgates in a later pass": expert_mlp_backward(
+        40, 16, [33, 367, 64, 90], 0.5, exact_ste=True
+    ),
     "backward, later tokens without experts": later_tokens_without_experts,
     "decode beside NaN": decode_beside_nan,
     "decode, cuts": cuts_change_nothing(16, 8),
