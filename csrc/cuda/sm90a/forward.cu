@@ -60,7 +60,8 @@ Status down(const PassArgs<T>& args, bool sums_of_all, int multiprocessors, cuda
   const auto kernel = strip.columns == 64    ? down_kernel<T, 64>
                       : strip.columns == 128 ? down_kernel<T, 128>
                                              : down_kernel<T, 192>;
-  SourceMaps weights;
+  // Zeros where there is no second source: a launch with the same sizes has the same bytes.
+  SourceMaps weights{};
   if (!may_use_shared_memory(kernel)) return Status::kCudaError;
   for (int s = 0; s < args.num_sources; ++s) {
     if (!map_matrix(weights.of[s], args.sources[s].weights, args.intermediate_size,
