@@ -7,8 +7,7 @@ const char* status_string(Status status) {
     case Status::kOk:
       return "ok";
     case Status::kUnsupported:
-      return "these sizes or this dtype are not supported (CUDA: H and strides are multiples of 8, "
-             "rows aligned to 16 bytes, at most 2048 experts, no float64)";
+      return "these sizes or this dtype are not supported";
     case Status::kWorkspaceTooSmall:
       return "the workspace is too small";
     case Status::kCudaError:

@@ -19,6 +19,20 @@ struct Section {
   const T* packed;          // [H / kColumns] panels, or null
 };
 
+// sums += rows of A, from element `term` on, times the B of args. sums: of the first token and of args'
+// first column, a token's `stride` from the next one's.
+template <class T>
+static void add_tiles(const Section<T>& s, int64_t term, CType<T>* sums, int64_t stride,
+                      TileArgs<T>& args) {
+  for_each_tile(s.n, [&](int64_t first, int rows) {
+    for (int r = 0; r < rows; ++r) {
+      args.a[r] = s.a + (first + r) * s.a_stride + term;
+      args.c[r] = sums + s.tokens[first + r] * stride;
+    }
+    run_tile<T, kRowPointers>(rows, args);
+  });
+}
+
 // sums[t][0 .. (panel_end - panel_begin) * kColumns) += section, for the columns of these panels.
 template <class T>
 static void add_packed(const Section<T>& s, int64_t hidden, int64_t panel_begin, int64_t panel_end,
@@ -27,13 +41,6 @@ static void add_packed(const Section<T>& s, int64_t hidden, int64_t panel_begin,
   const int64_t panels = panel_end - panel_begin, stride = panels * kColumns<T>;
   TileArgs<T> args;
   args.accumulate = true;
-  const auto add = [&](int64_t first, int rows, int64_t panel, int64_t term) {
-    for (int r = 0; r < rows; ++r) {
-      args.a[r] = s.a + (first + r) * s.a_stride + term;
-      args.c[r] = sums + s.tokens[first + r] * stride + panel * kColumns<T>;
-    }
-    run_tile<T, kRowPointers>(rows, args);
-  };
   // A few rows, or a small B: all panels per tile, block by block. Otherwise all tiles per panel, which
   // then stays in L2.
   const bool is_small = b.blocks() == 1 && panels * b.panel() * int64_t(sizeof(T)) <= kSmallB;
@@ -42,8 +49,7 @@ static void add_packed(const Section<T>& s, int64_t hidden, int64_t panel_begin,
     for (int64_t block = 0; block < b.blocks(); ++block) {
       args.b = s.packed + b.start(block, panel_begin);
       args.steps = b.steps_of(block);
-      for_each_tile(s.n,
-                    [&](int64_t first, int rows) { add(first, rows, 0, b.first_term(block)); });
+      add_tiles(s, b.first_term(block), sums, stride, args);
     }
     return;
   }
@@ -51,7 +57,7 @@ static void add_packed(const Section<T>& s, int64_t hidden, int64_t panel_begin,
     static_cast<PanelOfB<T>&>(args) = packed_panel(s.packed, b, panel_begin + panel);
     Ahead ahead = ahead_in_packed(s.packed, b, panel_begin + panel);
     spread(ahead, s.n, 1, args);
-    for_each_tile(s.n, [&](int64_t first, int rows) { add(first, rows, panel, 0); });
+    add_tiles(s, 0, sums + panel * kColumns<T>, stride, args);
   }
 }
 // The same, whatever the matrix.
@@ -87,14 +93,7 @@ static void add_section(const Section<T>& s, int64_t hidden, int64_t panel_begin
     spread(ahead, s.n, panels, args);
     for (int64_t panel = 0; panel < panels; panel += args.panels) {
       args.b = scratch + panel * panel_size;
-      for_each_tile(s.n, [&](int64_t first, int rows) {
-        for (int r = 0; r < rows; ++r) {
-          args.a[r] = s.a + (first + r) * s.a_stride;
-          args.c[r] =
-              sums + s.tokens[first + r] * stride + (begin - panel_begin + panel) * kColumns<T>;
-        }
-        run_tile<T, kRowPointers>(rows, args);
-      });
+      add_tiles(s, 0, sums + (begin - panel_begin + panel) * kColumns<T>, stride, args);
     }
   }
 }

@@ -56,19 +56,20 @@ struct Forward {
   void gate_up(const RowItem& item) {
     for_each_expert(item, shape, pairs,
                     [&](int e, int64_t begin, int64_t end, int64_t low, int64_t high) {
-                      const T* packed = packed_expert(e);
                       const PackedPanels<T> b = PackedLayout<T>{p.hidden_size}.gate_up(size(e));
-                      if (high - low <= kMaxRows) {
-                        few_rows(x(), x_stride(), pairs.of(e) + low, int(high - low), packed, b,
-                                 begin, end, [&](int64_t panel, const C* sums, int64_t stride) {
-                                   swiglu(e, panel, low, int(high - low), sums, stride);
-                                 });
-                        return;
-                      }
+                      if (high - low <= kMaxRows)
+                        return gate_up_few(e, b, begin, end, low, int(high - low));
                       for (int64_t panel = begin; panel < end; ++panel)
-                        gate_up_panel(e, panel, low, high, packed_panel(packed, b, panel),
-                                      ahead_in_packed(packed, b, panel));
+                        gate_up_panel(e, panel, low, high, packed_panel(packed_expert(e), b, panel),
+                                      ahead_in_packed(packed_expert(e), b, panel));
                     });
+  }
+  void gate_up_few(int e, const PackedPanels<T>& b, int64_t begin, int64_t end, int64_t low,
+                   int rows) {
+    few_rows(x(), x_stride(), pairs.of(e) + low, rows, packed_expert(e), b, begin, end,
+             [&](int64_t panel, const C* sums, int64_t stride) {
+               swiglu(e, panel, low, rows, sums, stride);
+             });
   }
   void gate_up_unpacked(const RowItem& item, T* panel_scratch) {
     const int64_t H = p.hidden_size;

@@ -6,9 +6,8 @@
 //   [K / block][panel][block][kColumns][kPair]
 // With a few tokens the panels of one block are one stream, and meanwhile the rows of A that it is
 // multiplied with, 12 x 512 bytes at most, stay in the first-level cache. Had a panel all of K, every
-// panel would drive them out (36 KiB at K = 576), and their misses keep the prefetchers from following
-// B: six rows took 25 instead of 33 GB/s. Where K is long, one row alone would fill a good part of that
-// cache and the end of every block costs more than it brings: there a block is all of K.
+// panel would drive them out (36 KiB at K = 576): six rows took 25 instead of 33 GB/s (Zen 4). Beyond
+// kLongSteps a block is all of K: the ends of blocks cost more than they brought (K = 2048).
 #pragma once
 
 #include "simd.h"

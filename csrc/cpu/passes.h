@@ -1,9 +1,9 @@
 // The two ways every GEMM of this op walks over the pairs (token, expert):
 //
 //   row pass      C[n_e, S_e] = A[n_e, H] B_e      x W, dy V^T: experts x token blocks x panels of
-//                                                  neurons, all independent
+//                                                  neurons, all independent (row_pass.h)
 //   column pass   Y[T, H] += A[n_e, S_e] B_e       a V, dx: chunks of columns of Y; inside, every
-//                                                  expert in ascending order
+//                                                  expert in ascending order (column_pass.h)
 //
 // A chunk of Y stays in the second-level cache while all experts add to it, so that fine experts do
 // not rewrite Y, no two threads touch the same element, and every sum has one order: same bits for
@@ -167,6 +167,7 @@ DSMOE_INLINE Ahead ahead_in_rows(const T* first, const T* second, int64_t rows, 
           size * int64_t(sizeof(T)) / 64, 0};
 }
 
+// A panel of packed weights, for tiles that go through all of K.
 template <class T>
 DSMOE_INLINE PanelOfB<T> packed_panel(const T* packed, const PackedPanels<T>& b, int64_t panel) {
   const int64_t last = b.blocks() - 1;

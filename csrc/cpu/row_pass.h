@@ -95,7 +95,7 @@ DSMOE_INLINE void for_each_panel(const RowItem& item, const RowShape& s, const P
 }
 
 // One panel: tiles of gathered rows of A times B into a buffer, which epilogue(first row, rows,
-// sums, their stride) consumes.
+// buffer) consumes.
 template <class T, int W = 2, class F>
 DSMOE_INLINE void row_panel(const AType<T>* a, int64_t a_stride, const int32_t* tokens, int64_t low,
                             int64_t high, const PanelOfB<T>& b, Ahead ahead, F epilogue) {
