@@ -47,8 +47,10 @@ void plan(Backward<T>& w, int threads) {
   w.scratch_size = max_of(w.steps() * kPair * kN, kScratchBytes / element);
   for (int e = w.expert_begin; e < w.expert_end; ++e) {
     w.scratch_size = max_of(w.scratch_size, round_up(2 * w.size(e), kPair) * kN);
-    if (w.wants_weights)
-      w.scratch_size = max_of(w.scratch_size, round_up(w.active.count(e), kPair) * kN);
+    if (!w.wants_weights) continue;
+    const int64_t rows = round_up(w.active.count(e), kPair);
+    w.scratch_size = max_of(w.scratch_size, rows * kN);
+    w.weight_steps_size = max_of(w.weight_steps_size, rows * kMaxRows);
   }
 }
 
@@ -99,6 +101,7 @@ Status backward_group(Backward<T>& w, const Team& team) {
     arena.take(w.shares_extra, sizes.shares_extra);
     arena.take(w.sums, w.sums_size * threads);
     arena.take(w.scratch, w.scratch_size * threads);
+    arena.take(w.weight_steps, w.weight_steps_size * threads);
   });
   if (!memory) return Status::kWorkspaceTooSmall;
   if (!copies_x) w.x_copy = nullptr;

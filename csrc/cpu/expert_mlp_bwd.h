@@ -62,10 +62,11 @@ struct Backward {
   C* dx_sums = nullptr;       // [T, H]  only with several groups
   struct Starts {
     int64_t saved, inner_active, inner_extra, rows, row_pairs, shares_active, shares_extra;
-  }* starts = nullptr;   // [E]
-  C* sums = nullptr;     // per thread
-  T* scratch = nullptr;  // per thread
-  int64_t sums_size = 0, scratch_size = 0;
+  }* starts = nullptr;        // [E]
+  C* sums = nullptr;          // per thread
+  T* scratch = nullptr;       // per thread
+  A* weight_steps = nullptr;  // per thread: one tile's A of the weight pass
+  int64_t sums_size = 0, scratch_size = 0, weight_steps_size = 0;
 
   static constexpr int64_t kRowParts = kPaired ? 2 : 3;
   static int64_t padded_size(int64_t size) { return round_up(size, kN); }
@@ -268,7 +269,7 @@ struct Backward {
   }
 
   // Columns of the three weight gradients of an expert: piece of weight_pieces.
-  void weight_columns(int e, int64_t piece, T* thread_scratch) {
+  void weight_columns(int e, int64_t piece, T* thread_scratch, A* thread_steps) {
     const int64_t all = ceil_div(p.hidden_size, kN), begin = all * piece / weight_pieces;
     const int64_t end = all * (piece + 1) / weight_pieces, n = active.count(e),
                   panel = round_up(n, kPair) * kN;
@@ -288,12 +289,13 @@ struct Backward {
           pack_columns([&](int64_t i) { return matrix + tokens[i] * stride; }, n, first * kN,
                        p.hidden_size, panels, thread_scratch);
         }
-        weight_part(e, part, first, panels, thread_scratch, (T*)outputs[part]);
+        weight_part(e, part, first, panels, thread_scratch, thread_steps, (T*)outputs[part]);
       }
     }
   }
 
-  void weight_part(int e, int part, int64_t first, int64_t panels, const T* packed, T* out) {
+  void weight_part(int e, int part, int64_t first, int64_t panels, const T* packed, A* thread_steps,
+                   T* out) {
     const int64_t S = size(e), padded = padded_size(S), n = active.count(e), column = first * kN;
     const int64_t width = min_of(panels * kN, p.hidden_size - column);
     out += p.expert_offsets[e] * p.hidden_size + column;
@@ -306,6 +308,7 @@ struct Backward {
     args.steps = ceil_div(n, kPair);
     args.panels = panels;
     args.accumulate = false;
+    args.a_copy = thread_steps;
     args.lda = kPaired ? pair_stride(S) : row_stride(S);
     const int64_t part_start = part == 1 ? up_start(e) : part * padded;
     const A* a = kPaired ? row_pairs + starts[e].row_pairs + part * padded * 2
@@ -348,7 +351,8 @@ struct Backward {
     if (!wants_weights) return;
     const int64_t items = (expert_end - expert_begin) * weight_pieces;
     for (int64_t i; (i = draw(sync->weights.next)) < items;)
-      weight_columns(expert_begin + int(i / weight_pieces), i % weight_pieces, thread_scratch);
+      weight_columns(expert_begin + int(i / weight_pieces), i % weight_pieces, thread_scratch,
+                     weight_steps + thread * weight_steps_size);
     stream_fence();
   }
 };

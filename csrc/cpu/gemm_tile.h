@@ -49,6 +49,7 @@ template <class T>
 struct TileArgs : PanelOfB<T> {
   const AType<T>* a[kMaxRows];  // row pointers; kStepMajor: a[0] only
   int64_t lda = 0;  // kStepMajor: elements from one k to the next (one pair of k for vdpbf16ps)
+  AType<T>* a_copy = nullptr;  // kStepMajor: room for all steps of kMaxRows rows
   int64_t panels = 1;
   CType<T>* c[kMaxRows];  // kRowPointers: rows of sums
   bool accumulate;
@@ -61,13 +62,18 @@ struct TileArgs : PanelOfB<T> {
   int64_t ahead_lines = 0;
 };
 
-constexpr int kUnroll = 4;
 constexpr int kRun = 16;  // steps between two looks ahead, whose code stays out of the inner loop
 static_assert(kBlockSteps % kRun == 0);
-// Up to six rows the hardware's prefetchers keep up by themselves, and asking too costs a fifth (2 to
-// 4 rows: 28 instead of 34 GB/s). From eight rows on asking near and far pays (28 instead of 25).
-constexpr int kByHardware = 6;
-constexpr int64_t kNear = 2048, kFar = 14 << 10;  // bytes ahead, for L1 and for L2
+
+// How far a tile looks ahead in B, in bytes: for L1, and for L2 (AVX2 at T = 64, B in L2: 12 % slower with both).
+constexpr int64_t kNear = 2048, kFar = kVecBytes == 64 ? 14 << 10 : 0;
+
+// Whether it does so at all. While the instructions of some twenty lines of B fit the core's window,
+// their misses overlap by themselves and the hardware's prefetchers keep up; asking too costs a
+// fifth. The threshold, ten instructions a line, is measured on Zen 3 and Zen 4.
+template <class T, int R, int W>
+constexpr bool kLooksAhead =
+    Compute<T>::kSub * (Compute<T>::kSub * W + R * (1 + W)) * 64 > 10 * W* kVecBytes;
 
 // Few rows leave few sums in flight, so K is then dealt to several sets of sums.
 template <int R, int W>
@@ -75,15 +81,20 @@ constexpr int kSets = R * W <= 2   ? 4
                       : R * W <= 6 ? 2
                                    : 1;
 
+// Steps unrolled together. With 16 registers GCC interleaves them until sums are spilled (AVX2: a tenth).
+template <int R, int W>
+constexpr int kUnroll = kVecBytes == 64 ? 4 : kSets<R, W>;
+
 template <class T, int R, AOrder O, int W>
 DSMOE_INLINE void tile_step(Vec<CType<T>> (&acc)[R][W], const AType<T>* const* a, int64_t lda,
                             int64_t step, const T* b) {
   using M = Compute<T>;
-  typename M::B columns[W][M::kSub];
-#pragma GCC unroll 2
-  for (int w = 0; w < W; ++w) M::load_b(b + w * kLanes<T> * M::kPair, columns[w]);
+// One half of the pairs at a time: both, widened, and the sums don't fit 16 registers.
 #pragma GCC unroll 2
   for (int sub = 0; sub < M::kSub; ++sub) {
+    typename M::B columns[W];
+#pragma GCC unroll 2
+    for (int w = 0; w < W; ++w) columns[w] = M::load_b(b + w * kLanes<T> * M::kPair, sub);
     // Elements of A that one multiplication consumes: a whole pair, or one of them.
     constexpr int kTaken = M::kPair / M::kSub;
 #pragma GCC unroll 16
@@ -92,7 +103,7 @@ DSMOE_INLINE void tile_step(Vec<CType<T>> (&acc)[R][W], const AType<T>* const* a
                                             : a[0] + (step * M::kSub + sub) * lda + r * kTaken;
       const auto value = M::bcast(p);
 #pragma GCC unroll 2
-      for (int w = 0; w < W; ++w) acc[r][w] = M::mac(value, columns[w][sub], acc[r][w]);
+      for (int w = 0; w < W; ++w) acc[r][w] = M::mac(value, columns[w], acc[r][w]);
     }
   }
 }
@@ -104,24 +115,23 @@ template <class T, int R, AOrder O, int W>
 DSMOE_INLINE void tile_run(Vec<CType<T>> (&acc)[kSets<R, W>][R][W], const AType<T>* const* a,
                            int64_t lda, int64_t step, int64_t count, const T* b) {
   using M = Compute<T>;
-  constexpr int kStep = W * kLanes<T> * M::kPair, kS = kSets<R, W>;
-  const int64_t whole = count / kUnroll * kUnroll, end = step + whole;
+  constexpr int kStep = W * kLanes<T> * M::kPair, kS = kSets<R, W>, kU = kUnroll<R, W>;
+  const int64_t whole = count / kU * kU, end = step + whole;
   const AType<T>* to[R];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
     to[r] = O == kRowPointers ? a[r] + end * M::kPair : a[r] + end * M::kSub * lda;
 #pragma GCC unroll 1
-  for (int64_t i = -whole; i != 0; i += kUnroll, b += kUnroll * kStep) {
-    if constexpr (R > kByHardware) {
+  for (int64_t i = -whole; i != 0; i += kU, b += kU * kStep) {
+    if constexpr (kLooksAhead<T, R, W>) {
 #pragma GCC unroll 16
-      for (int j = 0; j < kUnroll * kStep * int(sizeof(T)); j += 64) {
+      for (int j = 0; j < kU * kStep * int(sizeof(T)); j += 64) {
         __builtin_prefetch((const char*)b + kNear + j, 0, 3);
-        __builtin_prefetch((const char*)b + kFar + j, 0, 2);
+        if constexpr (kFar > 0) __builtin_prefetch((const char*)b + kFar + j, 0, 2);
       }
     }
 #pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u)
-      tile_step<T, R, O, W>(acc[u % kS], to, lda, i + u, b + u * kStep);
+    for (int u = 0; u < kU; ++u) tile_step<T, R, O, W>(acc[u % kS], to, lda, i + u, b + u * kStep);
   }
   for (int64_t i = 0; i < count - whole; ++i, b += kStep)
     tile_step<T, R, O, W>(acc[0], to, lda, i, b);
@@ -143,7 +153,17 @@ __attribute__((noinline)) static void tile(const TileArgs<T>& args) {
   constexpr int kS = kSets<R, W>;
   const AType<T>* a[R];
   for (int r = 0; r < R; ++r) a[r] = args.a[O == kRowPointers ? r : 0];
-  const int64_t steps = args.steps, lda = args.lda;
+  int64_t lda = args.lda;
+  if constexpr (
+      O == kStepMajor) {  // every step may lie on a page of its own: gathered once for all panels
+    constexpr int kTaken = Compute<T>::kPair / Compute<T>::kSub, kWidth = R * kTaken;
+    const int64_t count = args.steps * Compute<T>::kSub;
+    for (int64_t i = 0; i < count; ++i)
+      memcpy(args.a_copy + i * kWidth, args.a[0] + i * lda, kWidth * sizeof(AType<T>));
+    for (int r = 0; r < R; ++r) a[r] = args.a_copy;
+    lda = kWidth;
+  }
+  const int64_t steps = args.steps;
   const T* b = args.b;
   for (int64_t panel = 0; panel < args.panels; ++panel) {
     Vec<C> acc[kS][R][W] = {};

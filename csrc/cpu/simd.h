@@ -288,7 +288,7 @@ struct Compute {  // fp32, fp64, and fp16 widened on load
   using A = float;
   using B = Vec<float>;
   static constexpr int kPair = 1, kSub = 1;
-  DSMOE_INLINE void load_b(const T* p, B (&b)[kSub]) { b[0] = load(p); }
+  DSMOE_INLINE B load_b(const T* p, int) { return load(p); }
   DSMOE_INLINE Vec<float> bcast(const A* p) { return splat(*p); }
   DSMOE_INLINE Vec<float> mac(Vec<float> a, B b, Vec<float> c) { return fma(a, b, c); }
 };
@@ -298,7 +298,7 @@ struct Compute<double> {
   using A = double;
   using B = Vec<double>;
   static constexpr int kPair = 1, kSub = 1;
-  DSMOE_INLINE void load_b(const double* p, B (&b)[kSub]) { b[0] = load(p); }
+  DSMOE_INLINE B load_b(const double* p, int) { return load(p); }
   DSMOE_INLINE Vec<double> bcast(const A* p) { return splat(*p); }
   DSMOE_INLINE Vec<double> mac(Vec<double> a, B b, Vec<double> c) { return fma(a, b, c); }
 };
@@ -309,7 +309,7 @@ struct Compute<bf16> {  // vdpbf16ps multiplies pairs
   using A = bf16;
   using B = __m512i;
   static constexpr int kPair = 2, kSub = 1;
-  DSMOE_INLINE void load_b(const bf16* p, B (&b)[kSub]) { b[0] = _mm512_loadu_si512(p); }
+  DSMOE_INLINE B load_b(const bf16* p, int) { return _mm512_loadu_si512(p); }
   DSMOE_INLINE __m512i bcast(const A* p) {
     int32_t pair;
     memcpy(&pair, p, 4);
@@ -326,10 +326,9 @@ struct Compute<bf16> {  // the same pairs in memory, widened with one shift or m
   using A = float;
   using B = Vec<float>;
   static constexpr int kPair = 2, kSub = 2;
-  DSMOE_INLINE void load_b(const bf16* p, B (&b)[kSub]) {
+  DSMOE_INLINE B load_b(const bf16* p, int sub) {
     const VecU32 pairs = load_raw<VecU32>(p);
-    b[0] = (Vec<float>)(pairs << 16);
-    b[1] = (Vec<float>)(pairs & 0xffff0000u);
+    return (Vec<float>)(sub == 0 ? pairs << 16 : pairs & 0xffff0000u);
   }
   DSMOE_INLINE Vec<float> bcast(const A* p) { return splat(*p); }
   DSMOE_INLINE Vec<float> mac(Vec<float> a, B b, Vec<float> c) { return fma(a, b, c); }
