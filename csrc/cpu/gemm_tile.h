@@ -51,6 +51,7 @@ struct TileArgs : PanelOfB<T> {
   int64_t lda = 0;  // kStepMajor: elements from one k to the next (one pair of k for vdpbf16ps)
   AType<T>* a_copy = nullptr;  // kStepMajor: room for all steps of kMaxRows rows
   int64_t panels = 1;
+  int64_t second = 0;     // W = 4: panels from one to the other that is multiplied at the same time
   CType<T>* c[kMaxRows];  // kRowPointers: rows of sums
   bool accumulate;
   T* out = nullptr;  // kStepMajor: rows of the result, rounded straight from the registers
@@ -81,20 +82,24 @@ constexpr int kSets = R * W <= 2   ? 4
                       : R * W <= 6 ? 2
                                    : 1;
 
+template <int W>
+constexpr int kWidth = W < 2 ? W : 2;  // registers of a panel that are read one after the other
+
 // Steps unrolled together. With 16 registers GCC interleaves them until sums are spilled (AVX2: a tenth).
 template <int R, int W>
 constexpr int kUnroll = kVecBytes == 64 ? 4 : kSets<R, W>;
 
 template <class T, int R, AOrder O, int W>
 DSMOE_INLINE void tile_step(Vec<CType<T>> (&acc)[R][W], const AType<T>* const* a, int64_t lda,
-                            int64_t step, const T* b) {
+                            int64_t step, const T* b, int64_t second) {
   using M = Compute<T>;
 // One half of the pairs at a time: both, widened, and the sums don't fit 16 registers.
 #pragma GCC unroll 2
   for (int sub = 0; sub < M::kSub; ++sub) {
     typename M::B columns[W];
-#pragma GCC unroll 2
-    for (int w = 0; w < W; ++w) columns[w] = M::load_b(b + w * kLanes<T> * M::kPair, sub);
+#pragma GCC unroll 4
+    for (int w = 0; w < W; ++w)
+      columns[w] = M::load_b(b + w / 2 * second + w % 2 * kLanes<T> * M::kPair, sub);
     // Elements of A that one multiplication consumes: a whole pair, or one of them.
     constexpr int kTaken = M::kPair / M::kSub;
 #pragma GCC unroll 16
@@ -102,7 +107,7 @@ DSMOE_INLINE void tile_step(Vec<CType<T>> (&acc)[R][W], const AType<T>* const* a
       const AType<T>* p = O == kRowPointers ? a[r] + step * M::kPair + sub
                                             : a[0] + (step * M::kSub + sub) * lda + r * kTaken;
       const auto value = M::bcast(p);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int w = 0; w < W; ++w) acc[r][w] = M::mac(value, columns[w], acc[r][w]);
     }
   }
@@ -113,9 +118,9 @@ DSMOE_INLINE void tile_step(Vec<CType<T>> (&acc)[R][W], const AType<T>* const* a
 // 6 % longer.
 template <class T, int R, AOrder O, int W>
 DSMOE_INLINE void tile_run(Vec<CType<T>> (&acc)[kSets<R, W>][R][W], const AType<T>* const* a,
-                           int64_t lda, int64_t step, int64_t count, const T* b) {
+                           int64_t lda, int64_t step, int64_t count, const T* b, int64_t second) {
   using M = Compute<T>;
-  constexpr int kStep = W * kLanes<T> * M::kPair, kS = kSets<R, W>, kU = kUnroll<R, W>;
+  constexpr int kStep = kWidth<W> * kLanes<T> * M::kPair, kS = kSets<R, W>, kU = kUnroll<R, W>;
   const int64_t whole = count / kU * kU, end = step + whole;
   const AType<T>* to[R];
 #pragma GCC unroll 16
@@ -127,19 +132,21 @@ DSMOE_INLINE void tile_run(Vec<CType<T>> (&acc)[kSets<R, W>][R][W], const AType<
 #pragma GCC unroll 16
       for (int j = 0; j < kU * kStep * int(sizeof(T)); j += 64) {
         __builtin_prefetch((const char*)b + kNear + j, 0, 3);
+        if constexpr (W == 4) __builtin_prefetch((const char*)(b + second) + kNear + j, 0, 3);
         if constexpr (kFar > 0) __builtin_prefetch((const char*)b + kFar + j, 0, 2);
       }
     }
 #pragma GCC unroll 4
-    for (int u = 0; u < kU; ++u) tile_step<T, R, O, W>(acc[u % kS], to, lda, i + u, b + u * kStep);
+    for (int u = 0; u < kU; ++u)
+      tile_step<T, R, O, W>(acc[u % kS], to, lda, i + u, b + u * kStep, second);
   }
   for (int64_t i = 0; i < count - whole; ++i, b += kStep)
-    tile_step<T, R, O, W>(acc[0], to, lda, i, b);
+    tile_step<T, R, O, W>(acc[0], to, lda, i, b, second);
 }
 
 template <class T>
 DSMOE_INLINE void store_result(const TileArgs<T>& args, int row, int64_t panel,
-                               const Vec<CType<T>> (&sum)[2]) {
+                               const Vec<CType<T>>* sum) {
   T* out = args.out + row * args.out_stride + panel * kColumns<T>;
   const int64_t width = args.out_width - panel * kColumns<T>;
   if (width >= kColumns<T>) return store_both(out, sum[0], sum[1], args.stream);
@@ -149,19 +156,20 @@ DSMOE_INLINE void store_result(const TileArgs<T>& args, int row, int64_t panel,
 template <class T, int R, AOrder O, int W>
 __attribute__((noinline)) static void tile(const TileArgs<T>& args) {
   using C = CType<T>;
-  constexpr int kStep = W * kLanes<T> * Compute<T>::kPair;  // elements of B per step
+  constexpr int kStep = kWidth<W> * kLanes<T> * Compute<T>::kPair;  // elements of B per step
+  const int64_t second = W == 4 ? args.second * args.steps * kStep : 0;
   constexpr int kS = kSets<R, W>;
   const AType<T>* a[R];
   for (int r = 0; r < R; ++r) a[r] = args.a[O == kRowPointers ? r : 0];
   int64_t lda = args.lda;
   if constexpr (
-      O == kStepMajor) {  // every step may lie on a page of its own: gathered once for all panels
-    constexpr int kTaken = Compute<T>::kPair / Compute<T>::kSub, kWidth = R * kTaken;
+      O == kStepMajor) {  // steps may lie on a page each: they are gathered once for all panels
+    constexpr int kTaken = Compute<T>::kPair / Compute<T>::kSub, kCopied = R * kTaken;
     const int64_t count = args.steps * Compute<T>::kSub;
     for (int64_t i = 0; i < count; ++i)
-      memcpy(args.a_copy + i * kWidth, args.a[0] + i * lda, kWidth * sizeof(AType<T>));
+      memcpy(args.a_copy + i * kCopied, args.a[0] + i * lda, kCopied * sizeof(AType<T>));
     for (int r = 0; r < R; ++r) a[r] = args.a_copy;
-    lda = kWidth;
+    lda = kCopied;
   }
   const int64_t steps = args.steps;
   const T* b = args.b;
@@ -176,7 +184,7 @@ __attribute__((noinline)) static void tile(const TileArgs<T>& args) {
     for (int64_t s = 0; s < steps; s += kRun) {
       const int64_t count = min_of<int64_t>(kRun, steps - s);
       if (args.ahead) Ahead::fetch(*args.ahead, args.ahead_lines);
-      tile_run<T, R, O, W>(acc, a, lda, s, count, b);
+      tile_run<T, R, O, W>(acc, a, lda, s, count, b, second);
       b += count * kStep;
       if ((s + kRun) % kBlockSteps == 0)
         b += s + kRun + kBlockSteps <= steps ? args.skip : args.last_skip;
@@ -184,13 +192,13 @@ __attribute__((noinline)) static void tile(const TileArgs<T>& args) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       Vec<C> sum[W];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int w = 0; w < W; ++w) {
         sum[w] = acc[0][r][w];
 #pragma GCC unroll 4
         for (int k = 1; k < kS; ++k) sum[w] += acc[k][r][w];
         if constexpr (O == kRowPointers) {
-          C* c = args.c[r] + panel * kColumns<T> + w * kLanes<T>;
+          C* c = args.c[r] + (panel + w / 2 * args.second) * kColumns<T> + w % 2 * kLanes<T>;
           if (args.accumulate) sum[w] += load(c);
           store(c, sum[w]);
         }
@@ -200,11 +208,30 @@ __attribute__((noinline)) static void tile(const TileArgs<T>& args) {
   }
 }
 
-// Run-time row count to compile-time tile. W: registers per row; 1 where only half a panel is wanted.
+// A row or two times several panels, two at a time: read as two streams B comes at 25 GB/s instead of 20 (Zen 3).
+// Wide vectors leave their one stream to the prefetchers: not measured there.
+constexpr int kTwoStreams = kVecBytes == 32 ? 2 : 0;
+template <class T, int R>
+static void two_streams(const TileArgs<T>& args) {
+  TileArgs<T> both = args;
+  both.second = both.panels /= 2;
+  tile<T, R, kRowPointers, 4>(both);
+  if (args.panels % 2 == 0) return;
+  const int64_t last = args.panels - 1;
+  both.panels = 1;
+  both.b += last * args.steps * kColumns<T> * Compute<T>::kPair;
+  for (int r = 0; r < R; ++r) both.c[r] += last * kColumns<T>;
+  tile<T, R, kRowPointers, 2>(both);
+}
+
+// Run-time row count to compile-time tile. W: registers per row; 1 where only half a panel is wanted, 4 for two panels.
 template <class T, AOrder O, int W = 2, int R = 1>
 static void run_tile(int rows, const TileArgs<T>& args) {
   if constexpr (R < kMaxRows) {
     if (rows != R) return run_tile<T, O, W, R + 1>(rows, args);
+  }
+  if constexpr (R <= kTwoStreams && O == kRowPointers && W == 2) {
+    if (args.panels > 1) return two_streams<T, R>(args);
   }
   tile<T, R, O, W>(args);
 }
