@@ -67,8 +67,8 @@ def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     """logits [T,R] = x [T,H] @ weight.T + bias, in float32 whatever x is (float64 if x is).
 
     weight [R,H] and bias [R] have that dtype. On the CPU x is widened a cache block at a time. On
-    CUDA it is torch's own product: where torch.backends.cuda.matmul allows TF32 (by default it does
-    not), logits are exact to 10 bits, and a score that is as near to the threshold may cross it.
+    CUDA products are exact float32, whatever torch.backends.cuda.matmul says of TF32, and H must
+    be a multiple of 8.
     """
     return _ops.router(x, weight, bias)
 
@@ -83,15 +83,52 @@ def _router_setup_context(ctx, inputs, output):
 
 
 def _router_backward(ctx, dlogits):
-    x, weight = ctx.saved_tensors
-    wants_dx, wants_dweight, wants_dbias = ctx.needs_input_grad
-    dx = (dlogits @ weight).to(x.dtype) if wants_dx else None
-    dweight = dlogits.t() @ x.to(weight.dtype) if wants_dweight else None
-    return dx, dweight, dlogits.sum(0) if wants_dbias else None
+    *wanted, wants_dbias = ctx.needs_input_grad
+    gradients = _router_gradients(dlogits, *ctx.saved_tensors, *wanted)
+    return *gradients, dlogits.sum(0) if wants_dbias else None
 
 
 torch.library.register_autograd(
     "dsmoe::router", _router_backward, setup_context=_router_setup_context
+)
+
+
+def _router_gradients(dlogits, x, weight, *wanted):
+    """(dlogits @ weight like x, dlogits.T @ x like weight); None: not wanted."""
+    gradients = _ops.router_backward(dlogits, x, weight, *wanted)
+    return (g if is_wanted else None for g, is_wanted in zip(gradients, wanted, strict=True))
+
+
+@torch.library.register_fake("dsmoe::router_backward")
+def _(dlogits, x, weight, *wanted):
+    return tuple(
+        t.new_empty(t.shape if is_wanted else 0)
+        for t, is_wanted in zip((x, weight), wanted, strict=True)
+    )
+
+
+def _router_backward_setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _router_double_backward(ctx, ddx, ddweight):
+    """The same products once more."""
+    dlogits, x, weight = ctx.saved_tensors
+    parts, of_x, of_weight = [], None, None
+    if ddx is not None:
+        parts.append(_ops.router(ddx, weight, None))
+        of_weight = _ops.router_backward(dlogits, ddx, weight, False, True)[1]
+    if ddweight is not None:
+        parts.append(_ops.router(x, ddweight, None))
+        of_x = _ops.router_backward(dlogits, x, ddweight, True, False)[0]
+    return sum(parts) if parts else None, of_x, of_weight, None, None
+
+
+torch.library.register_autograd(
+    "dsmoe::router_backward",
+    _router_double_backward,
+    setup_context=_router_backward_setup_context,
 )
 
 
