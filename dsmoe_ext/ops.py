@@ -108,18 +108,19 @@ def _(dlogits, x, weight, *wanted):
 
 
 def _router_backward_setup_context(ctx, inputs, output):
+    *tensors, ctx.made_dx, ctx.made_dweight = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:3])
+    ctx.save_for_backward(*tensors)
 
 
 def _router_double_backward(ctx, ddx, ddweight):
     """The same products once more."""
     dlogits, x, weight = ctx.saved_tensors
     parts, of_x, of_weight = [], None, None
-    if ddx is not None:
+    if ctx.made_dx and ddx is not None:
         parts.append(_ops.router(ddx, weight, None))
         of_weight = _ops.router_backward(dlogits, ddx, weight, False, True)[1]
-    if ddweight is not None:
+    if ctx.made_dweight and ddweight is not None:
         parts.append(_ops.router(x, ddweight, None))
         of_x = _ops.router_backward(dlogits, x, ddweight, True, False)[0]
     return sum(parts) if parts else None, of_x, of_weight, None, None

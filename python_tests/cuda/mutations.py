@@ -230,9 +230,10 @@ def mutants():
 def is_copy(name, names):
     """Is this kernel of a template that an earlier dtype stands for?"""
     return any(
-        f"<{later}" in name and name.replace(f"<{later}", f"<{earlier}") in names
+        start + later in name and name.replace(start + later, start + earlier) in names
         for i, later in enumerate(DTYPES)
         for earlier in DTYPES[:i]
+        for start in "<,"
     )
 
 

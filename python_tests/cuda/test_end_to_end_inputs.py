@@ -61,9 +61,9 @@ def test_views_are_copied(view, dtype):
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_views_are_copied_for_the_router(view, dtype):
     def run(device, view):
-        given = (numbers(0, 20, 32).to(dtype), numbers(1, 5, 32), numbers(2, 5))
-        x, weight, bias = leaves = [t.to(device).requires_grad_() for t in given]
-        logits = ops.router_logits(view(x), view(weight), bias)
+        x, weight = numbers(0, 20, 32).to(device, dtype), numbers(1, 5, 32).to(device)
+        leaves = [x.requires_grad_(), weight.requires_grad_()]
+        logits = ops.router_logits(view(x), view(weight), numbers(2, 5).to(device))
         return logits, *torch.autograd.grad(logits, leaves, view(numbers(3, 20, 5).to(device)))
 
     with cuda() as device:
@@ -72,18 +72,16 @@ def test_views_are_copied_for_the_router(view, dtype):
 
 
 def test_the_routers_second_derivatives():
-    def run(device):
-        x, weight = leaves = [
-            numbers(s, n, 16).to(device).requires_grad_() for s, n in enumerate((20, 5))
-        ]
-        logits = ops.router_logits(x, weight, None)
+    def run(device, dtype):
+        leaves = [numbers(n, n, 16).to(device, dtype).requires_grad_() for n in (20, 5)]
+        logits = ops.router_logits(*leaves)
         first = torch.autograd.grad(logits.square().sum(), leaves, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
 
     with cuda() as device:
-        found = run(device)
-    for got, want in zip(found, run("cpu"), strict=True):
-        torch.testing.assert_close(got.cpu(), want)
+        found = run(device, torch.float32)
+    for got, want in zip(found, run("cpu", torch.float64), strict=True):
+        assert (got.cpu() - want).abs().max() <= 1e-5 * want.abs().max()
 
 
 def test_an_expanded_gradient():
