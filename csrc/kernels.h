@@ -36,8 +36,7 @@ const char* status_string(Status status);
 
 // ------------------------------------------------------------------------------------------ router
 
-// A linear router: logits = x weight^T + bias, in fp32 whatever x is (fp64 if x is). CPU only; on
-// CUDA the framework's matrix product does it.
+// A linear router: logits = x weight^T + bias, in fp32 whatever x is (fp64 if x is).
 struct RouterParams {
   Dtype dtype;          // of x; weight, bias, logits: fp64 for kFloat64, else fp32
   int64_t num_tokens;   // T
@@ -48,6 +47,15 @@ struct RouterParams {
   const void* weight;   // [R,H]
   const void* bias;     // [R]     or null
   void* logits;         // [T,R]   output
+};
+
+// CUDA only; on the CPU the framework's matrix products do it. dbias is a plain sum of dlogits.
+struct RouterBackwardParams {
+  RouterParams forward;  // bias and logits are not read
+  const void* dlogits;   // [T,R]   like logits
+  // Outputs; null: not wanted, costs nothing
+  void* dx;       // [T,H]   like x
+  void* dweight;  // [R,H]   like weight
 };
 
 // ------------------------------------------------------------------------------------------- route
@@ -199,7 +207,10 @@ constexpr int kMaxExperts = 2048;  // what permute's shared memory holds
 int64_t expert_mlp_workspace_bytes(const ExpertMlpParams& params);
 int64_t expert_mlp_backward_workspace_bytes(const ExpertMlpBackwardParams& params);
 int64_t permute_workspace_bytes(const PermuteParams& params);
+int64_t router_backward_workspace_bytes(const RouterBackwardParams& params);
 
+Status router(const RouterParams& params, Stream stream);
+Status router_backward(const RouterBackwardParams& params, void* workspace, Stream stream);
 Status route(const RouteParams& params, Stream stream);
 Status route_backward(const RouteBackwardParams& params, Stream stream);
 Status permute(const PermuteParams& params, void* workspace, Stream stream);

@@ -1,4 +1,5 @@
-"""The three ops, registered in torch's dispatcher for CPU and CUDA: route, permute, expert_mlp.
+"""The three ops, registered in torch's dispatcher for CPU and CUDA: route, permute, expert_mlp. A
+linear router's is in router_op.py.
 
 Shapes: T tokens, H hidden_size, I intermediate_size, E experts, R = E - num_shared routed experts,
 A active pairs. `sparse_ffn` is the public face of expert_mlp.
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from dsmoe_ext import _C
 from dsmoe_ext.reference import GATES, METHODS
+from dsmoe_ext.router_op import empty_gradients, only_wanted
+from dsmoe_ext.router_op import router_logits as router_logits
 
 if os.environ.get("DSMOE_ISA"):
     _C.force_isa(os.environ["DSMOE_ISA"])
@@ -58,41 +61,6 @@ def build_info() -> dict:
     """Version, torch built against, compiler, CUDA (empty: none) and the most experts that it
     takes, instruction sets, the one in use."""
     return _C.build_info()
-
-
-# ------------------------------------------------------------------------------------------- router
-
-
-def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """logits [T,R] = x [T,H] @ weight.T + bias, in float32 whatever x is (float64 if x is).
-
-    weight [R,H] and bias [R] have that dtype. On the CPU x is widened a cache block at a time. On
-    CUDA it is torch's own product: where torch.backends.cuda.matmul allows TF32 (by default it does
-    not), logits are exact to 10 bits, and a score that is as near to the threshold may cross it.
-    """
-    return _ops.router(x, weight, bias)
-
-
-@torch.library.register_fake("dsmoe::router")
-def _(x, weight, bias):
-    return weight.new_empty(x.shape[0], weight.shape[0])
-
-
-def _router_setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:2])
-
-
-def _router_backward(ctx, dlogits):
-    x, weight = ctx.saved_tensors
-    wants_dx, wants_dweight, wants_dbias = ctx.needs_input_grad
-    dx = (dlogits @ weight).to(x.dtype) if wants_dx else None
-    dweight = dlogits.t() @ x.to(weight.dtype) if wants_dweight else None
-    return dx, dweight, dlogits.sum(0) if wants_dbias else None
-
-
-torch.library.register_autograd(
-    "dsmoe::router", _router_backward, setup_context=_router_setup_context
-)
 
 
 # -------------------------------------------------------------------------------------------- route
@@ -276,8 +244,7 @@ def _(
     dy, x, gates, gate_proj, up_proj, down_proj_t, expert_offsets, grad_weight, activations,
     allow_tf32, *wanted,
 ):  # fmt: skip
-    outputs = zip((x, gates, gate_proj, up_proj, down_proj_t), wanted, strict=True)
-    return tuple(t.new_empty(t.shape if is_wanted else 0) for t, is_wanted in outputs)
+    return empty_gradients((x, gates, gate_proj, up_proj, down_proj_t), wanted)
 
 
 def _expert_mlp_setup_context(ctx, inputs, output):
@@ -291,9 +258,7 @@ def _expert_mlp_backward(ctx, dy, dactivations):
         return (None,) * 9
     wanted = ctx.needs_input_grad[:5]
     gradients = _ops.expert_mlp_backward(dy, *ctx.saved_tensors, ctx.allow_tf32, *wanted)
-    return *(g if is_wanted else None for g, is_wanted in zip(gradients, wanted, strict=True)), *[
-        None
-    ] * 4
+    return *only_wanted(gradients, wanted), *[None] * 4
 
 
 torch.library.register_autograd(

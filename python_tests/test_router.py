@@ -52,7 +52,12 @@ def test_strides_and_threads(num_tokens, seed):
 def test_gradients(seed):
     inputs = [t.requires_grad_() for t in setting(7, 9, 5, torch.float64)]
     assert torch.autograd.gradcheck(ops.router_logits, inputs)
+    assert torch.autograd.gradgradcheck(ops.router_logits, inputs)
     torch.library.opcheck(torch.ops.dsmoe.router.default, tuple(inputs))
+    dlogits = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    for wanted in ((True, True), (True, False), (False, True)):
+        args = (dlogits, *inputs[:2], *wanted)
+        torch.library.opcheck(torch.ops.dsmoe.router_backward.default, args)
     x, weight, bias = (t.requires_grad_() for t in setting(7, 9, 5, torch.bfloat16))
     ops.router_logits(x, weight, bias).sum().backward()
     assert x.grad.dtype == torch.bfloat16 and weight.grad.dtype == torch.float32

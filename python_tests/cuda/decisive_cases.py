@@ -12,6 +12,7 @@ import test_expert_mlp_backward
 import test_expert_mlp_sm90a
 import test_permute
 import test_route
+import test_router
 import test_tf32
 import torch
 
@@ -34,6 +35,14 @@ def route(shape, method, gates="scores", rescale=True):
     top_k = min(3, len(shape[1]) - shape[2])
     options = dict(method=method, gates=gates, rescale=rescale, top_k=top_k, gate_scale=1.25)
     return lambda make: test_route.check(*shape, options, make())
+
+
+def router(*shape, dtype=torch.bfloat16, apart=0):
+    """Forward and backward; rows of x `apart` elements further apart than they are long."""
+    x, *others = test_router.setting(*shape, dtype)
+    wide = torch.full((len(x), x.shape[1] + apart), float("nan"), dtype=dtype)
+    wide[:, : x.shape[1]] = x
+    return lambda make: test_router.check(wide[:, : x.shape[1]], *others, make)
 
 
 def nan_and_ties(method):
@@ -273,12 +282,23 @@ ROUTE = {
     "many, binary": (MANY, "binary", True),
     "many shared": (SHARED, "scores", True),
 }
+ROUTER = {  # from 16 tiles on, a warp takes a tile
+    "a chunk for every warp, and one more": (3, 5, 1032),
+    "several tiles": (20, 9, 40),
+    "a warp a tile": (70, 17, 136),
+    "parts of the tokens": (260, 9, 264),
+}
 CASES = {
     **{f"permute {shape}": permute(*shape) for shape in PERMUTE},
     **{
         f"route {method}, {name}": route(shape, method, gates, rescale)
         for method in reference.METHODS
         for name, (shape, gates, rescale) in ROUTE.items()
+    },
+    **{
+        f"router, {name}, {dtype}": router(*shape, dtype=dtype, apart=24)
+        for name, shape in ROUTER.items()
+        for dtype in (torch.bfloat16, torch.float32)
     },
     **{f"route {method}, NaN and ties": nan_and_ties(method) for method in reference.METHODS},
     **{f"forward, {name}": expert_mlp(*shape) for name, shape in FORWARD.items()},

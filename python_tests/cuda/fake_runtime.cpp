@@ -179,6 +179,15 @@ cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t
 
 // -- the entry points of kernels.h, by C names --
 using namespace dsmoe;
+int run_router(const RouterParams* p, void*) {
+  return static_cast<int>(cuda::router(*p, callbacks.stream));
+}
+int run_router_backward(const RouterBackwardParams* p, void* workspace) {
+  return static_cast<int>(cuda::router_backward(*p, workspace, callbacks.stream));
+}
+int64_t router_backward_workspace(const RouterBackwardParams* p) {
+  return cuda::router_backward_workspace_bytes(*p);
+}
 int run_route(const RouteParams* p, void*) {
   return static_cast<int>(cuda::route(*p, callbacks.stream));
 }

@@ -22,6 +22,8 @@ NUMPY = {torch.bfloat16: np.uint16, torch.float16: np.uint16, torch.float32: np.
 KIND = {torch.bfloat16: "kBFloat16", torch.float16: "kFloat16", torch.float32: "kFloat32"}
 
 
+# few tokens and tiles are already many: they go in several passes, or a warp each
+SMALL = ("DSMOE_CUDA_WORKSPACE_MIB=1", "DSMOE_CUDA_MANY_TILES=16")
 STREAM = 0x57AE  # what the launchers are told to use; never dereferenced
 
 
@@ -167,6 +169,35 @@ class Interpreter:
 
     # -- the ops --
 
+    def _router_params(self, x, weight, bias=None):
+        p = STRUCTS["RouterParams"](DTYPE[KIND[x.dtype]], *x.shape, len(weight))
+        (p.x, p.x_stride), p.weight = self._rows(x), self._in(weight)
+        p.bias = 0 if bias is None else self._in(bias)
+        return p
+
+    def router(self, x, weight, bias=None):
+        """x [T,H], weight [R,H], bias [R] -> logits [T,R]."""
+        self._begin()
+        p = self._router_params(x, weight, bias)
+        logits = self._out((len(x), len(weight)), torch.float32)
+        p.logits = logits.address
+        self._run("run_router", p)
+        return torch.from_numpy(logits.array.copy())
+
+    def router_backward(self, dlogits, x, weight, wants_dx=True, wants_dweight=True):
+        """dlogits [T,R] -> dx [T,H], dweight [R,H]; None where it is not wanted."""
+        self._begin()
+        p = STRUCTS["RouterBackwardParams"](self._router_params(x, weight), self._in(dlogits))
+        dx = self._out(x.shape, x.dtype) if wants_dx else None
+        dweight = self._out(weight.shape, weight.dtype) if wants_dweight else None
+        p.dx, p.dweight = (0 if b is None else b.address for b in (dx, dweight))
+        workspace = self._workspace("router_backward_workspace", p)
+        self._run("run_router_backward", p, workspace)
+        return tuple(
+            None if b is None else to_torch(b.array, t.dtype)
+            for b, t in ((dx, x), (dweight, weight))
+        )
+
     def permute(self, gates, capacity=None):
         """gates [T,E] -> pair_offsets [E+1], token_idx [A], token_offsets [T+1], slot_idx [A]."""
         self._begin()
@@ -301,6 +332,14 @@ class Interpreter:
         workspace = self._workspace("expert_mlp_backward_workspace", p)
         self._run("run_expert_mlp_backward", p, workspace)
         return {n: to_torch(b.array, like[n].dtype) for n, b in out.items()}
+
+    def router_workspace(self, tokens, routed, hidden):
+        """Bytes that router_backward asks for where all is wanted."""
+        self._begin()
+        p = STRUCTS["RouterBackwardParams"]()
+        p.forward = STRUCTS["RouterParams"](DTYPE["kBFloat16"], tokens, hidden, routed)
+        p.dx = p.dweight = 1  # any address
+        return self._workspace_bytes("router_backward_workspace", p)
 
     def forward_workspace(self, tokens, hidden, intermediate, experts, dtype):
         """Bytes that expert_mlp asks for."""

@@ -28,14 +28,12 @@ import functools
 import re
 
 import numpy as np
-from interpreted import build
+from interpreted import SMALL, build
 from machine_code import readable
 from nvcc import ROOT
 from ptx.machine import COMPILERS, compile_kernel, write
 from ptx.numbers import TYPES
 
-# a small workspace: a few hundred tokens already go in several passes
-MACROS = ("DSMOE_CUDA_WORKSPACE_MIB=1",)
 DROPPED = {"bar", "barrier", "fence", "membar"}
 ORDERED = {"lt", "le", "gt", "ge", "lo", "ls", "hi", "hs"}
 HOPPER = {  # how names begin -> {kind: (operand, which of the values in it, what becomes of it)}
@@ -220,7 +218,7 @@ def mutants():
     there, all others as compiled for sm_80."""
     found = []
     for arch in ("80", "90a"):
-        _, programs = build(arch, *MACROS)
+        _, programs = build(arch, *SMALL)
         names = readable(sorted(programs))
         for mangled in sorted(programs, key=names.get):
             name, is_own = names[mangled], names[mangled].startswith("sm90a::")
@@ -232,9 +230,10 @@ def mutants():
 def is_copy(name, names):
     """Is this kernel of a template that an earlier dtype stands for?"""
     return any(
-        f"<{later}" in name and name.replace(f"<{later}", f"<{earlier}") in names
+        start + later in name and name.replace(start + later, start + earlier) in names
         for i, later in enumerate(DTYPES)
         for earlier in DTYPES[:i]
+        for start in "<,"
     )
 
 

@@ -26,6 +26,7 @@ OPS = (
     "route",
     "route_backward",
     "router",
+    "router_backward",
     "permute",
     "expert_mlp",
     "expert_mlp_backward",

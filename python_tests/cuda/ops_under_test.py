@@ -13,6 +13,15 @@ class Gpu:
 
         self.ops = ops
 
+    def router(self, *inputs):
+        return self.ops.router_logits(*(None if t is None else t.cuda() for t in inputs)).cpu()
+
+    def router_backward(self, dlogits, x, weight, wants_dx=True, wants_dweight=True):
+        wanted = (wants_dx, wants_dweight)
+        given = (dlogits.cuda(), x.cuda(), weight.cuda())
+        gradients = torch.ops.dsmoe.router_backward(*given, *wanted)
+        return tuple(g.cpu() if w else None for g, w in zip(gradients, wanted, strict=True))
+
     def permute(self, gates, capacity=None):
         if capacity is not None:
             raise NotImplementedError("the op allocates T·E")

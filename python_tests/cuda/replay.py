@@ -9,8 +9,7 @@ import functools
 import time
 
 import numpy as np
-from interpreted import Interpreter
-from mutations import MACROS
+from interpreted import SMALL, Interpreter
 from ptx import Trap
 
 PATIENCE = 20  # a changed kernel may execute so many times the instructions of the right one
@@ -50,7 +49,7 @@ class Launch:
 
 class Recorded(Interpreter):
     def __init__(self, launches, **options):
-        super().__init__(counters=Steps(), macros=MACROS, **{"multiprocessors": 1, **options})
+        super().__init__(counters=Steps(), macros=SMALL, **{"multiprocessors": 1, **options})
         self.recorded = launches
 
     def _launch(self, name, grid, block, shared, args):
@@ -67,7 +66,7 @@ class Recorded(Interpreter):
 
 class Replay(Interpreter):
     def __init__(self, launches, mutant, **options):
-        super().__init__(counters=Steps(), macros=MACROS, **{"multiprocessors": 1, **options})
+        super().__init__(counters=Steps(), macros=SMALL, **{"multiprocessors": 1, **options})
         self.recorded, self.changed = launches, mutant.place
         program = mutant.apply(self.programs[mutant.mangled])
         self.programs = {**self.programs, mutant.mangled: program}

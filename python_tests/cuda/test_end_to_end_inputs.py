@@ -1,6 +1,8 @@
 """What the bindings do on CUDA with inputs that the kernels can't take as they are: they copy, or
 they say in one sentence what must change. See end_to_end.py."""
 
+import functools
+
 import pytest
 import torch
 from end_to_end import cuda, numbers
@@ -55,6 +57,33 @@ def test_views_are_copied(view, dtype):
         assert torch.equal(found[name], want), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_views_are_copied_for_the_router(view, dtype):
+    def run(device, view):
+        x, weight = numbers(0, 20, 32).to(device, dtype), numbers(1, 5, 32).to(device)
+        leaves = [x.requires_grad_(), weight.requires_grad_()]
+        logits = ops.router_logits(view(x), view(weight), numbers(2, 5).to(device))
+        return logits, *torch.autograd.grad(logits, leaves, view(numbers(3, 20, 5).to(device)))
+
+    with cuda() as device:
+        for found, want in zip(run(device, view), run(device, lambda t: t), strict=True):
+            assert torch.equal(found, want)
+
+
+def test_the_routers_second_derivatives():
+    def run(device, dtype):
+        leaves = [numbers(n, n, 16).to(device, dtype).requires_grad_() for n in (20, 5)]
+        logits = ops.router_logits(*leaves)
+        first = torch.autograd.grad(logits.square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    with cuda() as device:
+        found = run(device, torch.float32)
+    for got, want in zip(found, run("cpu", torch.float64), strict=True):
+        assert (got.cpu() - want).abs().max() <= 1e-5 * want.abs().max()
+
+
 def test_an_expanded_gradient():
     case = random_case(0, 20, 32, [16, 24], exact_ste=True, dtype=torch.bfloat16)
     case.dy = torch.ones(20, 32, dtype=torch.bfloat16)
@@ -89,6 +118,12 @@ def test_limits_are_named():
         refused(
             lambda: ops.permute(gates[:, :3].double()), "gates is float64, which runs on the CPU"
         )
+        for hidden, dtype, match in (
+            (36, torch.float32, "multiple of 8, but it is 36: pad"),
+            (32, torch.float64, "x is float64, which runs on the CPU"),
+        ):
+            x, weight = (numbers(0, n, hidden).to(device, dtype) for n in (3, 2))
+            refused(functools.partial(ops.router_logits, x, weight), match)
         logits = numbers(0, 5, 2).double().to(device)
         refused(lambda: ops.route(logits, 0.5, offsets.to(device)), "logits is float64, which runs")
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from interpreted import Failed, Interpreter
+from interpreted import SMALL, Failed, Interpreter
 from ops_under_test import ON_GPU, Ops
 from ptx import Counters
 
@@ -262,7 +262,7 @@ def test_decode_reads_each_weight_once():
 def test_tokens_in_passes():
     """With a small workspace tokens go in several passes; nothing changes but the memory."""
     case = random_case(5, 520, 16, [400, 40], dtype=torch.bfloat16)
-    whole, passes = Interpreter(), Interpreter(macros=("DSMOE_CUDA_WORKSPACE_MIB=1",))
+    whole, passes = Interpreter(), Interpreter(macros=SMALL)
     want = whole.sparse_ffn(*case.inputs())
     assert torch.equal(passes.sparse_ffn(*case.inputs()), want)
     assert sum("down_kernel" in name for name, *_ in passes.launches) > 1

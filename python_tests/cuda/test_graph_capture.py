@@ -28,7 +28,7 @@ RUNS = [
 
 
 def run_all(ops, tokens, dtype, seed, sizes):
-    """route, permute, expert_mlp forward and backward, on values that the seed decides."""
+    """All ops, forward and backward, on values that the seed decides."""
     g = torch.Generator().manual_seed(seed)
     offsets = offsets_of(sizes)
     for method in ("threshold", "top_p", "top_k", "relu"):
@@ -36,6 +36,9 @@ def run_all(ops, tokens, dtype, seed, sizes):
         gates, scores = ops.route(logits, torch.rand(()).item(), offsets, method=method, top_k=2)
         ops.route_backward(gates, scores, gates, scores, offsets, method=method, top_k=2)
     case = random_case(seed, tokens, 40, sizes, active=(seed + 1) / 4, exact_ste=True, dtype=dtype)
+    weight, dlogits = (torch.randn(*shape, generator=g) for shape in ((3, 40), (tokens, 3)))
+    ops.router(case.x, weight)
+    ops.router_backward(dlogits, case.x, weight)
     ops.permute(case.gates)
     ops.sparse_ffn(*case.inputs())
     ops.sparse_ffn_backward(*case.inputs(), dy=case.dy, grad_weight=case.grad_weight)

@@ -90,6 +90,19 @@ def test_vector_and_narrow_accesses():
     )
 
 
+def test_vectors_of_floats_in_shared_memory():
+    x, y = (np.random.default_rng(seed).normal(size=32).astype(np.float32) for seed in (0, 1))
+    out = snippets.run(
+        "mov.u32 %at, buffer; mad.lo.u32 %at, %tid32, 8, %at;"
+        "st.shared.v2.f32 [%at], {%x, %y}; ld.shared.v2.f32 {%d, %e}, [%at];",
+        {"x": ("f32", x), "y": ("f32", y)},
+        {"d": "f32", "e": "f32"},
+        declare=SHARED,
+    )
+    np.testing.assert_array_equal(out["d"], x)
+    np.testing.assert_array_equal(out["e"], y)
+
+
 def test_signed_loads_extend():
     out = snippets.run(
         "mov.u32 %at, buffer; mad.lo.u32 %at, %tid32, 2, %at; st.shared.u16 [%at], %x;"

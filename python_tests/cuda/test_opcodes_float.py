@@ -205,8 +205,14 @@ COMPARISONS = {
 }
 
 
-@pytest.mark.parametrize("op", COMPARISONS)
-@pytest.mark.parametrize("kind", ["s32", "u32", "s64", "u64", "u16"])
+@pytest.mark.parametrize(
+    "op, kind",
+    [
+        *((op, kind) for kind in ("s32", "u32", "s64", "u64", "u16") for op in COMPARISONS),
+        ("eq", "b32"),  # bits have no order
+        ("ne", "b32"),
+    ],
+)
 def test_setp_integers(op, kind):
     x, y = integers(kind, 1), integers(kind, 2)
     y[::3] = x[::3]
