@@ -133,9 +133,11 @@ struct Carver {
   }
 };
 
+// Columns that the experts take at most: every one of them is rounded up.
 inline int64_t matrix_width(const ExpertMlpParams& p) {
-  const int64_t most = p.intermediate_size + int64_t{kColumnAlign - 1} * p.num_experts;
-  return ceil_div<int64_t>(most, kColumnAlign) * kColumnAlign;
+  const int64_t not_empty = std::min<int64_t>(p.num_experts, p.intermediate_size);
+  const int64_t most = p.intermediate_size + not_empty * (kColumnAlign - 1);
+  return most / kColumnAlign * kColumnAlign;
 }
 
 // How many of `count` a pass takes, a multiple of `unit`: at most `most` (but one unit), and all passes
