@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from dsmoe_ext.benchmarks import gpu_model as model
-from dsmoe_ext.benchmarks.gpu_backward import passes
+from dsmoe_ext.benchmarks.gpu_backward import cut, neurons, passes
 from dsmoe_ext.benchmarks.gpu_load import DTYPES, Load, draw, read_trace
 from dsmoe_ext.benchmarks.gpu_specs import GPUS
 from dsmoe_ext.command_line import app as cli
@@ -163,14 +163,35 @@ def test_llama_2_7bs_backward_reaches_its_share_of_the_roofline(gpu, least):
 
 
 def test_passes_of_the_backward_by_hand():
-    """256 MiB less 8192 x 4096 sums: room for three matrices of some 2450 columns, less the gaps of
-    8 experts; five passes of 35 x 64 rows."""
+    """256 MiB less 8192 x 4096 sums: room for three matrices of some 2600 columns; five passes of
+    35 x 64."""
     case = load(8192, 4096, [1376] * 8, 3 / 8)
-    sizes = [p.sizes for p in passes(case)]
+    (over_columns,) = passes(case)
+    sizes = [p.sizes for p in over_columns]
     assert sizes[:2] == [(1376, 864), (1376 - 864, 1376, 352)] and len(sizes) == 5
     assert [sum(s) for s in sizes] == [2240] * 4 + [8 * 1376 - 4 * 2240]
-    assert sum(p.neurons() for p in passes(case)) == case.neurons()
-    assert len(passes(load(700, 1024, [512] * 4))) == 1
+    assert sum(p.neurons() for p in over_columns) == case.neurons()
+    assert [len(p) for p in passes(load(700, 1024, [512] * 4))] == [1]
+
+
+def test_passes_over_fine_experts_by_hand():
+    """Experts of 16 and 17 take 16 and 32 columns: 1920 are 40 of either, and of 10989 neurons 1320.
+    With 15 columns more for every expert there would be two passes more, which are empty."""
+    case = load(8192, 4096, [16, 17] * 333, 0.1)
+    assert cut(case) == (8192, 1920, 11)
+    (over_columns,) = passes(case)
+    assert over_columns[0].sizes == (16, 17) * 40
+    assert [sum(p.sizes) for p in over_columns] == [1320] * 8 + [333 * 33 - 8 * 1320, 0, 0]
+
+
+def test_tokens_beyond_one_pass_by_hand():
+    """dx and dgates first, the weight gradients later: the neurons are made twice."""
+    case = load(9985, 4096, [1376] * 8, 3 / 8, is_backward=True)
+    assert [part.num_tokens for part, *_ in passes(case)] == [5120, 4865]
+    assert sum(p.neurons() for part in passes(case) for p in part) == case.neurons()
+    tiles = {p.kernel: p.tiles for p in model.predict(A100, case)}
+    once = sum(p.tiles for part in passes(case) for q in part for p in neurons(A100, q))
+    assert tiles["neurons"] == 2 * once
 
 
 @pytest.mark.parametrize("kernel", ["gate_up<64>", "down", "neurons_backward", "weights"])

@@ -224,6 +224,7 @@ BACKWARD = {
     "whole tiles": (20, 24, [64, 32, 128, 64], 0.6),
     "passes": (520, 16, [136, 40], 0.5),
     "passes over neurons": (40, 16, [400, 40, 300], 0.5),
+    "passes over fine experts": (300, 16, [16, 29, 0, 100, 3, 16, 48, 21, 0, 17, 200, 5], 0.5),
     "two groups of row tiles": (1100, 8, [40], 1.0),
 }
 HOPPER_BACKWARD = {
