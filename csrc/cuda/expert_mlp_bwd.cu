@@ -29,8 +29,8 @@
 //                        the weight gradients: 3/8 more work (saved: 1/6), if both are wanted
 //
 // Every expert begins at a multiple of 16 columns, and only the device knows the experts' sizes. So the
-// host launches passes for as many columns as there may be, and the device finds what lies behind a
-// pass's columns: full passes for fine experts, too. The last passes may be empty, which costs launches.
+// host launches passes for as many columns as there may be, and the device cuts those that there are: full
+// passes for fine experts, too. The last ones launched may be empty.
 #include <algorithm>
 #include <type_traits>
 
@@ -44,7 +44,7 @@ namespace dsmoe::cuda {
 namespace {
 
 struct Layout {
-  int64_t tokens, width;  // of a pass; width: columns
+  int64_t tokens, width;  // of a pass; width: columns at most
   int64_t all_columns;    // [E+1]   first column of an expert, before passes are cut
   int64_t expert_offsets, expert_columns, row_of_column, sums, gated, dgate, dup, partial;
   int64_t listed_gates;
@@ -73,14 +73,14 @@ Layout layout(const ExpertMlpBackwardParams& p) {
   const int64_t most = std::min(limit * 5 / 8 / chunk_bytes * kTokensPerChunk,
                                 limit * 3 / 8 / ((matrix_bytes(1) + 1) * least));
   Layout l{};
-  l.tokens = per_pass(f.num_tokens, kTokensPerChunk, most);
+  l.tokens = per_pass<int64_t>(f.num_tokens, kTokensPerChunk, most);
   const int64_t chunks = l.tokens / kTokensPerChunk;
   int64_t columns = (limit - chunks * chunk_bytes) / std::max<int64_t>(matrix_bytes(l.tokens), 1);
   if (has_sums && f.num_tokens > l.tokens) {  // the same room must hold sums of weight gradients
     columns =
         std::min(columns, chunks * chunk_sums / (3 * 4 * std::max<int64_t>(f.hidden_size, 1)));
   }
-  l.width = per_pass(all, WeightsTile::kTileM, columns);
+  l.width = per_pass<int64_t>(all, WeightsTile::kTileM, columns);
   l.all_columns = l.carver.place((experts + 1) * 4);
   l.expert_offsets = l.carver.place((experts + 1) * 4);
   l.expert_columns = l.carver.place((experts + 1) * 4);
@@ -99,10 +99,13 @@ Layout layout(const ExpertMlpBackwardParams& p) {
   return l;
 }
 
-// One CTA: the experts' offsets, clipped to the rows behind columns first .. end, of which `columns` has
-// every expert's first. Both are multiples of kColumnAlign, as is where experts begin: no gap is cut.
+// One CTA: the experts' offsets, clipped to the rows behind a pass's columns; `columns` has the first one of
+// every expert. Passes as wide as `most` would do are made alike. Both they and experts begin at multiples
+// of kColumnAlign: no gap is cut.
 __global__ void clip_experts_kernel(const int32_t* offsets, const int32_t* columns, int num_experts,
-                                    int first, int end, int32_t* clipped) {
+                                    int pass, int most, int32_t* clipped) {
+  const int width = per_pass(columns[num_experts], WeightsTile::kTileM, most);
+  const int first = pass * width, end = first + width;
   __shared__ int first_row, end_row;
   if (threadIdx.x == 0) first_row = end_row = offsets[num_experts];  // beyond the last column
   __syncthreads();
@@ -259,11 +262,10 @@ class Backward {
 
   void take_columns(int64_t column_pass) {
     column_pass_ = column_pass;
-    const int64_t first = column_pass * l_.width;
     args_.pass.turn = {column_pass == 0, column_pass + 1 == column_passes_};
     clip_experts_kernel<<<1, kExpertThreads, 0, on_>>>(
-        f_.expert_offsets, at<int32_t>(l_.all_columns), f_.num_experts, static_cast<int>(first),
-        static_cast<int>(first + l_.width), at<int32_t>(l_.expert_offsets));
+        f_.expert_offsets, at<int32_t>(l_.all_columns), f_.num_experts,
+        static_cast<int>(column_pass), static_cast<int>(l_.width), at<int32_t>(l_.expert_offsets));
     place_columns_kernel<<<1, kExpertThreads, 0, on_>>>(args_.pass);
   }
 

@@ -142,9 +142,10 @@ inline int64_t matrix_width(const ExpertMlpParams& p) {
 
 // How many of `count` a pass takes, a multiple of `unit`: at most `most` (but one unit), and all passes
 // alike.
-inline int64_t per_pass(int64_t count, int64_t unit, int64_t most) {
-  const int64_t units = ceil_div(count, unit), room = std::max<int64_t>(most / unit, 1);
-  const int64_t passes = ceil_div(units, room);
+template <class Int>
+__host__ __device__ Int per_pass(Int count, Int unit, Int most) {
+  const Int units = ceil_div(count, unit), room = most < unit ? 1 : most / unit;
+  const Int passes = ceil_div(units, room);
   return passes > 0 ? ceil_div(units, passes) * unit : 0;
 }
 

@@ -19,14 +19,15 @@ from dsmoe_ext.benchmarks.gpu_specs import ANY, MMA, WGMMA, Gpu
 RECOMPUTE, NEURONS = ((32, 32), (64, 128), (96, ANY)), ((32, 32), (128, 128), (160, ANY))
 
 
+def per_pass(count: int, unit: int, most: int) -> int:
+    """How many of `count` a pass takes, of passes that are alike."""
+    units = math.ceil(count / unit)
+    return math.ceil(units / math.ceil(units / max(most // unit, 1))) * unit
+
+
 def cut(load: Load) -> tuple[int, int, int]:
-    """Tokens of a pass, its columns, and passes over the columns, as layout() in expert_mlp_bwd.cu
-    cuts 256 MiB without knowing the experts' sizes."""
-
-    def per_pass(count: int, unit: int, most: int) -> int:
-        units = math.ceil(count / unit)
-        return math.ceil(units / math.ceil(units / max(most // unit, 1))) * unit
-
+    """Tokens of a pass, its columns at most, and passes over the columns, as layout() in
+    expert_mlp_bwd.cu cuts 256 MiB without knowing the experts' sizes."""
     experts, neurons, number = len(load.sizes), sum(load.sizes), int(load.number_bytes)
     columns = (neurons + 15 * min(experts, neurons)) // 16 * 16  # every expert rounded up
     sums = math.ceil(load.hidden_size / 128) * 128 * 4 if load.dtype == "bf16" else 0
@@ -44,8 +45,9 @@ def cut(load: Load) -> tuple[int, int, int]:
 
 def passes(load: Load) -> list[list[Load]]:
     """Of every pass over the tokens, the experts as each pass over the columns sees them."""
-    tokens, width, count = cut(load)
+    tokens, most, count = cut(load)
     ends = list(accumulate(math.ceil(size / 16) * 16 for size in load.sizes))
+    width = per_pass(ends[-1], 64, most)
     out = []
     for first in range(0, count * width, width):
         clipped = [

@@ -248,6 +248,11 @@ HOPPER_BACKWARD_ACTIVE = {  # of active pairs only: others in a tile that is not
         (70, 24, [16, 40, 24, 120, 16, 136, 264], 0.9),
         dict(multiprocessors=3),
     ),
+    "halves of tiles": ((300, 24, [16, 136, 200, 72], 0.9), dict(multiprocessors=4)),
+    "halves of tiles, some without rows": (
+        (100, 24, [16, 24, 136, 200, 72], 1.0),
+        dict(multiprocessors=5, save_activations=True),
+    ),
     "passes of 192 columns": ((300, 192, [136, 40], 0.5), {}),
     "passes of 128 columns": ((40, 72, [400, 200], 0.5), {}),
     "passes of two strips": ((150, 328, [264, 200], 0.5), dict(multiprocessors=2)),
