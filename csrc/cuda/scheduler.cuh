@@ -51,22 +51,22 @@ class TileScheduler {
 
   __device__ bool next(Tile& tile) {
     while (expert_ < num_experts_) {
-      const Expert expert = at(expert_);
-      if (index_ < expert.num_tiles) {
-        const int group = index_ / (kGroup * expert.column_tiles);
-        const int rows_in_group = min(kGroup, expert.row_tiles - group * kGroup);
-        const int within = index_ - group * kGroup * expert.column_tiles;
+      const auto [first_row, size, all, row_tiles, column_tiles, num_tiles] = at(expert_);
+      if (index_ < num_tiles) {
+        const int group = index_ / (kGroup * column_tiles);
+        const int rows_in_group = min(kGroup, row_tiles - group * kGroup);
+        const int within = index_ - group * kGroup * column_tiles;
         const int row_tile = group * kGroup + within % rows_in_group;
         tile.expert = expert_;
         tile.column = within / rows_in_group * kTileN;
-        tile.columns = expert.size - tile.column;
-        tile.first_row = expert.first_row + tile.column;
-        tile.pairs.begin = expert.pairs.begin + row_tile * kTileM;
-        tile.pairs.end = min(expert.pairs.end, tile.pairs.begin + kTileM);
+        tile.columns = size - tile.column;
+        tile.first_row = first_row + tile.column;
+        tile.pairs.begin = all.begin + row_tile * kTileM;
+        tile.pairs.end = min(all.end, tile.pairs.begin + kTileM);
         index_ += gridDim.x;
         return true;
       }
-      index_ -= expert.num_tiles;
+      index_ -= num_tiles;
       ++expert_;
     }
     return false;
