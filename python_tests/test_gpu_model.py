@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from dsmoe_ext.benchmarks import gpu_model as model
-from dsmoe_ext.benchmarks.gpu_backward import passes
+from dsmoe_ext.benchmarks.gpu_backward import cut, neurons, passes
 from dsmoe_ext.benchmarks.gpu_load import DTYPES, Load, draw, read_trace
 from dsmoe_ext.benchmarks.gpu_specs import GPUS
 from dsmoe_ext.command_line import app as cli
@@ -83,12 +83,24 @@ def test_counts_of_wgmma_by_hand():
 
 
 def test_tiles_of_wgmma_are_those_of_its_schedulers():
-    """Rows of 256; 64 columns up to size 128, 96 beyond."""
+    """Rows of 256, here 128, 128 and 44; 64 columns up to size 128, 96 beyond."""
     h100 = GPUS["h100"]
     case = load(300, 64, [16, 40, 128, 200, 0])
-    assert [p.tiles for p in model.gate_up(h100, case)] == [2, 0, 2 * (1 + 2), 2 * 3]
+    assert [p.tiles for p in model.gate_up(h100, case)] == [3, 0, 3 * (1 + 2), 3 * 3]
     assert model.down(h100, load(300, 200, [16, 72])).tiles == 2 * (1 + 1) * 4  # of 64 columns
     assert model.down(h100, load(512, 132 * 128, [72])).tiles == 132 * 2
+
+
+def test_tiles_that_make_no_round_are_halved():
+    """Three more than 132: rows of the first three go to six. 67 for 132: all stay whole."""
+    h100 = GPUS["h100"]
+    tiles = [(256, 7), (130, 7), (100, 7), *[(256, 7)] * 132]
+    dealt = model.deal_evenly(h100, tiles)
+    assert [[rows for rows, _ in cta] for cta in dealt[:7]] == [
+        [256, 128], [256, 128], [256, 128], [256, 2], [256, 100], [256], [256]
+    ]  # fmt: skip
+    assert model.deal_evenly(h100, tiles[:67]) == model.deal(h100, tiles[:67])
+    assert model.deal_evenly(A100, tiles) == model.deal(A100, tiles)
 
 
 def test_strips_of_wgmma_by_hand():
@@ -111,11 +123,11 @@ def test_rows_are_moved_one_by_one_and_multiplied_in_blocks():
 
 
 def test_tiles_of_the_backward_by_wgmma():
-    """Rows of 256; 32, 64 or 96 gates and ups, 32, 128 or 160 of the rest. Gradients of 256 by 192;
-    both sources of dx in one sum."""
+    """Rows of 256, here 128, 128 and 44; 32, 64 or 96 gates and ups, 32, 128 or 160 of the rest.
+    Gradients of 256 by 192; both sources of dx in one sum."""
     h100, case = GPUS["h100"], load(300, 200, [16, 40, 300])
     tiles = [p.tiles for p in model.predict(h100, replace(case, is_backward=True))]
-    assert tiles[:6] == [2, 2, 2 * 4, 2, 2, 2 * 2]
+    assert tiles[:6] == [3, 3, 3 * 4, 3, 3, 3 * 2]
     assert tiles[6:] == [model.down(h100, case).tiles, 3 * 2 * (1 + 1 + 2)]
 
 
@@ -163,14 +175,39 @@ def test_llama_2_7bs_backward_reaches_its_share_of_the_roofline(gpu, least):
 
 
 def test_passes_of_the_backward_by_hand():
-    """256 MiB less 8192 x 4096 sums: room for three matrices of some 2450 columns, less the gaps of
-    8 experts; five passes of 35 x 64 rows."""
+    """256 MiB less 8192 x 4096 sums: room for three matrices of some 2600 columns; five passes of
+    35 x 64."""
     case = load(8192, 4096, [1376] * 8, 3 / 8)
-    sizes = [p.sizes for p in passes(case)]
+    (over_columns,) = passes(case)
+    sizes = [p.sizes for p in over_columns]
     assert sizes[:2] == [(1376, 864), (1376 - 864, 1376, 352)] and len(sizes) == 5
     assert [sum(s) for s in sizes] == [2240] * 4 + [8 * 1376 - 4 * 2240]
-    assert sum(p.neurons() for p in passes(case)) == case.neurons()
-    assert len(passes(load(700, 1024, [512] * 4))) == 1
+    assert sum(p.neurons() for p in over_columns) == case.neurons()
+    assert [len(p) for p in passes(load(700, 1024, [512] * 4))] == [1]
+
+
+def test_passes_over_fine_experts_by_hand():
+    """Experts of 16 and 17 take 16 and 32 columns, 15984 in all: nine passes of 28 x 64, three of
+    which are 112 of either. With 15 columns more for every expert there would be two passes more,
+    which are empty."""
+    case = load(8192, 4096, [16, 17] * 333, 0.1)
+    assert cut(case) == (8192, 1920, 11)
+    (over_columns,) = passes(case)
+    assert over_columns[0].sizes == (16, 17) * 37 + (16,)
+    assert over_columns[1].sizes == (17, *(16, 17) * 36, 16, 16)
+    neurons_of = [sum(p.sizes) for p in over_columns]
+    assert neurons_of[:6] == [37 * 33 + 16, 37 * 33 + 16, 37 * 33 + 1] * 2
+    assert sum(neurons_of) == 333 * 33 and neurons_of[9:] == [0, 0]
+
+
+def test_tokens_beyond_one_pass_by_hand():
+    """dx and dgates first, the weight gradients later: the neurons are made twice."""
+    case = load(9985, 4096, [1376] * 8, 3 / 8, is_backward=True)
+    assert [part.num_tokens for part, *_ in passes(case)] == [5120, 4865]
+    assert sum(p.neurons() for part in passes(case) for p in part) == case.neurons()
+    tiles = {p.kernel: p.tiles for p in model.predict(A100, case)}
+    once = sum(p.tiles for part in passes(case) for q in part for p in neurons(A100, q))
+    assert tiles["neurons"] == 2 * once
 
 
 @pytest.mark.parametrize("kernel", ["gate_up<64>", "down", "neurons_backward", "weights"])

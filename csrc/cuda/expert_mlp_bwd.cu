@@ -19,8 +19,8 @@
 // at T 8192, I 11008), or are recomputed from x: 2/9 more work of the forward and backward together.
 //
 // What nobody wants is not launched. The workspace stays below 256 MiB
-// by going in passes, each a rectangle of tokens by neurons (rows of the weights): within one, kernels
-// see the experts clipped to its rows. Sums over several passes are fp32 to the end, in the workspace
+// by going in passes, each a rectangle of tokens by neurons (columns of the three matrices): within one,
+// kernels see the experts clipped to it. Sums over several passes are fp32 to the end, in the workspace
 // for half types and in the results themselves for fp32: dx and dgates over the passes along the neurons,
 // weight gradients over the passes along the tokens. The workspace has room for one of the two, so that
 //
@@ -28,6 +28,9 @@
 //   more, in half types  go through the tokens for dx and dgates, and once more, through the neurons, for
 //                        the weight gradients: 3/8 more work (saved: 1/6), if both are wanted
 //
+// Every expert begins at a multiple of 16 columns, and only the device knows the experts' sizes. So the
+// host launches passes for as many columns as there may be, and the device cuts those that there are: full
+// passes for fine experts, too. The last ones launched may be empty.
 #include <algorithm>
 #include <type_traits>
 
@@ -41,7 +44,8 @@ namespace dsmoe::cuda {
 namespace {
 
 struct Layout {
-  int64_t tokens, rows, width;  // of a pass; width: columns that the rows may take
+  int64_t tokens, width;  // of a pass; width: columns at most
+  int64_t all_columns;    // [E+1]   first column of an expert, before passes are cut
   int64_t expert_offsets, expert_columns, row_of_column, sums, gated, dgate, dup, partial;
   int64_t listed_gates;
   ListsLayout active, listed;
@@ -52,39 +56,35 @@ int64_t strips_per_chunk(const ExpertMlpParams& f) {
   return ceil_div<int64_t>(f.hidden_size, DownTile::kTileN);
 }
 
-// Columns of a matrix for so many rows: every expert among them is rounded up.
-int64_t columns_for(int64_t rows, int64_t experts) {
-  return (rows + std::min(rows, experts) * (kColumnAlign - 1)) / kColumnAlign * kColumnAlign;
-}
-
 // Five eighths of the workspace are for sums of dx and for lists: that decides how many tokens a pass
-// takes, as long as the rest, for the matrices [tokens, width], holds 256 rows or more.
+// takes, as long as the rest, for the matrices [tokens, width], holds 256 columns or more.
 Layout layout(const ExpertMlpBackwardParams& p) {
   const ExpertMlpParams& f = p.forward;
   const int64_t size = dtype_size(f.dtype), experts = f.num_experts;
   const bool has_sums = f.dtype != Dtype::kFloat32;
   const int64_t chunk_sums = has_sums ? strips_per_chunk(f) * DownTile::kStripFloats * 4 : 0;
   const int64_t chunk_bytes = chunk_sums + (p.grad_weight ? 14 : 5) * kTokensPerChunk * experts;
-  auto matrix_bytes = [&](int64_t tokens) {  // a column of the three, of partial, of row_of_column
-    return tokens * 3 * size + tokens * 4 / kColumnAlign + 4;
+  auto matrix_bytes = [&](int64_t tokens) {  // a column of the three, and of partial
+    return tokens * 3 * size + tokens * 4 / kColumnAlign;
   };
-  const int64_t limit = kWorkspaceLimit - 64 * experts - 8192;  // small tables, and rounding up
-  const int64_t least = columns_for(std::min<int64_t>(f.intermediate_size, 256), experts);
+  const int64_t all = matrix_width(f), least = std::clamp<int64_t>(all, 1, 256);
+  // small tables, and rounding up
+  const int64_t limit = kWorkspaceLimit - 4 * all - 64 * experts - 8192;
   const int64_t most = std::min(limit * 5 / 8 / chunk_bytes * kTokensPerChunk,
-                                limit * 3 / 8 / (matrix_bytes(1) * std::max<int64_t>(least, 1)));
+                                limit * 3 / 8 / ((matrix_bytes(1) + 1) * least));
   Layout l{};
-  l.tokens = per_pass(f.num_tokens, kTokensPerChunk, most);
+  l.tokens = per_pass<int64_t>(f.num_tokens, kTokensPerChunk, most);
   const int64_t chunks = l.tokens / kTokensPerChunk;
-  const int64_t columns = (limit - chunks * chunk_bytes) / matrix_bytes(l.tokens);
-  int64_t rows = std::max(columns - (kColumnAlign - 1) * experts, columns / kColumnAlign);
+  int64_t columns = (limit - chunks * chunk_bytes) / std::max<int64_t>(matrix_bytes(l.tokens), 1);
   if (has_sums && f.num_tokens > l.tokens) {  // the same room must hold sums of weight gradients
-    rows = std::min(rows, chunks * chunk_sums / (3 * 4 * std::max<int64_t>(f.hidden_size, 1)));
+    columns =
+        std::min(columns, chunks * chunk_sums / (3 * 4 * std::max<int64_t>(f.hidden_size, 1)));
   }
-  l.rows = per_pass(f.intermediate_size, WeightsTile::kTileM, rows);
-  l.width = columns_for(l.rows, experts);
+  l.width = per_pass<int64_t>(all, WeightsTile::kTileM, columns);
+  l.all_columns = l.carver.place((experts + 1) * 4);
   l.expert_offsets = l.carver.place((experts + 1) * 4);
   l.expert_columns = l.carver.place((experts + 1) * 4);
-  l.row_of_column = l.carver.place(l.width * 4);
+  l.row_of_column = l.carver.place(std::max(all, l.width) * 4);
   l.sums = l.carver.place(chunks * chunk_sums);
   l.active = place_lists(l.carver, f, l.tokens);
   l.listed = l.active;
@@ -99,11 +99,24 @@ Layout layout(const ExpertMlpBackwardParams& p) {
   return l;
 }
 
-// One CTA: the experts' offsets, clipped to the rows of a pass.
-__global__ void clip_experts_kernel(const int32_t* offsets, int num_experts, int first, int end,
-                                    int32_t* clipped) {
+// One CTA: the experts' offsets, clipped to the rows behind a pass's columns; `columns` has the first one of
+// every expert. Passes as wide as `most` would do are made alike. Both they and experts begin at multiples
+// of kColumnAlign: no gap is cut.
+__global__ void clip_experts_kernel(const int32_t* offsets, const int32_t* columns, int num_experts,
+                                    int pass, int most, int32_t* clipped) {
+  const int width = per_pass(columns[num_experts], WeightsTile::kTileM, most);
+  const int first = pass * width, end = first + width;
+  __shared__ int first_row, end_row;
+  if (threadIdx.x == 0) first_row = end_row = offsets[num_experts];  // beyond the last column
+  __syncthreads();
+  for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
+    auto lies_in = [&](int column) { return columns[e] <= column && column < columns[e + 1]; };
+    if (lies_in(first)) first_row = offsets[e] + first - columns[e];
+    if (lies_in(end)) end_row = offsets[e] + end - columns[e];
+  }
+  __syncthreads();
   for (int e = threadIdx.x; e <= num_experts; e += blockDim.x) {
-    clipped[e] = min(max(offsets[e], first), end);
+    clipped[e] = min(max(offsets[e], first_row), end_row);
   }
 }
 
@@ -132,7 +145,8 @@ class Backward {
         ctas_(ctas),
         on_(on),
         on_hopper_(p.forward.intermediate_size > 0 && p.forward.hidden_size > 0 &&
-                   sm90a::is_available()) {
+                   sm90a::is_available()),
+        column_passes_(l_.width > 0 ? ceil_div(matrix_width(f_), l_.width) : 1) {
     PassArgs<T>& pass = args_.pass;
     pass.hidden_size = f_.hidden_size;
     pass.num_experts = f_.num_experts;
@@ -162,12 +176,12 @@ class Backward {
     const bool dx_in_parts = p_.dx != nullptr && sizeof(T) == 2 && f_.num_tokens > l_.tokens;
     // without tokens one empty pass writes the weight gradients' zeros
     const int64_t token_passes = l_.tokens > 0 ? ceil_div(f_.num_tokens, l_.tokens) : 1;
-    const int64_t row_passes = l_.rows > 0 ? ceil_div(f_.intermediate_size, l_.rows) : 1;
+    place_all_columns();
     for (int64_t t = 0; t < token_passes && dx_in_parts; ++t) {
-      for (int64_t r = 0; r < row_passes; ++r) run_pass(t, r, {true, false});
+      for (int64_t c = 0; c < column_passes_; ++c) run_pass(t, c, {true, false});
     }
-    for (int64_t r = 0; r < row_passes && (weights || !dx_in_parts); ++r) {
-      for (int64_t t = 0; t < token_passes; ++t) run_pass(t, r, {!dx_in_parts, true});
+    for (int64_t c = 0; c < column_passes_ && (weights || !dx_in_parts); ++c) {
+      for (int64_t t = 0; t < token_passes; ++t) run_pass(t, c, {!dx_in_parts, true});
     }
     return status_ == Status::kOk ? launch_status() : status_;
   }
@@ -178,8 +192,15 @@ class Backward {
     return reinterpret_cast<U*>(workspace_ + offset);
   }
 
-  void run_pass(int64_t token_pass, int64_t row_pass, Wanted wanted) {
-    if (row_pass != row_pass_) take_rows(row_pass);
+  void place_all_columns() {
+    PassArgs<T> all = args_.pass;
+    all.expert_offsets = f_.expert_offsets;
+    all.expert_columns = at<int32_t>(l_.all_columns);
+    place_columns_kernel<<<1, kExpertThreads, 0, on_>>>(all);
+  }
+
+  void run_pass(int64_t token_pass, int64_t column_pass, Wanted wanted) {
+    if (column_pass != column_pass_) take_columns(column_pass);
     if (token_pass != token_pass_) take_tokens(token_pass);
     launch_neurons();
     if (wanted.tokens && args_.dgates != nullptr) {
@@ -239,14 +260,12 @@ class Backward {
     if (status != Status::kOk) status_ = status;
   }
 
-  void take_rows(int64_t row_pass) {
-    row_pass_ = row_pass;
-    const int64_t first = row_pass * l_.rows, end = std::min(first + l_.rows, f_.intermediate_size);
-    first_row_ = first;
-    args_.pass.turn = {first == 0, end == f_.intermediate_size};
+  void take_columns(int64_t column_pass) {
+    column_pass_ = column_pass;
+    args_.pass.turn = {column_pass == 0, column_pass + 1 == column_passes_};
     clip_experts_kernel<<<1, kExpertThreads, 0, on_>>>(
-        f_.expert_offsets, f_.num_experts, static_cast<int>(first), static_cast<int>(end),
-        at<int32_t>(l_.expert_offsets));
+        f_.expert_offsets, at<int32_t>(l_.all_columns), f_.num_experts,
+        static_cast<int>(column_pass), static_cast<int>(l_.width), at<int32_t>(l_.expert_offsets));
     place_columns_kernel<<<1, kExpertThreads, 0, on_>>>(args_.pass);
   }
 
@@ -294,9 +313,9 @@ class Backward {
     AllWeights<T> all;
     auto want = [&](int matrix, const T* p, const T* q, int64_t q_stride, void* result) {
       if (result == nullptr) return;
-      float* sums = at<float>(l_.sums) + matrix * l_.rows * f_.hidden_size;
-      all.of[all.count++] = {args_.pass, p,          q_stride,     q, static_cast<T*>(result),
-                             sums,       first_row_, weights_turn_};
+      float* sums = at<float>(l_.sums) + matrix * l_.width * f_.hidden_size;
+      all.of[all.count++] = {args_.pass,   p, q_stride, q, static_cast<T*>(result), sums,
+                             weights_turn_};
     };
     want(0, args_.dgate, args_.pass.x, f_.x_stride, p_.dgate_proj);
     want(1, args_.dup, args_.pass.x, f_.x_stride, p_.dup_proj);
@@ -325,8 +344,9 @@ class Backward {
   const int ctas_;
   const cudaStream_t on_;
   const bool on_hopper_;
+  const int64_t column_passes_;
   NeuronsArgs<T> args_{};
-  int64_t token_pass_ = -1, row_pass_ = -1, first_row_ = 0;
+  int64_t token_pass_ = -1, column_pass_ = -1;
   Turn weights_turn_;
   Status status_ = Status::kOk;
 };

@@ -55,7 +55,8 @@ Layout layout(const ExpertMlpParams& p, int ctas) {
   l.strips = l.carver.place(ctas / kCtasPerSm * strip_floats(p) * 4);
   // small tables, and what rounding up takes
   const int64_t room = kWorkspaceLimit - l.carver.bytes - 32 * p.num_experts - 4096;
-  l.tokens = per_pass(p.num_tokens, kTokensPerChunk, room / (row_bytes + p.num_experts * 5));
+  l.tokens =
+      per_pass<int64_t>(p.num_tokens, kTokensPerChunk, room / (row_bytes + p.num_experts * 5));
   l.lists = place_lists(l.carver, p, l.tokens);
   l.activations = l.carver.place(l.tokens * row_bytes);
   return l;

@@ -18,11 +18,10 @@ struct WeightsArgs {
   PassArgs<T> pass;
   const T* p;  // [Tp,width]
   int64_t q_stride;
-  const T* q;     // [Tp,H]
-  T* result;      // [I,H]
-  float* sums;    // [rows of the pass, H]   not used if one launch makes the whole sum
-  int64_t first;  // row of dW that sums begins with
-  Turn turn;      // among the passes over tokens
+  const T* q;   // [Tp,H]
+  T* result;    // [I,H]
+  float* sums;  // [rows of the pass, H]   not used if one launch makes the whole sum
+  Turn turn;    // among the passes over tokens
 };
 
 // Those that are wanted.
@@ -104,7 +103,7 @@ struct GradientRow {
 
   __device__ GradientRow(const WeightsArgs<T>& args, int64_t row, int64_t column, bool exists)
       : turn(args.turn),
-        waiting(args.sums + (row - args.first) * args.pass.hidden_size + column +
+        waiting(args.sums + (row - args.pass.expert_offsets[0]) * args.pass.hidden_size + column +
                 threadIdx.x % 4 * 2),
         result(args.result + row * args.pass.hidden_size + column + threadIdx.x % 4 * 8),
         columns(exists ? static_cast<int>(args.pass.hidden_size - column) : 0) {}

@@ -42,21 +42,16 @@ class TileScheduler {
 
   __device__ TileScheduler(const PairLists& lists, const int32_t* expert_offsets, int num_experts,
                            int min_size, int max_size)
-      : lists_(lists),
+      : index_(blockIdx.x),
+        lists_(lists),
         expert_offsets_(expert_offsets),
         num_experts_(num_experts),
         min_size_(min_size),
-        max_size_(max_size),
-        index_(blockIdx.x) {}
+        max_size_(max_size) {}
 
   __device__ bool next(Tile& tile) {
     while (expert_ < num_experts_) {
-      const int first_row = expert_offsets_[expert_];
-      const int size = expert_offsets_[expert_ + 1] - first_row;
-      const PairRange all{lists_.pair_offsets[expert_], lists_.pair_offsets[expert_ + 1]};
-      const int row_tiles = ceil_div(all.count(), kTileM), column_tiles = ceil_div(size, kTileN);
-      const bool mine = size >= min_size_ && size <= max_size_;
-      const int num_tiles = mine ? row_tiles * column_tiles : 0;
+      const auto [first_row, size, all, row_tiles, column_tiles, num_tiles] = at(expert_);
       if (index_ < num_tiles) {
         const int group = index_ / (kGroup * column_tiles);
         const int rows_in_group = min(kGroup, row_tiles - group * kGroup);
@@ -77,12 +72,35 @@ class TileScheduler {
     return false;
   }
 
+ protected:
+  // Of all CTAs. The lanes of a warp count together.
+  __device__ int count_tiles() const {
+    int count = 0;
+    for (int e = threadIdx.x % kWarp; e < num_experts_; e += kWarp) count += at(e).num_tiles;
+    return __shfl_sync(kAllLanes, warp_inclusive_sum(count), kWarp - 1);
+  }
+
+  int index_;  // of the next tile, counted from the current expert's first
+
  private:
+  struct Expert {
+    int first_row, size;
+    PairRange pairs;
+    int row_tiles, column_tiles, num_tiles;
+  };
+  __device__ Expert at(int expert) const {
+    const int first_row = expert_offsets_[expert];
+    const int size = expert_offsets_[expert + 1] - first_row;
+    const PairRange pairs{lists_.pair_offsets[expert], lists_.pair_offsets[expert + 1]};
+    const int row_tiles = ceil_div(pairs.count(), kTileM), column_tiles = ceil_div(size, kTileN);
+    const bool mine = size >= min_size_ && size <= max_size_;
+    return {first_row, size, pairs, row_tiles, column_tiles, mine ? row_tiles * column_tiles : 0};
+  }
+
   static constexpr int kGroup = 8;
   const PairLists& lists_;
   const int32_t* expert_offsets_;
   int num_experts_, min_size_, max_size_;
-  int index_;  // of the next tile, counted from the current expert's first
   int expert_ = 0;
 };
 

@@ -133,16 +133,19 @@ struct Carver {
   }
 };
 
+// Columns that the experts take at most: every one of them is rounded up.
 inline int64_t matrix_width(const ExpertMlpParams& p) {
-  const int64_t most = p.intermediate_size + int64_t{kColumnAlign - 1} * p.num_experts;
-  return ceil_div<int64_t>(most, kColumnAlign) * kColumnAlign;
+  const int64_t not_empty = std::min<int64_t>(p.num_experts, p.intermediate_size);
+  const int64_t most = p.intermediate_size + not_empty * (kColumnAlign - 1);
+  return most / kColumnAlign * kColumnAlign;
 }
 
 // How many of `count` a pass takes, a multiple of `unit`: at most `most` (but one unit), and all passes
 // alike.
-inline int64_t per_pass(int64_t count, int64_t unit, int64_t most) {
-  const int64_t units = ceil_div(count, unit), room = std::max<int64_t>(most / unit, 1);
-  const int64_t passes = ceil_div(units, room);
+template <class Int>
+__host__ __device__ Int per_pass(Int count, Int unit, Int most) {
+  const Int units = ceil_div(count, unit), room = most < unit ? 1 : most / unit;
+  const Int passes = ceil_div(units, room);
   return passes > 0 ? ceil_div(units, passes) * unit : 0;
 }
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import accumulate
 
 from dsmoe_ext.benchmarks.gpu_load import Load
 from dsmoe_ext.benchmarks.gpu_model import (
@@ -18,32 +19,48 @@ from dsmoe_ext.benchmarks.gpu_specs import ANY, MMA, WGMMA, Gpu
 RECOMPUTE, NEURONS = ((32, 32), (64, 128), (96, ANY)), ((32, 32), (128, 128), (160, ANY))
 
 
-def rows_of_a_pass(load: Load) -> int:
-    """Neurons that one pass takes, as layout() in expert_mlp_bwd.cu cuts 256 MiB; all tokens are
-    taken to fit in one pass (9984 at H 4096)."""
-    experts, number = len(load.sizes), int(load.number_bytes)
-    chunks = math.ceil(load.num_tokens / CHUNK_TOKENS)
+def per_pass(count: int, unit: int, most: int) -> int:
+    """How many of `count` a pass takes, of passes that are alike."""
+    units = math.ceil(count / unit)
+    return math.ceil(units / math.ceil(units / max(most // unit, 1))) * unit
+
+
+def cut(load: Load) -> tuple[int, int, int]:
+    """Tokens of a pass, its columns at most, and passes over the columns, as layout() in
+    expert_mlp_bwd.cu cuts 256 MiB without knowing the experts' sizes."""
+    experts, neurons, number = len(load.sizes), sum(load.sizes), int(load.number_bytes)
+    columns = (neurons + 15 * min(experts, neurons)) // 16 * 16  # every expert rounded up
     sums = math.ceil(load.hidden_size / 128) * 128 * 4 if load.dtype == "bf16" else 0
-    room = (256 << 20) - 64 * experts - 8192 - chunks * CHUNK_TOKENS * (sums + 5 * experts)
-    columns = int(room / (chunks * CHUNK_TOKENS * (3 * number + 0.25) + 4))
-    units = math.ceil(sum(load.sizes) / 64)
-    passes = math.ceil(units / max((columns - 15 * experts) // 64, columns // 16 // 64, 1))
-    return math.ceil(units / passes) * 64
+    room = (256 << 20) - 4 * columns - 64 * experts - 8192
+    least = min(columns, 256) * (3 * number + 1)
+    chunk = CHUNK_TOKENS * (sums + 5 * experts)
+    most = min(room * 5 // 8 // chunk * CHUNK_TOKENS, room * 3 // 8 // least)
+    tokens = per_pass(load.num_tokens, CHUNK_TOKENS, most)
+    width = (room - tokens // CHUNK_TOKENS * chunk) // (tokens * 3 * number + tokens // 4)
+    if sums and load.num_tokens > tokens:  # or sums of weight gradients
+        width = min(width, tokens * sums // (3 * 4 * load.hidden_size))
+    width = per_pass(columns, 64, width)
+    return tokens, width, math.ceil(columns / width)
 
 
-def passes(load: Load) -> list[Load]:
-    """The experts as each pass sees them: clipped to its rows."""
-    rows, total, out = rows_of_a_pass(load), sum(load.sizes), []
-    for first in range(0, total, rows):
-        clipped, begin = [], 0
-        for size in load.sizes:
-            end = begin + size
-            clipped.append(max(0, min(end, first + rows) - max(begin, first)))
-            begin = end
+def passes(load: Load) -> list[list[Load]]:
+    """Of every pass over the tokens, the experts as each pass over the columns sees them."""
+    tokens, most, count = cut(load)
+    ends = list(accumulate(math.ceil(size / 16) * 16 for size in load.sizes))
+    width = per_pass(ends[-1], 64, most)
+    out = []
+    for first in range(0, count * width, width):
+        clipped = [
+            max(0, min(size, first + width - begin) - max(0, first - begin))
+            for size, begin in zip(load.sizes, (0, *ends), strict=False)
+        ]
         there = [i for i, size in enumerate(clipped) if size]
         sizes = tuple(clipped[i] for i in there)
         out.append(replace(load, sizes=sizes, active=load.active[:, there]))
-    return out
+    return [
+        [replace(part, active=part.active[first : first + tokens]) for part in out]
+        for first in range(0, load.num_tokens, tokens)
+    ]
 
 
 def neurons(gpu: Gpu, load: Load) -> list[Prediction]:
@@ -98,18 +115,24 @@ def weights(gpu: Gpu, load: Load) -> list[Prediction]:
 
 
 def backward(gpu: Gpu, load: Load) -> list[Prediction]:
-    """Every kernel, in order: what it takes in all passes."""
-    by_pass = [
-        [*neurons(gpu, part), dx(gpu, part, ends=i == 0), *weights(gpu, part)]
-        for i, part in enumerate(passes(load))
-    ]
+    """Every kernel: what it takes in all passes. Tokens that need several passes go through the
+    neurons for dx, in half types, and once more for the weight gradients."""
+    all_passes, launched = passes(load), []
+    in_parts = load.dtype == "bf16" and len(all_passes) > 1
+    for over_columns in all_passes:
+        for i, part in enumerate(over_columns):
+            made = neurons(gpu, part) * (2 if in_parts else 1)
+            launched += [*made, dx(gpu, part, ends=i == 0), *weights(gpu, part)]
+    same: dict[str, list[Prediction]] = {}
+    for prediction in launched:
+        same.setdefault(prediction.kernel, []).append(prediction)
     return [
         Prediction(
-            same[0].kernel,
-            sum(p.tiles for p in same),
-            sum(p.waves for p in same),
-            {name: sum(p.parts[name] for p in same) for name in same[0].parts},
-            sum(p.seconds for p in same),
+            kernel,
+            sum(p.tiles for p in every),
+            sum(p.waves for p in every),
+            {name: sum(p.parts[name] for p in every) for name in every[0].parts},
+            sum(p.seconds for p in every),
         )
-        for same in zip(*by_pass, strict=True)
+        for kernel, every in same.items()
     ]

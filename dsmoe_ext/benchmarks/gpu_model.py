@@ -149,6 +149,21 @@ def deal(gpu: Gpu, tiles: list) -> list[list]:
     return [tiles[i::ctas] for i in range(ctas)]
 
 
+def deal_evenly(gpu: Gpu, tiles: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """As EvenTiles of sm_90a: of tiles that make no whole round, and are at most one for two CTAs,
+    either takes half of the rows."""
+    ctas, half = gpu.loop.ctas_per_sm * gpu.sms, gpu.loop.tile_rows // 2
+    odd = len(tiles) % ctas
+    if gpu.loop is not WGMMA or 2 * odd > ctas:
+        return deal(gpu, tiles)
+    dealt = deal(gpu, tiles[odd:])
+    for i, (rows, steps) in enumerate(tiles[:odd]):
+        dealt[2 * i].append((min(rows, half), steps))
+        if rows > half:
+            dealt[2 * i + 1].append((rows - half, steps))
+    return dealt
+
+
 def gathered(
     gpu: Gpu, load: Load, kernels: list[tuple[str, int, int]], products: int, numbers: Callable
 ) -> list[Prediction]:
@@ -168,7 +183,7 @@ def gathered(
                     tiles += [(r, steps) for r in rows[first : first + GROUP]]
             groups = math.ceil(row_tiles / GROUP)  # each reads the weights again
             moved += groups * products * size * load.hidden_size + pairs * numbers(size)
-        out.append(run_tiles(gpu, kernel, deal(gpu, tiles), load.number_bytes * moved))
+        out.append(run_tiles(gpu, kernel, deal_evenly(gpu, tiles), load.number_bytes * moved))
         smallest = largest + 1
     return out
 

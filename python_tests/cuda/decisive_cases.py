@@ -233,6 +233,7 @@ BACKWARD = {
     "whole tiles": (20, 24, [64, 32, 128, 64], 0.6),
     "passes": (520, 16, [136, 40], 0.5),
     "passes over neurons": (40, 16, [400, 40, 300], 0.5),
+    "passes over fine experts": (300, 16, [16, 29, 0, 100, 3, 16, 48, 21, 0, 17, 200, 5], 0.5),
     "two groups of row tiles": (1100, 8, [40], 1.0),
 }
 HOPPER_BACKWARD = {
@@ -255,6 +256,11 @@ HOPPER_BACKWARD_ACTIVE = {  # of active pairs only: others in a tile that is not
     "three multiprocessors": (
         (70, 24, [16, 40, 24, 120, 16, 136, 264], 0.9),
         dict(multiprocessors=3),
+    ),
+    "halves of tiles": ((300, 24, [16, 136, 200, 72], 0.9), dict(multiprocessors=4)),
+    "halves of tiles, some without rows": (
+        (100, 24, [16, 24, 136, 200, 72], 1.0),
+        dict(multiprocessors=5, save_activations=True),
     ),
     "passes of 192 columns": ((300, 192, [136, 40], 0.5), {}),
     "passes of 128 columns": ((40, 72, [400, 200], 0.5), {}),

@@ -357,6 +357,24 @@ class Interpreter:
         p.grad_weight = int(with_grad_weight)  # any address
         return self._workspace_bytes("expert_mlp_backward_workspace", p)
 
+    def backward_launches(self, tokens, hidden, intermediate, experts, dtype):
+        """Names of the kernels that expert_mlp_backward launches for all gradients; none runs."""
+        self._begin()
+        self.device.launch = lambda *_, **__: None
+        p = STRUCTS["ExpertMlpBackwardParams"]()
+        p.forward = STRUCTS["ExpertMlpParams"](
+            DTYPE[KIND[dtype]], tokens, hidden, intermediate, experts, hidden
+        )
+        p.dy_stride = hidden
+        for params, names in (
+            (p.forward, ("x", "gates", "gate_proj", "up_proj", "down_proj_t", "expert_offsets")),
+            (p, ("dy", "dx", "dgates", "dgate_proj", "dup_proj", "ddown_proj_t")),
+        ):
+            for name in names:
+                setattr(params, name, 1 << 20)  # any address
+        self._run("run_expert_mlp_backward", p, 1 << 20)
+        return [name for name, *_ in self.launches]
+
     def _workspace_bytes(self, entry, params):
         function = getattr(self.library, entry)
         function.restype = ctypes.c_int64

@@ -10,6 +10,8 @@ from ptx import Counters
 from test_expert_mlp import SIZES, fine_experts
 
 from dsmoe_ext import reference
+from dsmoe_ext.benchmarks.gpu_backward import cut
+from dsmoe_ext.benchmarks.gpu_load import Load
 from dsmoe_ext.testing import magnitudes, random_case, run_case
 
 EDGES = {  # name: (T, H, sizes, active)
@@ -332,6 +334,37 @@ def test_workspace_is_bounded(dtype, with_grad_weight):
             sizes = (tokens, hidden, intermediate, experts, dtype)
             assert ops.backward_workspace(*sizes, with_grad_weight) <= 256 << 20
             assert ops.backward_workspace(tokens, 0, *sizes[2:], with_grad_weight) <= 256 << 20
+
+
+@interpreter_only
+@types_in_their_loops
+def test_passes_over_fine_experts(dtype, arch):
+    """Passes begin and end within experts and between them; the last are empty, because the host
+    allows for more gaps than there are."""
+    case = random_case(15, 70, 16, [16, 29, 0, 100, 3] + [16] * 30, dtype=dtype, exact_ste=True)
+    passes = Interpreter(arch=arch, macros=SMALL_WORKSPACE)
+    check(case, passes)
+    assert passes.workspace_bytes <= 0.375 * 2**20
+    launches = [name for name, *_ in passes.launches]
+    assert sum("clip_experts" in name for name in launches) >= 3
+
+
+@interpreter_only
+@in_both_loops
+@pytest.mark.parametrize("tokens", [8192, 20000])
+@pytest.mark.parametrize("experts", [8, 517])
+def test_passes_are_those_of_the_model_of_gpu_time(experts, tokens, arch):
+    """Llama-2-7B's FFN; 20000 tokens go in several passes, through the neurons for dx and once more
+    for the weight gradients. Only the sum of the sizes is known to either."""
+    sizes = (11008 - experts + 1, *[1] * (experts - 1))
+    per_pass, _, over_columns = cut(Load(4096, sizes, torch.ones(tokens, experts)))
+    over_tokens = -(-tokens // per_pass)
+    names = Interpreter(arch=arch).backward_launches(tokens, 4096, 11008, experts, torch.bfloat16)
+    widths_of_tiles = {"80": 1, "90a": 3}[arch]
+    sweeps = 2 if over_tokens > 1 else 1
+    passes = over_tokens * over_columns
+    assert sum("sum_dgates" in name for name in names) == passes
+    assert sum("neurons" in name for name in names) == widths_of_tiles * passes * sweeps
 
 
 @interpreter_only

@@ -101,6 +101,18 @@ def test_same_bits_for_any_schedule_and_number_of_multiprocessors():
         assert torch.equal(ops.sparse_ffn(*case.inputs()), want)
 
 
+@pytest.mark.parametrize("tokens", [130, 300])
+def test_halves_of_tiles(tokens):
+    """Five tiles of 64 neurons, or ten of up to 256 rows: one of five is halved for 2 and 4
+    multiprocessors, all for 11; of ten one for 3, two for 4. Some halves have no row."""
+    case = random_case(9, tokens, 72, [72, 40, 80], active=1.0, dtype=torch.bfloat16)
+    check(case, Interpreter(arch="90a", multiprocessors=4))
+    want = Interpreter(arch="90a", multiprocessors=1).sparse_ffn(*case.inputs())
+    for multiprocessors in (2, 3, 4, 11):
+        ops = Interpreter(arch="90a", multiprocessors=multiprocessors)
+        assert torch.equal(ops.sparse_ffn(*case.inputs()), want)
+
+
 def test_traffic():
     """No bank conflicts; whole sectors: sizes are multiples of the tiles here."""
     case = random_case(

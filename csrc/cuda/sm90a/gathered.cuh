@@ -10,7 +10,7 @@
 // must never be stored.
 #pragma once
 
-#include "cuda/sm90a/pipeline.cuh"
+#include "cuda/sm90a/even_tiles.cuh"
 
 namespace dsmoe::cuda::sm90a {
 
@@ -86,7 +86,7 @@ __device__ __forceinline__ void multiply_gathered(const PassArgs<T>& args, const
   const uint32_t base = shared_address(shared);
   make_mbarriers(base);
   const int num_steps = static_cast<int>(ceil_div<int64_t>(args.hidden_size, kTerms));
-  using Scheduler = TileScheduler<kMaxRows, kTileColumns>;
+  using Scheduler = EvenTiles<kTileColumns>;
   Scheduler scheduler(lists, args.expert_offsets, args.num_experts, min_size, max_size);
   typename Scheduler::Tile tile;
 
