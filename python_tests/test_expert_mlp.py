@@ -156,8 +156,15 @@ def test_rows_further_apart_than_2_to_the_31(seed):
 @pytest.mark.quick
 @pytest.mark.parametrize("exact_ste", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_same_bits_for_any_number_of_threads(dtype, exact_ste, seed):
-    case = random_case(seed, 300, 96, [60, 4] + [16] * 8, dtype=dtype, exact_ste=exact_ste)
+@pytest.mark.parametrize(
+    ("num_tokens", "hidden_size", "sizes"),
+    [(1, 576, [192] * 8), (2, 576, [192] * 8), (300, 96, [60, 4] + [16] * 8)],
+    ids=["1 token", "2 tokens", "300 tokens"],
+)
+def test_same_bits_for_any_number_of_threads(
+    num_tokens, hidden_size, sizes, dtype, exact_ste, seed
+):
+    case = random_case(seed, num_tokens, hidden_size, sizes, dtype=dtype, exact_ste=exact_ste)
     threads = torch.get_num_threads()
     try:
         results = []

@@ -71,21 +71,31 @@ constexpr int64_t kNear = 2048, kFar = kVecBytes == 64 ? 14 << 10 : 0;
 
 // Whether it does so at all. While the instructions of some twenty lines of B fit the core's window,
 // their misses overlap by themselves and the hardware's prefetchers keep up; asking too costs a
-// fifth. The threshold, ten instructions a line, is measured on Zen 3 and Zen 4.
+// fifth. Ten instructions a line: measured on Zen 3 in all types but fp16, on Zen 4 in fp32 and bf16 with dot
+// products.
 template <class T, int R, int W>
-constexpr bool kLooksAhead =
-    Compute<T>::kSub * (Compute<T>::kSub * W + R * (1 + W)) * 64 > 10 * W* kVecBytes;
+constexpr int kStepInstructions = Compute<T>::kSub * (Compute<T>::kSub * W + R * (1 + W));
+template <class T, int W>
+constexpr int kStepBytes = int(sizeof(T)) * Compute<T>::kPair * W * kLanes<T>;
+template <class T, int R, int W>
+constexpr bool kLooksAhead = 64 * kStepInstructions<T, R, W> > 10 * kStepBytes<T, W>;
 
-// Few rows leave few sums in flight, so K is then dealt to several sets of sums.
-template <int R, int W>
-constexpr int kSets = R * W <= 2   ? 4
-                      : R * W <= 6 ? 2
-                                   : 1;
-
+// Up to so many rows take two panels at a time (W = 4). Wide vectors: not measured, one stream.
+constexpr int kTwoStreams = kVecBytes == 32 ? 2 : 0;
 template <int W>
 constexpr int kWidth = W < 2 ? W : 2;  // registers of a panel that are read one after the other
 
-// Steps unrolled together. With 16 registers GCC interleaves them until sums are spilled (AVX2: a tenth).
+// Few rows leave few sums in flight, so K is then dealt to several sets of sums. As many for a panel alone
+// as for one of two: which it is depends on the number of threads, and the bits must not.
+template <int R, int W>
+constexpr int kSums = R * (R <= kTwoStreams && W == 2 ? 4 : W);
+template <int R, int W>
+constexpr int kSets = kSums<R, W> <= 2   ? 4
+                      : kSums<R, W> <= 6 ? 2
+                                         : 1;
+
+// Steps unrolled together. With 16 registers GCC interleaves them until sums are spilled (AVX2: a
+// tenth), so only as many as there are sets.
 template <int R, int W>
 constexpr int kUnroll = kVecBytes == 64 ? 4 : kSets<R, W>;
 
@@ -93,7 +103,7 @@ template <class T, int R, AOrder O, int W>
 DSMOE_INLINE void tile_step(Vec<CType<T>> (&acc)[R][W], const AType<T>* const* a, int64_t lda,
                             int64_t step, const T* b, int64_t second) {
   using M = Compute<T>;
-// One half of the pairs at a time: both, widened, and the sums don't fit 16 registers.
+  // One half of the pairs at a time: both, widened, and the sums don't fit 16 registers.
 #pragma GCC unroll 2
   for (int sub = 0; sub < M::kSub; ++sub) {
     typename M::B columns[W];
@@ -162,8 +172,8 @@ __attribute__((noinline)) static void tile(const TileArgs<T>& args) {
   const AType<T>* a[R];
   for (int r = 0; r < R; ++r) a[r] = args.a[O == kRowPointers ? r : 0];
   int64_t lda = args.lda;
-  if constexpr (
-      O == kStepMajor) {  // steps may lie on a page each: they are gathered once for all panels
+  // Steps may lie on a page each: they are gathered once for all panels.
+  if (O == kStepMajor && args.panels > 1) {
     constexpr int kTaken = Compute<T>::kPair / Compute<T>::kSub, kCopied = R * kTaken;
     const int64_t count = args.steps * Compute<T>::kSub;
     for (int64_t i = 0; i < count; ++i)
@@ -178,8 +188,12 @@ __attribute__((noinline)) static void tile(const TileArgs<T>& args) {
     if (O == kRowPointers && args.accumulate) {  // at the end of a short K they would stall
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r)
-        for (int i = 0; i < 2 * kVecBytes; i += 64)
+        for (int i = 0; i < 2 * kVecBytes; i += 64) {
           __builtin_prefetch((const char*)(args.c[r] + panel * kColumns<T>)+i, 1, 3);
+          if constexpr (W == 4)
+            __builtin_prefetch((const char*)(args.c[r] + (panel + args.second) * kColumns<T>)+i, 1,
+                               3);
+        }
     }
     for (int64_t s = 0; s < steps; s += kRun) {
       const int64_t count = min_of<int64_t>(kRun, steps - s);
@@ -208,17 +222,18 @@ __attribute__((noinline)) static void tile(const TileArgs<T>& args) {
   }
 }
 
-// A row or two times several panels, two at a time: read as two streams B comes at 25 GB/s instead of 20 (Zen 3).
-// Wide vectors leave their one stream to the prefetchers: not measured there.
-constexpr int kTwoStreams = kVecBytes == 32 ? 2 : 0;
+// A row or two times several panels, two at a time: read as two streams B comes at 25 GB/s instead of
+// 20 (Zen 3).
 template <class T, int R>
 static void two_streams(const TileArgs<T>& args) {
   TileArgs<T> both = args;
   both.second = both.panels /= 2;
+  both.ahead_lines *= 2;  // half as many runs
   tile<T, R, kRowPointers, 4>(both);
   if (args.panels % 2 == 0) return;
   const int64_t last = args.panels - 1;
   both.panels = 1;
+  both.ahead_lines = args.ahead_lines;
   both.b += last * args.steps * kColumns<T> * Compute<T>::kPair;
   for (int r = 0; r < R; ++r) both.c[r] += last * kColumns<T>;
   tile<T, R, kRowPointers, 2>(both);

@@ -279,7 +279,7 @@ DSMOE_INLINE V sigmoid(V v) {
 // -------------------------------------------------------------------------------------------------
 // multiply traits
 
-// How a dtype multiplies: load() reads a register of B, bcast() one element (or pair) of A, mac()
+// How a dtype multiplies: load_b() reads a register of B (of pairs that are widened, one half), bcast() one element (or pair) of A, mac()
 // adds their product. kSub is how many multiplications one step of K takes; A moves kPair elements
 // per step.
 template <class T>
