@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dsmoe_ext import _C  # noqa: F401  registers the ops
+from dsmoe_ext.gradients import empty_gradients, only_wanted
 
 _ops = torch.ops.dsmoe
 
@@ -30,9 +31,17 @@ def _router_setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:2])
 
 
+def _products(dlogits, x, weight, wants_dx, wants_dweight):
+    """dx and dweight. Autocast would make the CPU's products, which are torch's, in a half type."""
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return _ops.router_backward(dlogits, x, weight, wants_dx, wants_dweight)
+    return _ops.router_backward(dlogits, x, weight, wants_dx, wants_dweight)
+
+
 def _router_backward(ctx, dlogits):
     *wanted, wants_dbias = ctx.needs_input_grad
-    made = _ops.router_backward(dlogits, *ctx.saved_tensors, *wanted)
+    made = _products(dlogits, *ctx.saved_tensors, *wanted)
     return *only_wanted(made, wanted), dlogits.sum(0) if wants_dbias else None
 
 
@@ -55,13 +64,18 @@ def _router_backward_setup_context(ctx, inputs, output):
 def _router_double_backward(ctx, ddx, ddweight):
     """The same products once more."""
     dlogits, x, weight = ctx.saved_tensors
+    wants_dlogits, wants_x, wants_weight, *_ = ctx.needs_input_grad
     parts, of_x, of_weight = [], None, None
     if ctx.made_dx and ddx is not None:
-        parts.append(_ops.router(ddx, weight, None))
-        of_weight = _ops.router_backward(dlogits, ddx, weight, False, True)[1]
+        if wants_dlogits:
+            parts.append(_ops.router(ddx, weight, None))
+        if wants_weight:
+            of_weight = _products(dlogits, ddx, weight, False, True)[1]
     if ctx.made_dweight and ddweight is not None:
-        parts.append(_ops.router(x, ddweight, None))
-        of_x = _ops.router_backward(dlogits, x, ddweight, True, False)[0]
+        if wants_dlogits:
+            parts.append(_ops.router(x, ddweight, None))
+        if wants_x:
+            of_x = _products(dlogits, x, ddweight, True, False)[0]
     return sum(parts) if parts else None, of_x, of_weight, None, None
 
 
@@ -70,19 +84,3 @@ torch.library.register_autograd(
     _router_double_backward,
     setup_context=_router_backward_setup_context,
 )
-
-
-# -- for every op that makes only those gradients that are wanted --
-
-
-def only_wanted(gradients, wanted):
-    """None in place of those that are not."""
-    return [g if is_wanted else None for g, is_wanted in zip(gradients, wanted, strict=True)]
-
-
-def empty_gradients(inputs, wanted):
-    """What a backward op returns, for register_fake: no elements where nothing is wanted."""
-    return tuple(
-        t.new_empty(t.shape if is_wanted else 0)
-        for t, is_wanted in zip(inputs, wanted, strict=True)
-    )

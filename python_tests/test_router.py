@@ -63,6 +63,15 @@ def test_gradients(seed):
     assert x.grad.dtype == torch.bfloat16 and weight.grad.dtype == torch.float32
 
 
+def test_gradients_under_autocast(seed):
+    inputs = [t.requires_grad_() for t in setting(7, 16, 5, torch.float32)]
+    logits = ops.router_logits(*inputs)
+    want = torch.autograd.grad(logits.sum(), inputs, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(logits.sum(), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_errors(seed):
     x, weight, bias = setting(5, 8, 3, torch.bfloat16)
     with pytest.raises(RuntimeError, match="weight must be float32, or float64 if x is"):

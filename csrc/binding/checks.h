@@ -47,9 +47,11 @@ inline void check_shape(const Tensor& tensor, const char* name,
   check(same, name, " must have shape [", want.str(), "], but has ", shape_string(tensor), ".");
 }
 
-inline void check_like(const Tensor& tensor, const char* name, const Tensor& x) {
-  check(tensor.device() == x.device(), name, " must be on the same device as x.");
-  check(tensor.scalar_type() == x.scalar_type(), name, " must have the dtype of x.");
+inline void check_like(const Tensor& tensor, const char* name, const Tensor& like,
+                       const char* like_name = "x") {
+  check(tensor.device() == like.device(), name, " must be on the same device as ", like_name, ".");
+  check(tensor.scalar_type() == like.scalar_type(), name, " must have the dtype of ", like_name,
+        ".");
 }
 
 inline Dtype kernel_dtype(const Tensor& tensor, const char* name) {

@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor> router_backward(const Tensor& dlogits_in, const Tenso
                                            const Tensor& weight_in, bool wants_dx,
                                            bool wants_dweight) {
   check_router(x_in, weight_in);
-  check_like(dlogits_in, "dlogits", weight_in);
+  check_like(dlogits_in, "dlogits", weight_in, "the router's weight");
   check_shape(dlogits_in, "dlogits", {x_in.size(0), weight_in.size(0)});
   const Tensor x = with_dense_rows(x_in), weight = aligned(as_contiguous(weight_in)),
                dlogits = as_contiguous(dlogits_in);
@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor> router_backward(const Tensor& dlogits_in, const Tenso
 Tensor router(const Tensor& x_in, const Tensor& weight_in, const std::optional<Tensor>& bias_in) {
   check_router(x_in, weight_in);
   if (bias_in) {
-    check_like(*bias_in, "the router's bias", weight_in);
+    check_like(*bias_in, "the router's bias", weight_in, "the router's weight");
     check_shape(*bias_in, "the router's bias", {weight_in.size(0)});
   }
   const Tensor x = with_dense_rows(x_in), weight = aligned(as_contiguous(weight_in));

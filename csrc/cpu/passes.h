@@ -28,7 +28,7 @@ constexpr int64_t kSmallB = 32 << 10;  // B that stays in the first-level cache
 
 // Rows that a tile walks along side by side must not lie a multiple of a page apart: all their lines
 // would fall into one set of the first-level cache, which has as many ways, and tiles of 12 rows
-// took 7 to 10 % longer (Zen 4), tiles of 6 rows 3 to 4 % (Zen 3).
+// took 7 to 10 % longer (Zen 4), tiles of 6 rows, whose B and sums want ways too, 3 to 4 % (Zen 3).
 constexpr int64_t kPageBytes = 4096, kCacheWays = 8;
 template <class A>
 constexpr bool is_aliased(int64_t stride) {

@@ -18,9 +18,9 @@
 // g and u of active pairs are what the forward saved (2 T I numbers of the caller's memory, 361 MB in bf16
 // at T 8192, I 11008), or are recomputed from x: 2/9 more work of the forward and backward together.
 //
-// What nobody wants is not launched. The workspace stays below 256 MiB
-// by going in passes, each a rectangle of tokens by neurons (columns of the three matrices): within one,
-// kernels see the experts clipped to it. Sums over several passes are fp32 to the end, in the workspace
+// What nobody wants is not launched. The workspace stays below 256 MiB by going in passes, each a
+// rectangle of tokens by neurons (columns of the three matrices): within one, kernels see the experts
+// clipped to it. Sums over several passes are fp32 to the end, in the workspace
 // for half types and in the results themselves for fp32: dx and dgates over the passes along the neurons,
 // weight gradients over the passes along the tokens. The workspace has room for one of the two, so that
 //
@@ -100,8 +100,8 @@ Layout layout(const ExpertMlpBackwardParams& p) {
 }
 
 // One CTA: the experts' offsets, clipped to the rows behind a pass's columns; `columns` has the first one of
-// every expert. Passes as wide as `most` would do are made alike. Both they and experts begin at multiples
-// of kColumnAlign: no gap is cut.
+// every expert. As many passes as passes of `most` columns would take, of equal width. Both they and
+// experts begin at multiples of kColumnAlign: no gap is cut.
 __global__ void clip_experts_kernel(const int32_t* offsets, const int32_t* columns, int num_experts,
                                     int pass, int most, int32_t* clipped) {
   const int width = per_pass(columns[num_experts], WeightsTile::kTileM, most);

@@ -20,7 +20,7 @@ RECOMPUTE, NEURONS = ((32, 32), (64, 128), (96, ANY)), ((32, 32), (128, 128), (1
 
 
 def per_pass(count: int, unit: int, most: int) -> int:
-    """How many of `count` a pass takes, of passes that are alike."""
+    """How many of `count` (1 or more) a pass takes, of passes that are alike."""
     units = math.ceil(count / unit)
     return math.ceil(units / math.ceil(units / max(most // unit, 1))) * unit
 

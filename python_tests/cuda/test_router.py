@@ -187,7 +187,7 @@ def moved(counters, op, file=""):
 @pytest.mark.parametrize("tokens", [1, 8192, 2**20])
 @pytest.mark.parametrize("routed, hidden", [(1, 8), (8, 4096), (517, 4096), (2048, 8192)])
 def test_workspace_is_bounded(routed, hidden, tokens):
-    assert Interpreter().router_workspace(tokens, routed, hidden) <= 64 << 20
+    assert Interpreter().router_workspace(tokens, routed, hidden) <= 32 << 20
 
 
 @interpreter_only

@@ -1,0 +1,14 @@
+"""For backward ops that make only those gradients that are wanted."""
+
+
+def only_wanted(gradients, wanted):
+    """None in place of those that are not."""
+    return [g if is_wanted else None for g, is_wanted in zip(gradients, wanted, strict=True)]
+
+
+def empty_gradients(inputs, wanted):
+    """What a backward op returns, for register_fake: no elements where nothing is wanted."""
+    return tuple(
+        t.new_empty(t.shape if is_wanted else 0)
+        for t, is_wanted in zip(inputs, wanted, strict=True)
+    )
