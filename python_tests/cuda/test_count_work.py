@@ -8,7 +8,7 @@ import torch
 from interpreted import Interpreter
 from ops_under_test import ON_GPU
 
-from dsmoe_ext.benchmarks.gpu_backward import rows_of_a_pass
+from dsmoe_ext.benchmarks.gpu_backward import cut
 from dsmoe_ext.benchmarks.gpu_load import Load, draw
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="counted in the interpreter")
@@ -64,7 +64,8 @@ def test_saved_activations_are_written_and_read_once():
 def test_the_model_cuts_passes_as_the_workspace_is_cut(tokens):
     """Three matrices in bf16, parts of dgates, fp32 sums of dx; the rest are lists and tables."""
     load = Load(4096, (1376,) * 8, draw(tokens, 8, 0.5), is_backward=True)
-    columns = (rows_of_a_pass(load) + 8 * 15) // 16 * 16
+    tokens_of_a_pass, columns, _ = cut(load)
+    assert tokens_of_a_pass == tokens
     held = tokens * (columns * (3 * 2 + 4 / 16) + 4096 * 4)
     bytes_asked = Interpreter().backward_workspace(tokens, 4096, 11008, 8, torch.bfloat16, False)
     assert 0 <= bytes_asked - held <= 1 << 20
