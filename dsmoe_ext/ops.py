@@ -16,7 +16,6 @@ from torch import Tensor
 from dsmoe_ext import _C
 from dsmoe_ext.gradients import empty_gradients, only_wanted
 from dsmoe_ext.reference import GATES, METHODS
-from dsmoe_ext.router_op import router_logits as router_logits
 
 if os.environ.get("DSMOE_ISA"):
     _C.force_isa(os.environ["DSMOE_ISA"])

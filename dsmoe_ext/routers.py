@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsmoe_ext.ops import router_logits
+from dsmoe_ext.router_op import router_logits
 
 
 def at_least_float32(dtype: torch.dtype | None) -> torch.dtype:

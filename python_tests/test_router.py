@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dsmoe_ext import ops
+from dsmoe_ext.router_op import router_logits
 
 pytestmark = pytest.mark.quick
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -23,7 +23,7 @@ def test_against_float64(dtype, num_tokens, sizes, seed):
     """Each of H roundings is below eps times the sum of absolute products."""
     x, weight, bias = setting(num_tokens, *sizes, dtype)
     for b in (bias, None):
-        got = ops.router_logits(x, weight, b)
+        got = router_logits(x, weight, b)
         exact = x.double() @ weight.double().t() + (0 if b is None else b.double())
         size = x.double().abs() @ weight.double().abs().t() + bias.double().abs()
         assert got.dtype == weight.dtype and got.shape == exact.shape
@@ -34,38 +34,38 @@ def test_against_float64(dtype, num_tokens, sizes, seed):
 @pytest.mark.parametrize("num_tokens", [3, 50])
 def test_strides_and_threads(num_tokens, seed):
     x, weight, bias = setting(num_tokens, 200, 300, torch.bfloat16)
-    want = ops.router_logits(x, weight, bias)
+    want = router_logits(x, weight, bias)
     wide = torch.zeros(num_tokens, 207, dtype=x.dtype)
     wide[:, 3:203] = x
-    assert torch.equal(ops.router_logits(wide[:, 3:203], weight, bias), want)
-    assert torch.equal(ops.router_logits(x.t().contiguous().t(), weight, bias), want)
-    assert torch.equal(ops.router_logits(x, weight.t().contiguous().t(), bias), want)
+    assert torch.equal(router_logits(wide[:, 3:203], weight, bias), want)
+    assert torch.equal(router_logits(x.t().contiguous().t(), weight, bias), want)
+    assert torch.equal(router_logits(x, weight.t().contiguous().t(), bias), want)
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            assert torch.equal(ops.router_logits(x, weight, bias), want)
+            assert torch.equal(router_logits(x, weight, bias), want)
     finally:
         torch.set_num_threads(threads)
 
 
 def test_gradients(seed):
     inputs = [t.requires_grad_() for t in setting(7, 9, 5, torch.float64)]
-    assert torch.autograd.gradcheck(ops.router_logits, inputs)
-    assert torch.autograd.gradgradcheck(ops.router_logits, inputs)
+    assert torch.autograd.gradcheck(router_logits, inputs)
+    assert torch.autograd.gradgradcheck(router_logits, inputs)
     torch.library.opcheck(torch.ops.dsmoe.router.default, tuple(inputs))
     dlogits = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     for wanted in ((True, True), (True, False), (False, True)):
         args = (dlogits, *inputs[:2], *wanted)
         torch.library.opcheck(torch.ops.dsmoe.router_backward.default, args)
     x, weight, bias = (t.requires_grad_() for t in setting(7, 9, 5, torch.bfloat16))
-    ops.router_logits(x, weight, bias).sum().backward()
+    router_logits(x, weight, bias).sum().backward()
     assert x.grad.dtype == torch.bfloat16 and weight.grad.dtype == torch.float32
 
 
 def test_gradients_under_autocast(seed):
     inputs = [t.requires_grad_() for t in setting(7, 16, 5, torch.float32)]
-    logits = ops.router_logits(*inputs)
+    logits = router_logits(*inputs)
     want = torch.autograd.grad(logits.sum(), inputs, retain_graph=True)
     with torch.autocast("cpu", torch.bfloat16):
         got = torch.autograd.grad(logits.sum(), inputs)
@@ -75,8 +75,8 @@ def test_gradients_under_autocast(seed):
 def test_errors(seed):
     x, weight, bias = setting(5, 8, 3, torch.bfloat16)
     with pytest.raises(RuntimeError, match="weight must be float32, or float64 if x is"):
-        ops.router_logits(x, weight.bfloat16())
+        router_logits(x, weight.bfloat16())
     with pytest.raises(RuntimeError, match="bias must have the dtype"):
-        ops.router_logits(x, weight, bias.double())
+        router_logits(x, weight, bias.double())
     with pytest.raises(RuntimeError, match=r"do not fit: .* \[5, 8\] and \[3, 7\]"):
-        ops.router_logits(x, weight[:, 1:])
+        router_logits(x, weight[:, 1:])

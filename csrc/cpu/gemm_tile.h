@@ -66,13 +66,14 @@ struct TileArgs : PanelOfB<T> {
 constexpr int kRun = 16;  // steps between two looks ahead, whose code stays out of the inner loop
 static_assert(kBlockSteps % kRun == 0);
 
-// How far a tile looks ahead in B, in bytes: for L1, and for L2 (AVX2 at T = 64, B in L2: 12 % slower with both).
+// How far a tile looks ahead in B, in bytes: for L1, and for L2 (AVX2 at T = 64, B in L2: 12 %
+// slower with both).
 constexpr int64_t kNear = 2048, kFar = kVecBytes == 64 ? 14 << 10 : 0;
 
 // Whether it does so at all. While the instructions of some twenty lines of B fit the core's window,
 // their misses overlap by themselves and the hardware's prefetchers keep up; asking too costs a
-// fifth. Ten instructions a line: measured on Zen 3 in all types but fp16, on Zen 4 in fp32 and bf16 with dot
-// products.
+// fifth. Ten instructions a line: measured on Zen 3 in fp32 and bf16, on Zen 4 in fp32 and bf16 with
+// dot products.
 template <class T, int R, int W>
 constexpr int kStepInstructions = Compute<T>::kSub * (Compute<T>::kSub * W + R * (1 + W));
 template <class T, int W>
@@ -85,8 +86,8 @@ constexpr int kTwoStreams = kVecBytes == 32 ? 2 : 0;
 template <int W>
 constexpr int kWidth = W < 2 ? W : 2;  // registers of a panel that are read one after the other
 
-// Few rows leave few sums in flight, so K is then dealt to several sets of sums. As many for a panel alone
-// as for one of two: which it is depends on the number of threads, and the bits must not.
+// Few rows leave few sums in flight, so K is then dealt to several sets of sums. As many for a panel
+// alone as for one of two: which it is depends on the number of threads, and the bits must not.
 template <int R, int W>
 constexpr int kSums = R * (R <= kTwoStreams && W == 2 ? 4 : W);
 template <int R, int W>
@@ -239,7 +240,8 @@ static void two_streams(const TileArgs<T>& args) {
   tile<T, R, kRowPointers, 2>(both);
 }
 
-// Run-time row count to compile-time tile. W: registers per row; 1 where only half a panel is wanted, 4 for two panels.
+// Run-time row count to compile-time tile. W: registers per row; 1 where only half a panel is wanted,
+// 4 for two panels.
 template <class T, AOrder O, int W = 2, int R = 1>
 static void run_tile(int rows, const TileArgs<T>& args) {
   if constexpr (R < kMaxRows) {

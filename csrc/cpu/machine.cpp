@@ -26,7 +26,7 @@ namespace {
 constexpr int kAccumulators = 16;
 constexpr int64_t kSteps = 2000000;  // some milliseconds: starting a thread must not count
 constexpr size_t kBytes = size_t{256} << 20, kHugePage = size_t{2} << 20;
-constexpr size_t kStream = size_t{128} << 10;
+constexpr size_t kStream = size_t{128} << 10;  // read in one go
 
 double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -101,8 +101,8 @@ double fma_portable(float* sink) {
   return 2.0 * kSteps * kAccumulators * 32;
 }
 
-// Two streams, as AVX2's kernels read the weights of a row or two: the prefetchers follow both further than one (Zen 3: 25 instead of
-// 21 GB/s). Summed in eight chains, which keep up with memory.
+// Two streams, as AVX2's kernels read the weights of a row or two: the prefetchers follow both further
+// than one (Zen 3: 25 instead of 21 GB/s). Summed in eight chains, which keep up with memory.
 [[gnu::target("avx2")]] double read_avx2(const char* data, size_t bytes) {
   __m256i sum[8];
   for (__m256i& s : sum) s = _mm256_setzero_si256();

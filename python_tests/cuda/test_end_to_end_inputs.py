@@ -8,6 +8,7 @@ import torch
 from end_to_end import cuda, numbers
 
 from dsmoe_ext import build_info, ops
+from dsmoe_ext.router_op import router_logits
 from dsmoe_ext.testing import random_case, run_case
 
 MOST = build_info()["max_cuda_experts"]
@@ -63,7 +64,7 @@ def test_views_are_copied_for_the_router(view, dtype):
     def run(device, view):
         x, weight = numbers(0, 20, 32).to(device, dtype), numbers(1, 5, 32).to(device)
         leaves = [x.requires_grad_(), weight.requires_grad_()]
-        logits = ops.router_logits(view(x), view(weight), numbers(2, 5).to(device))
+        logits = router_logits(view(x), view(weight), numbers(2, 5).to(device))
         return logits, *torch.autograd.grad(logits, leaves, view(numbers(3, 20, 5).to(device)))
 
     with cuda() as device:
@@ -74,7 +75,7 @@ def test_views_are_copied_for_the_router(view, dtype):
 def test_the_routers_second_derivatives():
     def run(device, dtype):
         leaves = [numbers(n, n, 16).to(device, dtype).requires_grad_() for n in (20, 5)]
-        logits = ops.router_logits(*leaves)
+        logits = router_logits(*leaves)
         first = torch.autograd.grad(logits.square().sum(), leaves, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
 
@@ -123,7 +124,7 @@ def test_limits_are_named():
             (32, torch.float64, "x is float64, which runs on the CPU"),
         ):
             x, weight = (numbers(0, n, hidden).to(device, dtype) for n in (3, 2))
-            refused(functools.partial(ops.router_logits, x, weight), match)
+            refused(functools.partial(router_logits, x, weight), match)
         logits = numbers(0, 5, 2).double().to(device)
         refused(lambda: ops.route(logits, 0.5, offsets.to(device)), "logits is float64, which runs")
 
