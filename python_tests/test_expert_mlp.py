@@ -24,6 +24,7 @@ EDGES = {
     "512 experts": (20, 32, [2] * 512, 0.1),
     "many tokens": (600, 32, [16] * 4, 0.5),
     "hidden size one": (5, 1, [3, 2], 0.5),
+    "narrow, an empty expert": (5, 8, [3, 0, 2], 0.7),
     "hidden size zero": (5, 0, [3, 2], 0.5),
 }
 
