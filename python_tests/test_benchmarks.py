@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from dsmoe_ext import ops
 from dsmoe_ext.benchmarks import ffn
-from dsmoe_ext.benchmarks.machine import measure_machine
+from dsmoe_ext.benchmarks.machine import Machine, measure_machine
 from dsmoe_ext.benchmarks.timing import interleaved
 from dsmoe_ext.command_line import app as cli
 
@@ -34,6 +34,14 @@ def test_wrong_kernel_is_not_timed(monkeypatch):
     shape = ffn.Shape(16, (16, 16), 4, 0.5, torch.float32)
     with pytest.raises(AssertionError, match=r"y in torch\.float32 is wrong"):
         list(ffn.measure(measure_machine(), shape, train=False, exact_ste=False, budget=0.01))
+
+
+def test_only_peaks_that_exist_are_named():
+    def described(bf16_flops):
+        return Machine("a CPU", "avx2", 2, "2.13.0", 2e11, bf16_flops, 3.6e10).describe()
+
+    assert "peaks: fp32 200 GFLOP/s, bf16 400 GFLOP/s, read 36.0 GB/s" in described(4e11)
+    assert "peaks: fp32 200 GFLOP/s, read 36.0 GB/s" in described(0.0)
 
 
 def test_active_fraction_is_exact():

@@ -21,7 +21,7 @@ class Machine:
     threads: int
     torch: str
     fp32_flops: float
-    bf16_flops: float
+    bf16_flops: float  # 0 where the instruction is missing
     read_bytes: float
 
     def roofline(self, flops: float, read: float, dtype: torch.dtype) -> float:
@@ -36,10 +36,11 @@ class Machine:
 
     def describe(self) -> str:
         """One line for the head of a table."""
+        bf16 = f"bf16 {self.bf16_flops / 1e9:.0f} GFLOP/s, " if self.bf16_flops else ""
         return (
             f"{self.processor}, {self.threads} thread(s), {self.isa}, torch {self.torch}; measured "
-            f"peaks: fp32 {self.fp32_flops / 1e9:.0f} GFLOP/s, bf16 {self.bf16_flops / 1e9:.0f} "
-            f"GFLOP/s, read {self.read_bytes / 1e9:.1f} GB/s"
+            f"peaks: fp32 {self.fp32_flops / 1e9:.0f} GFLOP/s, {bf16}"
+            f"read {self.read_bytes / 1e9:.1f} GB/s"
         )
 
 
