@@ -7,8 +7,8 @@
 // With a few tokens the panels of one block are one stream, and meanwhile the rows of A that it is
 // multiplied with, 12 x 512 bytes at most, stay in the first-level cache. Had a panel all of K, every
 // panel would drive them out (36 KiB at K = 576): six rows took 25 instead of 33 GB/s (Zen 4). Beyond
-// kLongSteps a block is all of K: the ends of blocks cost more than they brought (K = 2048). So it is
-// where one or two panels are all: fine experts' rows are read once or twice anyway.
+// kLongSteps a block is all of K: the ends of blocks cost more than they brought (K = 2048). A matrix of
+// one or two panels keeps all of K too: it reads rows of A only once or twice.
 #pragma once
 
 #include "simd.h"
@@ -25,7 +25,7 @@ struct PackedPanels {
   int64_t steps() const { return ceil_div(terms, Compute<T>::kPair); }
   int64_t block_steps() const {
     if (panels > 2 && steps() <= kLongSteps) return kBlockSteps;
-    return max_of<int64_t>(steps(), 1);
+    return max_of<int64_t>(steps(), 1);  // no steps are no blocks, and nothing to divide by
   }
   int64_t block_size() const { return block_steps() * kStep; }
   int64_t blocks() const { return ceil_div(steps(), block_steps()); }
