@@ -2,7 +2,7 @@
 there is one:
 
     pytest python_tests/cuda
-    pytest -n 2 --dist worksteal python_tests/cuda          half the time; 10 GB of memory
+    pytest -n 2 --dist worksteal python_tests/cuda          half the time
 
 A run that does not name this folder (plain `pytest python_tests`) leaves them out: they need nvcc,
 which they install from PyPI if it is missing.
@@ -22,5 +22,6 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_modifyitems(items):
-    """The mutants first: they take one of two processes as long as the rest takes the other."""
-    items.sort(key=lambda item: item.name != "test_mutants_are_killed")
+    """The decisive cases first, and last the mutants, which start from their recordings."""
+    order = {"test_decisive_case": 0, "test_mutants_are_killed": 2}
+    items.sort(key=lambda item: order.get(item.originalname, 1))

@@ -1,5 +1,5 @@
 """Small cases that together execute every instruction of every kernel that can be reached, and
-decide whether it is right. mutate.py runs them on broken kernels, test_decisive_cases.py as tests.
+decide whether it is right. mutate.py runs them on broken kernels, test_mutate.py as tests.
 
 A case takes a function that makes the ops under test, and raises where the tests would.
 """
@@ -7,6 +7,7 @@ A case takes a function that makes the ops under test, and raises where the test
 import functools
 from dataclasses import replace
 
+import even_tiles
 import test_expert_mlp
 import test_expert_mlp_backward
 import test_expert_mlp_sm90a
@@ -227,6 +228,7 @@ HOPPER = {
     "full tiles of 192 columns": (1030, 136, [64], 1.0),
     "full tiles of 128 columns": (530, 104, [72, 80, 8, 72], (0, 2, 3)),
     "three row tiles": (600, 8, [24, 136, 16, 64], 1.0),
+    "whole row tiles": (256, 8, [32], 1.0),
 }
 BACKWARD = {
     **SHAPES,
@@ -248,6 +250,7 @@ HOPPER_BACKWARD_ACTIVE = {  # of active pairs only: others in a tile that is not
         f"{name}{', saved' * save}": (shape, dict(save_activations=save))
         for name, shape in {
             "two row tiles": (330, 24, [16, 33], 0.9),
+            "whole row tiles": (256, 8, [128], 1.0),
             "more steps than stages": (130, 264, [72, 40, 136], 1.0),
             "more steps than stages, one warpgroup idles": (50, 328, [16, 72, 136], 1.0),
         }.items()
@@ -260,8 +263,15 @@ HOPPER_BACKWARD_ACTIVE = {  # of active pairs only: others in a tile that is not
     "halves of tiles": ((300, 24, [16, 136, 200, 72], 0.9), dict(multiprocessors=4)),
     "halves of tiles, some without rows": (
         (100, 24, [16, 24, 136, 200, 72], 1.0),
-        dict(multiprocessors=5, save_activations=True),
+        dict(multiprocessors=6, save_activations=True),
     ),
+    **{
+        f"no halves{', saved' * save}": (
+            (20, 8, [16, 16, 40, 40, 136, 136], 1.0),
+            dict(multiprocessors=3, save_activations=save),
+        )
+        for save in (False, True)
+    },
     "passes of 192 columns": ((300, 192, [136, 40], 0.5), {}),
     "passes of 128 columns": ((40, 72, [400, 200], 0.5), {}),
     "passes of two strips": ((150, 328, [264, 200], 0.5), dict(multiprocessors=2)),
@@ -318,6 +328,7 @@ CASES = {
         530, 136, [64, 8, 8, 128], 0.3, arch="90a", multiprocessors=3
     ),
     **{f"sm_90a, {name}, saved": saved_on_hopper(*shape) for name, shape in SHAPES.items()},
+    "sm_90a, whole row tiles, saved": saved_on_hopper(*HOPPER["whole row tiles"]),
     "sm_90a, two blocks of rows, saved": saved_on_hopper(130, 24, [13, 29, 67, 3], 1.0),
     **{
         f"decode, {name}": expert_mlp(*shape, multiprocessors=multiprocessors)
@@ -364,6 +375,18 @@ CASES = {
         40, 16, [33, 367, 64, 90], 0.5, exact_ste=True
     ),
     "backward, later tokens without experts": later_tokens_without_experts,
+    **{
+        f"sm_90a, even tiles, {n} multiprocessors": functools.partial(
+            even_tiles.check_forward, multiprocessors=n
+        )
+        for n in (13, 7, 4, 2)  # 13: all kernels halve; else in one of several rounds, or not
+    },
+    **{
+        f"sm_90a backward, even tiles{', saved' * save}": functools.partial(
+            even_tiles.check_backward, multiprocessors=4, saved=save
+        )
+        for save in (False, True)
+    },
     "decode beside NaN": decode_beside_nan,
     "decode, cuts": cuts_change_nothing(16, 8),
     "forward, cuts": cuts_change_nothing(40, 16),

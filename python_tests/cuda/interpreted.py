@@ -5,6 +5,7 @@ The functions take and return torch tensors on the CPU, like dsmoe_ext.ops. Kern
 their inputs, and outputs and workspaces start uninitialised.
 """
 
+import collections
 import ctypes
 import functools
 import pathlib
@@ -96,6 +97,7 @@ class Interpreter:
         self.arch = arch
         self.capability = int(arch.rstrip("a"))
         self.launches = []  # (kernel, grid, block, shared bytes, bytes of the parameters)
+        self.boxes = collections.Counter()  # of the copy engine, by kernel, if there are counters
         self.calls = []  # of the CUDA runtime: (function, stream or None)
 
     # -- the device side --
@@ -121,11 +123,14 @@ class Interpreter:
         for i, (offset, size) in enumerate(kernel.params.values()):
             data[offset : offset + size] = ctypes.string_at(args[i], size)
         self.launches.append((name, grid, block, shared, bytes(data)))
+        before = self.counters.boxes if self.counters else 0
         try:
             self.device.launch(self.programs[name], name, grid, block, shared, param_bytes=data)
         except Exception as error:  # it cannot pass through C: _run raises it again
             self.problem = self.problem or error
             return 1
+        if self.counters:
+            self.boxes[name] += self.counters.boxes - before
         return 0
 
     def _memset(self, address, value, count):

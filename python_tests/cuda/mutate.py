@@ -24,7 +24,7 @@ from decisive_cases import CASES
 from interpreted import Failed
 from mutations import mutants
 from ptx import Trap
-from replay import runs
+from replay import Run
 
 TABLE = pathlib.Path(__file__).with_name("mutants.txt")
 
@@ -32,9 +32,9 @@ TABLE = pathlib.Path(__file__).with_name("mutants.txt")
 tried, killed = collections.Counter(), collections.Counter()  # (kernel, case): adaptive order
 
 
-def verdict(mutant):
+def verdict(mutant, runs):
     """(was it killed, how)"""
-    able = [run for run in runs(tuple(CASES.values())) if mutant.place in run.executed]
+    able = [run for run in runs if run.seconds_of(mutant.place)]
 
     def worth(run):  # kills per second that it may bring, by what it brought for this kernel
         key = (mutant.mangled, run)
@@ -84,11 +84,11 @@ def candidates():
     return [m for m in mutants() if m.what not in equivalent()]
 
 
-def report(chosen, say=print):
-    """Runs the mutants; the survivors."""
+def report(chosen, runs, say=print):
+    """Tries the mutants on the cases' runs; the survivors."""
     survivors, started = [], time.process_time()
     for i, mutant in enumerate(chosen, 1):
-        was_killed, how = verdict(mutant)
+        was_killed, how = verdict(mutant, runs)
         if not was_killed:
             survivors.append(mutant)
         say(f"[{i}/{len(chosen)} {time.process_time() - started:.0f} s] {mutant}: {how}")
@@ -106,11 +106,11 @@ def main():
     chosen = [m for m in (mutants() if arguments.all else candidates()) if arguments.only in str(m)]
     if arguments.sample:
         chosen = random.Random(arguments.seed).sample(chosen, min(arguments.sample, len(chosen)))
+    runs = [Run(case) for case in CASES.values()]
     if arguments.unexecuted:
-        executed = set().union(*(run.executed for run in runs(tuple(CASES.values()))))
-        print(*(m for m in chosen if m.place not in executed), sep="\n")
+        print(*(m for m in chosen if not any(r.seconds_of(m.place) for r in runs)), sep="\n")
         return 0
-    survivors = report(chosen, say=functools.partial(print, flush=True))
+    survivors = report(chosen, runs, say=functools.partial(print, flush=True))
     killed = len(chosen) - len(survivors)
     print(f"\n{killed} of {len(chosen)} killed, {killed / max(len(chosen), 1):.1%}")
     for kind in sorted({m.kind for m in chosen}):

@@ -5,24 +5,27 @@ held afterwards. A second run takes the results of launches that execute no chan
 there, as long as nothing differs yet.
 """
 
-import functools
+import itertools
 import time
 
 import numpy as np
 from interpreted import SMALL, Interpreter
 from ptx import Trap
 
+OPTIONS = dict(multiprocessors=1, macros=SMALL)  # no instruction of a kernel depends on them
 PATIENCE = 20  # a changed kernel may execute so many times the instructions of the right one
 
 
 class Steps:
     """In place of counters: what was executed, and how often; stops a kernel that does not end."""
 
+    products = 0
+
     def __init__(self):
-        self.limit, self.count, self.executed, self.products = None, 0, {}, 0
+        self.begin()
 
     def begin(self, limit=None):
-        self.limit, self.count, self.executed = limit, 0, {}
+        self.limit, self.count, self.executed, self.boxes = limit, 0, {}, 0
 
     def instruction(self, ins, mask):
         self.count += 1
@@ -35,21 +38,30 @@ class Steps:
     def access(self, *_):
         pass
 
-    matrix_rows = matrix = bulk_read = bulk_write = access
+    matrix_rows = matrix = bulk_read = access
+
+    def bulk_write(self, *_):
+        self.boxes += 1
 
 
 class Launch:
     """What the first run's launch did."""
 
     def __init__(self, arch, mangled, kernel, steps, memory, seconds):
-        code = enumerate(kernel.code)
-        self.executed = {(arch, mangled, i) for i, x in code if id(x) in steps.executed}
-        self.count, self.memory, self.seconds = steps.count, memory, seconds
+        self.kernel = (arch, mangled)
+        self.executed = {i for i, x in enumerate(kernel.code) if id(x) in steps.executed}
+        self.count, self.boxes = steps.count, steps.boxes
+        self.memory, self.seconds = memory, seconds
+
+    def executes(self, place):
+        """place: (arch, mangled name, number of an instruction)"""
+        *kernel, at = place
+        return tuple(kernel) == self.kernel and at in self.executed
 
 
 class Recorded(Interpreter):
     def __init__(self, launches, **options):
-        super().__init__(counters=Steps(), macros=SMALL, **{"multiprocessors": 1, **options})
+        super().__init__(counters=Steps(), **{**OPTIONS, **options})
         self.recorded = launches
 
     def _launch(self, name, grid, block, shared, args):
@@ -59,14 +71,14 @@ class Recorded(Interpreter):
         seconds = time.process_time() - started
         mangled = name.decode()
         kernel = self.programs[mangled].kernels[mangled]
-        memory = memory_of(self.device)
+        memory = memory_of(self.device, self.recorded[-1].memory if self.recorded else [])
         self.recorded.append(Launch(self.arch, mangled, kernel, self.counters, memory, seconds))
         return status
 
 
 class Replay(Interpreter):
     def __init__(self, launches, mutant, **options):
-        super().__init__(counters=Steps(), macros=SMALL, **{"multiprocessors": 1, **options})
+        super().__init__(counters=Steps(), **{**OPTIONS, **options})
         self.recorded, self.changed = launches, mutant.place
         program = mutant.apply(self.programs[mutant.mangled])
         self.programs = {**self.programs, mutant.mangled: program}
@@ -75,55 +87,65 @@ class Replay(Interpreter):
     def _launch(self, name, grid, block, shared, args):
         before = self.recorded[self.number] if self.number < len(self.recorded) else None
         self.number += 1
-        if self.same and self.changed not in before.executed:
+        if self.same and not before.executes(self.changed):
             put_memory(self.device, before.memory)
+            self.boxes[name.decode()] += before.boxes
             return 0
         self.counters.begin(PATIENCE * (before.count if before else 10**6) + 1000)
         status = super()._launch(name, grid, block, shared, args)
-        self.same = self.same and not status and equal(memory_of(self.device), before.memory)
+        self.same = (
+            self.same
+            and not status
+            and all(holds(b, *m) for b, m in zip(writable(self.device), before.memory, strict=True))
+        )
         return status
 
 
-def memory_of(device):
-    buffers = device.memory.buffers.values()
-    return [(b.bytes.copy(), b.initialised.copy()) for b in buffers if b.writable]
+def writable(device):
+    return [buffer for buffer in device.memory.buffers.values() if buffer.writable]
+
+
+def holds(buffer, data, known):
+    return np.array_equal(buffer.bytes, data) and np.array_equal(buffer.initialised, known)
+
+
+def memory_of(device, before):
+    """(bytes, which are initialised) of every writable buffer; what is as before is not copied."""
+    return [
+        old if old and holds(buffer, *old) else (buffer.bytes.copy(), buffer.initialised.copy())
+        for buffer, old in itertools.zip_longest(writable(device), before)
+    ]
 
 
 def put_memory(device, memory):
-    buffers = [b for b in device.memory.buffers.values() if b.writable]
-    for buffer, (data, known) in zip(buffers, memory, strict=True):
+    for buffer, (data, known) in zip(writable(device), memory, strict=True):
         buffer.bytes[:], buffer.initialised[:] = data, known
 
 
-def equal(a, b):
-    return all(
-        np.array_equal(x, y) and np.array_equal(p, q) for (x, p), (y, q) in zip(a, b, strict=True)
-    )
+def record(case):
+    """The launches of a first run, a list for every Ops that the case makes."""
+    ops = []
+
+    def make(**options):
+        ops.append([])
+        return Recorded(ops[-1], **options)
+
+    case(make)
+    return ops
 
 
 class Run:
-    """The first run of a case."""
+    """A case and its first run."""
 
-    def __init__(self, case):
-        self.case, self.ops = case, []  # launches of every Ops that the case makes
-
-        def make(**options):
-            self.ops.append([])
-            return Recorded(self.ops[-1], **options)
-
-        case(make)
-        self.executed = set().union(*(launch.executed for ops in self.ops for launch in ops))
+    def __init__(self, case, ops=None):
+        self.case, self.ops = case, record(case) if ops is None else ops
 
     def seconds_of(self, place):
-        """Of the launches that execute an instruction, and a little."""
-        return 0.02 + sum(x.seconds for ops in self.ops for x in ops if place in x.executed)
+        """Of the launches that execute an instruction, and a little; 0 if none does."""
+        seconds = [x.seconds for ops in self.ops for x in ops if x.executes(place)]
+        return sum(seconds, 0.02) if seconds else 0
 
     def again(self, mutant):
         """Runs the case with a mutant; raises if it is noticed."""
         kept = iter(self.ops)
         self.case(lambda **options: Replay(next(kept), mutant, **options))
-
-
-@functools.cache
-def runs(cases):
-    return [Run(case) for case in cases]

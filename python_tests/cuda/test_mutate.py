@@ -1,19 +1,29 @@
 """The mutations do what they say, and the decisive cases notice them."""
 
+import copy
+import functools
+import gzip
+import hashlib
 import os
+import pickle
 import random
+import tempfile
+import uuid
 
 import mutate
 import mutations
 import pytest
+import replay
 from decisive_cases import CASES
+from interpreted import build
 from ops_under_test import ON_GPU, Ops
 from ptx import Device, Program
 from ptx.machine import Machine, compile_kernel
 from ptx.parse import Instruction
+from replay import Run
 
 interpreter_only = pytest.mark.skipif(ON_GPU, reason="mutants run in the interpreter")
-SAMPLE = 300
+SAMPLE, PARTS = 300, 6
 
 
 def instruction(text):
@@ -101,18 +111,91 @@ def test_the_table_names_mutants_that_exist():
     assert mutate.equivalent().keys() <= {mutant.what for mutant in mutations.mutants()}
 
 
+@pytest.fixture(scope="session")
+def shared_folder(request, tmp_path_factory):
+    """Of the processes that pytest-xdist runs these tests in."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if hasattr(request.config, "workerinput") else base) / "mutants"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sample():
+    """The same in all processes; DSMOE_SEED in the environment repeats a run."""
+    shared = os.environ.get("PYTEST_XDIST_TESTRUNUID", uuid.uuid4().hex)
+    seed = os.environ.get("DSMOE_SEED", shared)
+    print(f"DSMOE_SEED={seed}")
+    return random.Random(seed).sample(mutate.candidates(), SAMPLE)
+
+
+@pytest.fixture(scope="session")
+def first_run(shared_folder):
+    """A case's name -> its Run, made in whichever process is the first to ask."""
+
+    @functools.cache
+    def of(name):
+        file = shared_folder / hashlib.sha256(name.encode()).hexdigest()
+        if file.exists():
+            with gzip.open(file) as recording:
+                return Run(CASES[name], pickle.load(recording))
+        run = Run(CASES[name])
+        with (
+            tempfile.NamedTemporaryFile(dir=shared_folder, delete=False) as unfinished,
+            gzip.open(unfinished, "wb", compresslevel=1) as recording,
+        ):
+            pickle.dump(run.ops, recording)
+        os.replace(unfinished.name, file)
+        return run
+
+    return of
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_decisive_case(name):
-    """On kernels as they are."""
-    CASES[name](Ops)
+def test_decisive_case(name, request):
+    """On kernels as they are: in the interpreter with the options of replay.py."""
+    if ON_GPU:
+        CASES[name](Ops)
+    else:
+        request.getfixturevalue("first_run")(name)
+
+
+class Unchanged(mutations.Mutant):
+    def apply(self, program):
+        return copy.copy(program)
 
 
 @interpreter_only
-def test_mutants_are_killed():
-    """95 % of a sample over all kinds; DSMOE_SEED in the environment repeats a run."""
-    seed = int(os.environ.get("DSMOE_SEED", random.SystemRandom().randrange(2**31)))
-    print(f"DSMOE_SEED={seed}")
-    chosen = random.Random(seed).sample(mutate.candidates(), SAMPLE)
-    survivors = mutate.report(chosen, say=lambda _: None)
-    print(*survivors, sep="\n")
-    assert len(survivors) <= 0.05 * SAMPLE
+@pytest.mark.parametrize(
+    "name", ["sm_90a, even tiles, 4 multiprocessors", "backward, passes over neurons, exact"]
+)
+def test_nothing_is_noticed_where_nothing_changed(name, first_run):
+    """Whichever launches are run again, and whichever are taken from the recording: at -1, all."""
+    run = Run(CASES[name], pickle.loads(pickle.dumps(first_run(name).ops)))
+    executed = {launch.kernel: min(launch.executed) for ops in run.ops for launch in ops}
+    for kernel, at in [*executed.items(), (next(iter(executed)), -1)]:
+        run.again(Unchanged(*kernel, at, "none", "", ""))
+
+
+@interpreter_only
+def test_options_of_replays_change_no_instruction():
+    """A mutant's place is the same in every build."""
+    _, small = build("90a", *replay.OPTIONS["macros"])
+    _, plain = build("90a")
+    for name, program in small.items():
+        codes = [p.kernels[name].code for p in (program, plain[name])]
+        ours, theirs = ([(x.name, x.operands) for x in code] for code in codes)
+        assert ours == theirs, name
+
+
+@interpreter_only
+@pytest.mark.parametrize("part", range(PARTS))
+def test_mutants_are_killed(part, sample, first_run, shared_folder):
+    """95 % of a sample over all kinds, in parts that processes share."""
+    runs = [first_run(name) for name in reversed(CASES)]
+    survivors = mutate.report(sample[part::PARTS], runs, say=lambda _: None)
+    (shared_folder / f"survivors_{part}.txt").write_text("".join(f"{m}\n" for m in survivors))
+    lists = [file.read_text() for file in shared_folder.glob("survivors_*.txt")]
+    survived = "".join(lists).splitlines()
+    print(*survived, sep="\n")
+    assert len(survived) <= 0.05 * SAMPLE

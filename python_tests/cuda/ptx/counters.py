@@ -53,6 +53,7 @@ class Counters:
         self.instructions = defaultdict(int)  # class -> warp instructions
         self.opcodes = defaultdict(int)
         self.products = 0  # of wgmma, in mma.m16n8k16
+        self.boxes = 0  # that the copy engine brought
         # (source line, opcode) -> Traffic in sectors of global memory, cycles of shared memory
         self.sectors, self.cycles = defaultdict(Traffic), defaultdict(Traffic)
 
@@ -91,6 +92,7 @@ class Counters:
         self._sectors(ins, np.zeros_like(addresses), addresses, size)
 
     def bulk_write(self, ins, size):
+        self.boxes += 1
         self.cycles[ins.where, ins.op[0]].add(1, size // 128, size // 128)
 
     def _sectors(self, ins, warp, addresses, size):
