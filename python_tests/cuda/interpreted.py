@@ -106,14 +106,27 @@ class Interpreter:
         self.device, self.problem = Device(self.seed, self.counters), None
         kinds = dict(Callbacks._fields_)
         self._callbacks = Callbacks(  # must outlive the calls
-            kinds["launch"](self._launch),
-            kinds["memset"](self._memset),
+            kinds["launch"](self._noting_problems(self._launch)),
+            kinds["memset"](self._noting_problems(self._memset)),
             kinds["call"](lambda name, stream: self.calls.append((name.decode(), stream))),
             self.multiprocessors,
             self.capability,
             STREAM,
         )
         self.library.set_callbacks(ctypes.byref(self._callbacks))
+
+    def _noting_problems(self, function):
+        """Exceptions cannot pass through C: _run raises them again."""
+
+        def call(*args):
+            try:
+                function(*args)
+            except Exception as error:
+                self.problem = self.problem or error
+                return 1
+            return 0
+
+        return call
 
     def _launch(self, name, grid, block, shared, args):
         name = name.decode()
@@ -124,22 +137,12 @@ class Interpreter:
             data[offset : offset + size] = ctypes.string_at(args[i], size)
         self.launches.append((name, grid, block, shared, bytes(data)))
         before = self.counters.boxes if self.counters else 0
-        try:
-            self.device.launch(self.programs[name], name, grid, block, shared, param_bytes=data)
-        except Exception as error:  # it cannot pass through C: _run raises it again
-            self.problem = self.problem or error
-            return 1
+        self.device.launch(self.programs[name], name, grid, block, shared, param_bytes=data)
         if self.counters:
             self.boxes[name] += self.counters.boxes - before
-        return 0
 
     def _memset(self, address, value, count):
-        try:
-            self.device.memory.fill(address, value, count)
-        except Exception as error:  # as in _launch
-            self.problem = self.problem or error
-            return 1
-        return 0
+        self.device.memory.fill(address, value, count)
 
     def _run(self, entry, params, workspace=None):
         status = getattr(self.library, entry)(ctypes.byref(params), ctypes.c_void_p(workspace))
@@ -168,8 +171,6 @@ class Interpreter:
         args = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
         (name,) = (n for n in self.programs if kernel in n)
         self._launch(name.encode(), (grid, 1, 1), (block, 1, 1), 0, args)
-        if self.problem:
-            raise self.problem
         return torch.from_numpy(out.array.copy())
 
     # -- the ops --

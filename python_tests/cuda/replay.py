@@ -5,8 +5,8 @@ held afterwards. A second run takes the results of launches that execute no chan
 there, as long as nothing differs yet.
 """
 
-import itertools
 import time
+from itertools import chain, repeat
 
 import numpy as np
 from interpreted import SMALL, Interpreter
@@ -67,13 +67,12 @@ class Recorded(Interpreter):
     def _launch(self, name, grid, block, shared, args):
         self.counters.begin()
         started = time.process_time()
-        status = super()._launch(name, grid, block, shared, args)
+        super()._launch(name, grid, block, shared, args)
         seconds = time.process_time() - started
         mangled = name.decode()
         kernel = self.programs[mangled].kernels[mangled]
         memory = memory_of(self.device, self.recorded[-1].memory if self.recorded else [])
         self.recorded.append(Launch(self.arch, mangled, kernel, self.counters, memory, seconds))
-        return status
 
 
 class Replay(Interpreter):
@@ -90,15 +89,12 @@ class Replay(Interpreter):
         if self.same and not before.executes(self.changed):
             put_memory(self.device, before.memory)
             self.boxes[name.decode()] += before.boxes
-            return 0
+            return
         self.counters.begin(PATIENCE * (before.count if before else 10**6) + 1000)
-        status = super()._launch(name, grid, block, shared, args)
-        self.same = (
-            self.same
-            and not status
-            and all(holds(b, *m) for b, m in zip(writable(self.device), before.memory, strict=True))
+        super()._launch(name, grid, block, shared, args)
+        self.same = self.same and all(
+            holds(b, *m) for b, m in zip(writable(self.device), before.memory, strict=True)
         )
-        return status
 
 
 def writable(device):
@@ -113,7 +109,7 @@ def memory_of(device, before):
     """(bytes, which are initialised) of every writable buffer; what is as before is not copied."""
     return [
         old if old and holds(buffer, *old) else (buffer.bytes.copy(), buffer.initialised.copy())
-        for buffer, old in itertools.zip_longest(writable(device), before)
+        for buffer, old in zip(writable(device), chain(before, repeat(None)), strict=False)
     ]
 
 
