@@ -2,7 +2,7 @@
 there is one:
 
     pytest python_tests/cuda
-    pytest -n 2 --dist worksteal python_tests/cuda          half the time
+    pytest -n 2 --dist worksteal python_tests/cuda          half the time; 14 GB of memory
 
 A run that does not name this folder (plain `pytest python_tests`) leaves them out: they need nvcc,
 which they install from PyPI if it is missing.
