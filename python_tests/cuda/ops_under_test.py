@@ -1,6 +1,7 @@
 """The CUDA ops as the tests call them: on a GPU through dsmoe_ext where there is one, else
 interpreted."""
 
+import pytest
 import torch
 from interpreted import Interpreter
 
@@ -73,3 +74,4 @@ class Gpu:
 
 ON_GPU = torch.cuda.is_available()
 Ops = Gpu if ON_GPU else Interpreter
+interpreter_only = pytest.mark.skipif(ON_GPU, reason="asks the interpreter")

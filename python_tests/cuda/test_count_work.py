@@ -6,12 +6,12 @@ import count_work
 import pytest
 import torch
 from interpreted import Interpreter
-from ops_under_test import ON_GPU
+from ops_under_test import interpreter_only
 
 from dsmoe_ext.benchmarks.gpu_backward import cut
 from dsmoe_ext.benchmarks.gpu_load import Load, draw
 
-pytestmark = pytest.mark.skipif(ON_GPU, reason="counted in the interpreter")
+pytestmark = interpreter_only
 
 
 def test_table_is_up_to_date():

@@ -5,7 +5,7 @@ import torch
 from end_to_end import check, numbers
 from interpreted import STREAM
 from on_cuda_kernels import cuda_kernels
-from ops_under_test import ON_GPU
+from ops_under_test import interpreter_only
 
 from dsmoe_ext import DSMoEFFN
 
@@ -72,7 +72,7 @@ def test_ffn_infers(tokens, dtype):
         check(run, random_ffn(dtype, **method).eval())
 
 
-@pytest.mark.skipif(ON_GPU, reason="asks the interpreter")
+@interpreter_only
 def test_where_it_ran():
     """All kernels on torch's current stream; outside of the context none."""
     ffn, x = random_ffn(torch.bfloat16), numbers(12, 3, 32).bfloat16()

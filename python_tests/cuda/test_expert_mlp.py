@@ -3,13 +3,11 @@
 import pytest
 import torch
 from interpreted import SMALL, Failed, Interpreter
-from ops_under_test import ON_GPU, Ops
+from ops_under_test import Ops, interpreter_only
 from ptx import Counters
 
 from dsmoe_ext import reference
 from dsmoe_ext.testing import magnitudes, random_case
-
-interpreter_only = pytest.mark.skipif(ON_GPU, reason="asks the interpreter")
 
 EDGES = {  # name: (T, H, sizes, active)
     "no token": (0, 16, [8, 8], 0.5),

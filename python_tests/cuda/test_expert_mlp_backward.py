@@ -5,7 +5,7 @@ Half types in both main loops, mma.sync and that of sm_90a; a GPU runs its own."
 import pytest
 import torch
 from interpreted import Failed, Interpreter
-from ops_under_test import ON_GPU, Ops
+from ops_under_test import ON_GPU, Ops, interpreter_only
 from ptx import Counters
 from test_expert_mlp import fine_experts
 
@@ -30,7 +30,6 @@ EDGES = {  # name: (T, H, sizes, active)
 }
 
 
-interpreter_only = pytest.mark.skipif(ON_GPU, reason="asks the interpreter")
 ARCHS = ["80"] if ON_GPU else ["80", "90a"]
 in_both_loops = pytest.mark.parametrize("arch", ARCHS)
 types_in_their_loops = pytest.mark.parametrize(

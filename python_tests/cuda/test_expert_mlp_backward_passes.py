@@ -3,12 +3,12 @@
 import pytest
 import torch
 from interpreted import Interpreter
+from ops_under_test import interpreter_only
 from test_expert_mlp import SIZES
 from test_expert_mlp_backward import (
     check,
     gradients,
     in_both_loops,
-    interpreter_only,
     types_in_their_loops,
 )
 

@@ -5,13 +5,13 @@ import pytest
 import torch
 from interpreted import Interpreter
 from machine_code import readable
-from ops_under_test import ON_GPU
+from ops_under_test import interpreter_only
 from ptx import Counters
 from test_expert_mlp import EDGES, check
 
 from dsmoe_ext.testing import random_case
 
-pytestmark = pytest.mark.skipif(ON_GPU, reason="asks the interpreter")
+pytestmark = interpreter_only
 OWN = {  # tiles of 256 rows in blocks of 64; units of 512 tokens; 64 terms of a sum a step
     "blocks of rows": (200, 72, [130, 40], 0.6),
     "a tile and a row": (257, 136, [64, 80], 1.0),

@@ -4,11 +4,10 @@ the stream that is given, and no launch depends on what is in device memory."""
 import pytest
 import torch
 from interpreted import STREAM, Interpreter
-from ops_under_test import ON_GPU
+from ops_under_test import ON_GPU, interpreter_only
 
 from dsmoe_ext.testing import offsets_of, random_case
 
-interpreter_only = pytest.mark.skipif(ON_GPU, reason="asks the interpreter")
 # None of these is refused while a stream is captured. What the launchers call besides does not
 # even link: see fake_runtime.cpp.
 QUESTIONS = {

@@ -16,13 +16,12 @@ import pytest
 import replay
 from decisive_cases import CASES
 from interpreted import build
-from ops_under_test import ON_GPU, Ops
+from ops_under_test import ON_GPU, Ops, interpreter_only
 from ptx import Device, Program
 from ptx.machine import Machine, compile_kernel
 from ptx.parse import Instruction
 from replay import Run
 
-interpreter_only = pytest.mark.skipif(ON_GPU, reason="mutants run in the interpreter")
 SAMPLE, PARTS = 300, 6
 
 
@@ -121,12 +120,11 @@ def shared_folder(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def sample():
-    """The same in all processes; DSMOE_SEED in the environment repeats a run."""
-    shared = os.environ.get("PYTEST_XDIST_TESTRUNUID", uuid.uuid4().hex)
-    seed = os.environ.get("DSMOE_SEED", shared)
-    print(f"DSMOE_SEED={seed}")
-    return random.Random(seed).sample(mutate.candidates(), SAMPLE)
+def draw():
+    """(seed, mutants), the same in all processes; DSMOE_SEED in the environment repeats a run."""
+    of_this_run = os.environ.get("PYTEST_XDIST_TESTRUNUID", uuid.uuid4().hex)
+    seed = int(os.environ.get("DSMOE_SEED", random.Random(of_this_run).randrange(2**31)))
+    return seed, random.Random(seed).sample(mutate.candidates(), SAMPLE)
 
 
 @pytest.fixture(scope="session")
@@ -152,12 +150,12 @@ def first_run(shared_folder):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_decisive_case(name, request):
+def test_decisive_case(name, first_run):
     """On kernels as they are: in the interpreter with the options of replay.py."""
     if ON_GPU:
         CASES[name](Ops)
     else:
-        request.getfixturevalue("first_run")(name)
+        first_run(name)
 
 
 class Unchanged(mutations.Mutant):
@@ -190,8 +188,10 @@ def test_options_of_replays_change_no_instruction():
 
 @interpreter_only
 @pytest.mark.parametrize("part", range(PARTS))
-def test_mutants_are_killed(part, sample, first_run, shared_folder):
+def test_mutants_are_killed(part, draw, first_run, shared_folder):
     """95 % of a sample over all kinds, in parts that processes share."""
+    seed, sample = draw
+    print(f"DSMOE_SEED={seed}")
     runs = [first_run(name) for name in reversed(CASES)]
     survivors = mutate.report(sample[part::PARTS], runs, say=lambda _: None)
     (shared_folder / f"survivors_{part}.txt").write_text("".join(f"{m}\n" for m in survivors))

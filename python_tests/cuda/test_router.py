@@ -3,10 +3,9 @@
 import pytest
 import torch
 from interpreted import SMALL, Failed, Interpreter
-from ops_under_test import ON_GPU, Ops
+from ops_under_test import Ops, interpreter_only
 from ptx import Counters
 
-interpreter_only = pytest.mark.skipif(ON_GPU, reason="asks the interpreter")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = torch.finfo(torch.float32).eps
 EDGES = [  # (T, R, H)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops_under_test import ON_GPU, Ops
+from ops_under_test import ON_GPU, Ops, interpreter_only
 from ptx import Counters
 from test_expert_mlp_backward import EDGES, gradients
 
@@ -41,7 +41,7 @@ def test_edges(edge, save, make):
             assert (error > 8 * 2.0**-23 * magnitude).any(), f"{name} was not rounded"
 
 
-@pytest.mark.skipif(ON_GPU, reason="asks the interpreter")
+@interpreter_only
 def test_any_schedule_and_no_bank_conflicts(make):
     case = random_case(4, 70, 72, [72, 16, 16], exact_ste=True)
     counters = Counters()
@@ -54,7 +54,7 @@ def test_any_schedule_and_no_bank_conflicts(make):
     assert all(torch.equal(got[n], want[n]) for n in want)
 
 
-@pytest.mark.skipif(ON_GPU, reason="asks the interpreter")
+@interpreter_only
 @pytest.mark.parametrize("allow_tf32", [False, True])
 def test_traffic(allow_tf32):
     """No bank conflicts; whole sectors, but for the parts of dgates and for look-ups."""
