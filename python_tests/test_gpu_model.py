@@ -48,9 +48,13 @@ def test_fp32_tf32_and_saved_activations_by_hand():
     assert case.saved_bytes() == 2 * 4 * (2 * 8 + 24)
     assert case.weight_bytes() == 3 * 4 * 100 * 32
     assert replace(case, is_backward=True).products == 6
-    # a step of 64 x 64 x 16 terms, two products: 64 x 64 x 16 x 2 / 32 lanes; in mma.m16n8k8
+    # a step of 64 x 64 x 16 terms, two products: 64 x 64 x 16 x 2 / 32 lanes; of 128 x 64 x 16 in
+    # mma.m16n8k8
     assert model.counted("fp32 gate_up<64>", 64, "step", "fma") == 64 * 64 * 16 * 2 / 32
-    assert model.counted("tf32 gate_up<64>", 64, "step", "mma") == 4 * 8 * 2 * 2
+    assert model.counted("tf32 gate_up<64>", 128, "step", "mma") == 8 * 8 * 2 * 2
+    # 128 + 128 rows of 64 bytes; 64 neurons of 96 pairs, three products of five matrices
+    assert model.counted("tf32 weights", 128, "step", "load_bytes") >= 256 * 64
+    assert model.counted("tf32 neurons_backward", 96, "step", "mma") == 6 * 8 * 3 * 2
     # g and u of 128 pairs x 64 neurons besides the activations, in bf16
     plain, saving = (f"gate_up<64>{how}" for how in ("", ", saving"))
     more = (model.counted(name, 128, "tile", "store_bytes") for name in (saving, plain))

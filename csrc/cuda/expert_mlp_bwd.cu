@@ -1,4 +1,4 @@
-// expert_mlp backward; bf16 and fp16 with fp32 sums, fp32 in exact multiply-adds or tf32.
+// expert_mlp backward; bf16 and fp16 with fp32 sums, fp32 as tf32 or in exact multiply-adds.
 //
 // With g = x_t Wg_e, u = x_t Wu_e, a = silu(g) u:
 //
@@ -12,7 +12,7 @@
 //   down      dx, as the forward sums y: a CTA owns its part and goes through experts in order  gemm_down.cuh
 //   weights   one weight gradient, the sum running over the expert's tokens                     gemm_weights.cuh
 //
-// fp32 does the same on gemm_ffma.cuh's tile (gemm_ffma_bwd.cuh), half types on Hopper by wgmma
+// Exact fp32 does the same on gemm_ffma.cuh's tile (gemm_ffma_bwd.cuh), half types on Hopper by wgmma
 // (sm90a/backward.cu).
 //
 // g and u of active pairs are what the forward saved (2 T I numbers of the caller's memory, 361 MB in bf16
@@ -52,6 +52,8 @@ struct Layout {
   Carver carver;
 };
 
+constexpr int kPassColumns = 64;  // that passes are cut at multiples of
+
 int64_t strips_per_chunk(const ExpertMlpParams& f) {
   return ceil_div<int64_t>(f.hidden_size, DownTile::kTileN);
 }
@@ -80,7 +82,7 @@ Layout layout(const ExpertMlpBackwardParams& p) {
     columns =
         std::min(columns, chunks * chunk_sums / (3 * 4 * std::max<int64_t>(f.hidden_size, 1)));
   }
-  l.width = per_pass<int64_t>(all, WeightsTile::kTileM, columns);
+  l.width = per_pass<int64_t>(all, kPassColumns, columns);
   l.all_columns = l.carver.place((experts + 1) * 4);
   l.expert_offsets = l.carver.place((experts + 1) * 4);
   l.expert_columns = l.carver.place((experts + 1) * 4);
@@ -104,7 +106,7 @@ Layout layout(const ExpertMlpBackwardParams& p) {
 // experts begin at multiples of kColumnAlign: no gap is cut.
 __global__ void clip_experts_kernel(const int32_t* offsets, const int32_t* columns, int num_experts,
                                     int pass, int most, int32_t* clipped) {
-  const int width = per_pass(columns[num_experts], WeightsTile::kTileM, most);
+  const int width = per_pass(columns[num_experts], kPassColumns, most);
   const int first = pass * width, end = first + width;
   __shared__ int first_row, end_row;
   if (threadIdx.x == 0) first_row = end_row = offsets[num_experts];  // beyond the last column
@@ -231,29 +233,31 @@ class Backward {
   template <bool kSaved>
   void launch_neurons(const NeuronsArgs<T>& args) {
     if constexpr (std::is_same_v<T, float>) {
-      with_product(f_.allow_tf32, [&](auto product) {
-        neurons_fp32_kernel<decltype(product), kSaved><<<ctas_, kThreads, 0, on_>>>(args);
-      });
+      if (!f_.allow_tf32) {
+        neurons_ffma_kernel<T, kSaved><<<ctas_, kThreads, 0, on_>>>(args);
+        return;
+      }
     } else if (on_hopper_) {
       note(sm90a::neurons(args, ctas_ / kCtasPerSm, on_));
-    } else {
-      constexpr int kBytes = NeuronsTile<kSaved>::kSharedBytes;
-      const auto kernel = neurons_backward_kernel<T, kSaved>;
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-      kernel<<<ctas_, kThreads, kBytes, on_>>>(args);
+      return;
     }
+    constexpr int kBytes = NeuronsTile<T, kSaved>::kSharedBytes;
+    const auto kernel = neurons_backward_kernel<T, kSaved>;
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    kernel<<<ctas_, kThreads, kBytes, on_>>>(args);
   }
 
   void launch_down() {
     if constexpr (std::is_same_v<T, float>) {
-      with_product(f_.allow_tf32, [&](auto product) {
-        down_fp32_kernel<decltype(product)><<<2 * ctas_, kThreads, 0, on_>>>(args_.pass);
-      });
+      if (!f_.allow_tf32) {
+        down_ffma_kernel<<<2 * ctas_, kThreads, 0, on_>>>(args_.pass);
+        return;
+      }
     } else if (on_hopper_) {
       note(sm90a::down(args_.pass, true, ctas_ / kCtasPerSm, on_));
-    } else {
-      down_kernel<<<ctas_, kThreads, DownTile::kSharedBytes, on_>>>(args_.pass);
+      return;
     }
+    down_kernel<<<ctas_, kThreads, DownTile::kSharedBytes, on_>>>(args_.pass);
   }
 
   void note(Status status) {
@@ -322,18 +326,20 @@ class Backward {
     want(2, args_.gated, args_.dy, p_.dy_stride, p_.ddown_proj_t);
     if (all.count == 0) return;
     if constexpr (std::is_same_v<T, float>) {
-      with_product(f_.allow_tf32, [&](auto product) {
+      if (!f_.allow_tf32) {
         for (int i = 0; i < all.count; ++i) {
-          weights_fp32_kernel<decltype(product)><<<2 * ctas_, kThreads, 0, on_>>>(all.of[i]);
+          weights_ffma_kernel<<<2 * ctas_, kThreads, 0, on_>>>(all.of[i]);
         }
-      });
+        return;
+      }
     } else if (on_hopper_) {
       note(sm90a::weights(all, ctas_ / kCtasPerSm, on_));
-    } else {
-      for (int i = 0; i < all.count; ++i) {
-        weights_kernel<<<3 * ctas_ / kCtasPerSm, kThreads, WeightsTile::kSharedBytes, on_>>>(
-            all.of[i]);
-      }
+      return;
+    }
+    using Tile = WeightsTile<T>;
+    const int ctas = ctas_ / kCtasPerSm * Tile::kCtasPerSm;
+    for (int i = 0; i < all.count; ++i) {
+      weights_kernel<<<ctas, kThreads, Tile::kSharedBytes, on_>>>(all.of[i]);
     }
   }
 

@@ -1,8 +1,8 @@
 // expert_mlp forward: y_t = sum_e G[t,e] * (silu(x_t Wg_e) * (x_t Wu_e)) Wd_e
 //
-// In bf16 and fp16 with fp32 sums; fp32 goes the same way through exact multiply-adds or
-// tf32 (gemm_ffma.cuh).
-// Two ragged GEMMs around a workspace of activations, both CTA tile / warp tile / mma.m16n8k16 with a
+// In bf16 and fp16 with fp32 sums. fp32 goes the same way as tf32 where that is allowed, else through exact
+// multiply-adds (gemm_ffma.cuh).
+// Two ragged GEMMs around a workspace of activations, both CTA tile / warp tile / mma.sync with a
 // three-stage cp.async pipeline, swizzled shared memory and ldmatrix:
 //
 //   gate_up   a[t, e's columns] = G[t,e] * silu(x_t Wg_e) * (x_t Wu_e)      sum over H, rows gathered
@@ -14,7 +14,7 @@
 //             A CTA owns its part of y and goes through the experts in order, so that the order of
 //             the sum is fixed without float atomics. After each expert it adds the 128 x 128
 //             products to a private fp32 strip (128 KiB, written and read through L2), which becomes y
-//             at the end. No [A,H] buffer exists.
+//             at the end; if y is fp32, they are added to y itself. No [A,H] buffer exists.
 //
 // For the backward the active pairs' g and u can be kept (saved_activations.cuh): 2 T I numbers, 361 MB in bf16 at
 // T 8192, I 11008, of which active pairs alone are touched. Decoding then goes the same way.
@@ -23,7 +23,6 @@
 // Rows beyond a ragged end are zeros in shared memory (cp.async without a source); 16-row blocks with
 // no pair at all are skipped, dealt to the warps in turn so that all skip alike.
 #include <algorithm>
-#include <type_traits>
 
 #include "cuda/decode.cuh"
 #include "cuda/gemm_down.cuh"
@@ -43,8 +42,8 @@ struct Layout {
 
 // Of an SM.
 int64_t strip_floats(const ExpertMlpParams& p) {
-  const bool on_hopper = p.dtype != Dtype::kFloat32 && sm90a::is_available();
-  return on_hopper ? sm90a::kStripFloats : kCtasPerSm * DownTile::kStripFloats;
+  if (p.dtype == Dtype::kFloat32) return 0;  // y itself
+  return sm90a::is_available() ? sm90a::kStripFloats : kCtasPerSm * DownTile::kStripFloats;
 }
 
 Layout layout(const ExpertMlpParams& p, int ctas) {
@@ -62,10 +61,39 @@ Layout layout(const ExpertMlpParams& p, int ctas) {
   return l;
 }
 
-template <class T, class Tile>
+template <class Tile, class T>
 void launch_gate_up(const PassArgs<T>& args, int min_size, int max_size, int ctas,
                     cudaStream_t on) {
   gate_up_kernel<T, Tile><<<ctas, kThreads, Tile::kSharedBytes, on>>>(args, min_size, max_size);
+}
+
+template <class T>
+void launch_mma(const PassArgs<T>& args, int ctas, cudaStream_t on) {
+  launch_gate_up<GateUpTile<T, 16, 4>>(args, 1, 16, ctas, on);
+  launch_gate_up<GateUpTile<T, 32, 2>>(args, 17, 32, ctas, on);
+  launch_gate_up<GateUpTile<T, 64, 2>>(args, 33, INT32_MAX, ctas, on);
+  down_kernel<<<ctas, kThreads, DownTile::kSharedBytes, on>>>(args);
+}
+
+// The two products of a pass, by the main loop that fits dtype and device.
+template <class T>
+Status launch_products(const ExpertMlpParams& p, const PassArgs<T>& args, int ctas,
+                       cudaStream_t on) {
+  if (p.intermediate_size > 0 && p.hidden_size > 0 && sm90a::is_available()) {
+    return sm90a::forward(args, ctas / kCtasPerSm, on);
+  }
+  launch_mma(args, ctas, on);
+  return Status::kOk;
+}
+Status launch_products(const ExpertMlpParams& p, const PassArgs<float>& args, int ctas,
+                       cudaStream_t on) {
+  if (p.allow_tf32) {
+    launch_mma(args, ctas, on);
+  } else {
+    gate_up_ffma_kernel<<<2 * ctas, kThreads, 0, on>>>(args);  // half the registers
+    down_ffma_kernel<<<2 * ctas, kThreads, 0, on>>>(args);
+  }
+  return Status::kOk;
 }
 
 template <class T>
@@ -102,21 +130,8 @@ Status forward(const ExpertMlpParams& p, unsigned char* workspace, cudaStream_t 
     if (status != Status::kOk) return status;
     const dim3 clear(ceil_div(ctas, 4), p.num_experts);
     clear_inactive_kernel<<<clear, kThreads, 0, on>>>(args, args.activations);
-    if constexpr (std::is_same_v<T, float>) {
-      with_product(p.allow_tf32, [&](auto product) {
-        using Product = decltype(product);
-        gate_up_fp32_kernel<Product><<<2 * ctas, kThreads, 0, on>>>(args);  // half the registers
-        down_fp32_kernel<Product><<<2 * ctas, kThreads, 0, on>>>(args);
-      });
-    } else if (p.intermediate_size > 0 && p.hidden_size > 0 && sm90a::is_available()) {
-      const Status hopper = sm90a::forward(args, multiprocessor_count(), on);
-      if (hopper != Status::kOk) return hopper;
-    } else {
-      launch_gate_up<T, GateUpTile<16, 4>>(args, 1, 16, ctas, on);
-      launch_gate_up<T, GateUpTile<32, 2>>(args, 17, 32, ctas, on);
-      launch_gate_up<T, GateUpTile<64, 2>>(args, 33, INT32_MAX, ctas, on);
-      down_kernel<<<ctas, kThreads, DownTile::kSharedBytes, on>>>(args);
-    }
+    const Status launched = launch_products(p, args, ctas, on);
+    if (launched != Status::kOk) return launched;
   }
   return launch_status();
 }

@@ -2,7 +2,7 @@
 //
 //   rows     tokens that are active for the expert, gathered   [128, S_e]
 //   columns  of Wd_e, the sum running down its rows            [S_e, 128]
-//   result   added to a strip that only this CTA touches       [256, 128] fp32
+//   result   added to a strip that only this CTA touches       [256, 128] fp32: of y itself, if that is fp32
 //
 // The backward uses it for dx = dg Wg + du Wu: two sources, one after the other.
 #pragma once
@@ -13,19 +13,17 @@ namespace dsmoe::cuda {
 
 struct DownTile {
   static constexpr int kTileN = 128;
-  using Depth = DepthTile<kTileN>;
   static constexpr int kWarpsM = 2, kWarpsN = 2;
   static constexpr int kRowBlocks = kTileM / 16 / kWarpsM;  // 4
   static constexpr int kBlocks = kTileN / 8 / kWarpsN;      // 8
   static constexpr int kRowsBytes = kTileM * kRowBytes;
-  static constexpr int kStageBytes = kRowsBytes + kTileK * kTileN * 2;
+  static constexpr int kDepthBytes = kRowBytes * kTileN;
+  static constexpr int kStageBytes = kRowsBytes + kDepthBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes;
   static constexpr int kCopiesA = kTileM / kCopyRows;
-  static constexpr int kChunksPerDepth = kTileN / kChunk;  // 16
-  static constexpr int kCopiesB = kTileK * kChunksPerDepth / kThreads;
+  static constexpr int kCopiesB = kDepthBytes / 16 / kThreads;
   static constexpr int kStripFloats = kTokensPerChunk * kTileN;
   static_assert(kSharedBytes <= 48 << 10, "two CTAs per SM, and no opt-in needed");
-  static_assert(kTileK == kWarp, "a lane per row of the sum");
 };
 
 using DownSums = float[DownTile::kRowBlocks][DownTile::kBlocks][4];
@@ -34,7 +32,6 @@ template <class T>
 __device__ __forceinline__ void down_step(DownSums& sums, uint32_t stage, int warp_m, int warp_n,
                                           int live) {
   using C = DownTile;
-  const int lane = threadIdx.x % kWarp;
   const uint32_t depth_tile = stage + C::kRowsBytes;
 #pragma unroll
   for (int k_chunk = 0; k_chunk < kChunksPerRow; k_chunk += 2) {
@@ -45,11 +42,10 @@ __device__ __forceinline__ void down_step(DownSums& sums, uint32_t stage, int wa
     }
 #pragma unroll
     for (int j = 0; j < C::kBlocks; j += 2) {
-      // matrices: block j, low and high k; block j + 1, low and high k
-      const int k = k_chunk * kChunk + lane % 16;
       uint32_t b[4];
-      ldmatrix_x4_trans(
-          b, depth_tile + DownTile::Depth::offset(k, warp_n * C::kBlocks + j + lane / 16));
+      DepthTile<T, C::kTileN>::load_right(b, depth_tile, k_chunk * kNumbers<T>,
+                                          warp_n * C::kBlocks + j);
+      round_operands(b, T());
 #pragma unroll
       for (int i = 0; i < C::kRowBlocks; ++i) {
         if (i >= live) continue;
@@ -109,11 +105,28 @@ __device__ __forceinline__ int token_of_row(const PassArgs<T>& args, const DownU
   return static_cast<int>(args.lists.token_idx[pair] - unit.chunk * kTokensPerChunk);
 }
 
+// Where a unit's sums are. Of half types in the workspace, all columns of them; of fp32 they are y.
+struct Strip {
+  float* sums;
+  int64_t stride;
+  int columns;
+};
+template <class T>
+__device__ __forceinline__ Strip strip_of(const PassArgs<T>& args, const DownUnit& unit) {
+  const bool is_whole = args.turn.is_first && args.turn.is_last;
+  const int64_t index = is_whole ? blockIdx.x : unit.index;
+  return {args.strips + index * DownTile::kStripFloats, DownTile::kTileN, DownTile::kTileN};
+}
+__device__ __forceinline__ Strip strip_of(const PassArgs<float>& args, const DownUnit& unit) {
+  const int64_t first = unit.chunk * kTokensPerChunk * args.hidden_size + unit.first_column;
+  return {args.y + first, args.hidden_size, static_cast<int>(args.hidden_size) - unit.first_column};
+}
+
 // Adds the products of 128 rows of a span to the strip.
 template <class T>
 __device__ void down_tile(const PassArgs<T>& args, const SumSource<T>& source, const DownUnit& unit,
                           const SpanIterator::Span& span, int first_row, uint32_t base,
-                          float* strip) {
+                          const Strip& strip) {
   using C = DownTile;
   const int t = threadIdx.x, lane = t % kWarp;
   const int warp_m = t / kWarp / C::kWarpsN, warp_n = t / kWarp % C::kWarpsN;
@@ -126,10 +139,12 @@ __device__ void down_tile(const PassArgs<T>& args, const SumSource<T>& source, c
     const int token = token_of_row(args, unit, span, first_row + copy_row + i * kCopyRows);
     from[i] = token >= 0 ? rows + token * args.width + span.first_column : nullptr;
   }
-  const int depth_chunk = t % C::kChunksPerDepth;
-  const int column = unit.first_column + depth_chunk * kChunk;
+  using Depth = DepthTile<T, C::kTileN>;
+  const int depth_chunk = t % Depth::kChunks;
+  const int column = unit.first_column + depth_chunk * kNumbers<T>;
   const bool has_column = column < args.hidden_size;
 
+  static_assert(kTileK<T> <= kWarp, "a lane per term");
   // Lane l looks up which row of Wd is term l of the next step's sum; one step ahead, because the
   // copies need the answer at once.
   auto row_of_term = [&](int term) {
@@ -139,21 +154,21 @@ __device__ void down_tile(const PassArgs<T>& args, const SumSource<T>& source, c
   auto load = [&](int stage, int step) {
     const uint32_t to = base + stage * C::kStageBytes;
     const int row = row_ahead;
-    const int k = step * kTileK;
-    row_ahead = row_of_term(span.first_column + k + kTileK + lane);
-    const bool in_expert = __shfl_sync(kAllLanes, row, chunk * kChunk) >= 0;
+    const int k = step * kTileK<T>;
+    row_ahead = row_of_term(span.first_column + k + kTileK<T> + lane);
+    const bool in_expert = __shfl_sync(kAllLanes, row, chunk * kNumbers<T>) >= 0;
 #pragma unroll
     for (int i = 0; i < C::kCopiesA; ++i) {
       const bool valid = in_expert && from[i] != nullptr;
       cp_async_16(to + RowTile::offset(copy_row + i * kCopyRows, chunk),
-                  valid ? from[i] + k + chunk * kChunk : source.rows, valid);
+                  valid ? from[i] + k + chunk * kNumbers<T> : source.rows, valid);
     }
 #pragma unroll
     for (int i = 0; i < C::kCopiesB; ++i) {
-      const int term = t / C::kChunksPerDepth + i * (kThreads / C::kChunksPerDepth);
+      const int term = t / Depth::kChunks + i * (kThreads / Depth::kChunks);
       const int64_t weights_row = __shfl_sync(kAllLanes, row, term);
       const bool valid = weights_row >= 0 && has_column;
-      cp_async_16(to + C::kRowsBytes + DownTile::Depth::offset(term, depth_chunk),
+      cp_async_16(to + C::kRowsBytes + Depth::offset(term, depth_chunk),
                   source.weights + (valid ? weights_row * args.hidden_size + column : 0), valid);
     }
   };
@@ -161,7 +176,7 @@ __device__ void down_tile(const PassArgs<T>& args, const SumSource<T>& source, c
   DownSums sums{};
   const int live = live_blocks<C::kWarpsM>(span.pairs.count() - first_row, warp_m);
   const int terms = span.end_column - span.first_column;
-  pipeline(ceil_div(terms, kTileK), load, [&](int stage) {
+  pipeline(ceil_div(terms, kTileK<T>), load, [&](int stage) {
     down_step<T>(sums, base + stage * C::kStageBytes, warp_m, warp_n, live);
   });
 
@@ -173,9 +188,11 @@ __device__ void down_tile(const PassArgs<T>& args, const SumSource<T>& source, c
       const int row = first_row + (i * C::kWarpsM + warp_m) * 16 + half * 8 + lane / 4;
       const int token = token_of_row(args, unit, span, row);
       if (token < 0) continue;
-      float* out = strip + token * C::kTileN + warp_n * C::kBlocks * 8 + lane % 4 * 2;
+      const int own = warp_n * C::kBlocks * 8 + lane % 4 * 2;
+      float* out = strip.sums + token * strip.stride + own;
 #pragma unroll
       for (int j = 0; j < C::kBlocks; ++j) {
+        if (own + j * 8 >= strip.columns) break;
         float2* sum = reinterpret_cast<float2*>(out + j * 8);
         const float2 before = *sum;
         *sum = float2{before.x + sums[i][j][half * 2], before.y + sums[i][j][half * 2 + 1]};
@@ -190,17 +207,19 @@ __global__ void __launch_bounds__(kThreads, 2)
   using C = DownTile;
   extern __shared__ __align__(128) unsigned char shared[];
   const uint32_t base = shared_address(shared);
-  const bool is_whole = args.turn.is_first && args.turn.is_last;
   DownUnits<C::kTileN> units(args);
   DownUnit unit;
   while (units.next(unit)) {
     // Four neighbouring columns per thread, zeroed here; the pipeline's barriers come before the sums.
-    constexpr int kQuads = C::kTileN / 4;
-    const int num_quads = unit.tokens * kQuads;
-    float* strip = args.strips + (is_whole ? blockIdx.x : unit.index) * C::kStripFloats;
-    float4* quads = reinterpret_cast<float4*>(strip);
-    for (int i = threadIdx.x; i < num_quads && args.turn.is_first; i += kThreads)
-      quads[i] = float4{};
+    constexpr int kQuads = C::kTileN / 4, kRows = kThreads / kQuads;
+    const int first_token = threadIdx.x / kQuads, column = threadIdx.x % kQuads * 4;
+    const Strip strip = strip_of(args, unit);
+    auto sums_of = [&](int token) {
+      return reinterpret_cast<float4*>(strip.sums + token * strip.stride + column);
+    };
+    if (args.turn.is_first && column < strip.columns) {
+      for (int token = first_token; token < unit.tokens; token += kRows) *sums_of(token) = float4{};
+    }
     for (int s = 0; s < args.num_sources; ++s) {
       const SumSource<T> source = args.sources[s];
       SpanIterator spans(args.lists, args.expert_offsets, args.expert_columns, args.num_experts,
@@ -212,15 +231,18 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
       }
     }
-    __syncthreads();
-    // the same thread as above: neither y nor the next unit's zeros need a barrier
-    for (int i = threadIdx.x; i < num_quads && args.turn.is_last; i += kThreads) {
-      const int column = unit.first_column + i % kQuads * 4;
-      if (column >= args.hidden_size) continue;
-      const int64_t token = unit.chunk * kTokensPerChunk + i / kQuads;
-      const float4 sum = quads[i];
-      __stcg(reinterpret_cast<uint2*>(args.y + token * args.hidden_size + column),
-             uint2{pack(sum.x, sum.y, T()), pack(sum.z, sum.w, T())});
+    if constexpr (!kIsFloat<T>) {  // whose sums are y, and the next unit's are elsewhere
+      __syncthreads();
+      // the same thread as above: neither y nor the next unit's zeros need a barrier
+      T* y = args.y + unit.chunk * kTokensPerChunk * args.hidden_size + unit.first_column + column;
+      if (!args.turn.is_last || unit.first_column + column >= args.hidden_size) continue;
+      for (int token = first_token; token < unit.tokens; token += kRows) {
+        const float4 sum = *sums_of(token);
+        Neighbours<T, 4> out;
+        out.set(0, sum.x, sum.y);
+        out.set(1, sum.z, sum.w);
+        out.store(y + token * args.hidden_size);
+      }
     }
   }
 }

@@ -1,14 +1,66 @@
-// The two GEMMs of the forward in fp32, exact or in tf32 (fp32_product.cuh).           see expert_mlp_fwd.cu
+// The two GEMMs of the forward in fp32, by exact multiply-adds.           see expert_mlp_fwd.cu
 //
 // 64 x 64 outputs per CTA of 128 threads, 32 per thread, 16 terms of the sum per step. Operands lie in
 // shared memory with the term outermost; rows come from global memory along their terms and are
 // transposed on their way. While a step is computed, registers fetch the next.
+//
+// Bank conflicts. Blocks of 8 rows are exchanged by (term / 4) ^ term, so that neither the transposing
+// stores (rows x groups of 4 terms) nor vectors of one term meet one.
+//
+// T is float; templates because two sources include them.
 #pragma once
 
-#include "cuda/fp32_product.cuh"
 #include "cuda/gemm_down.cuh"  // DownUnits, token_of_row
 
 namespace dsmoe::cuda {
+
+struct FfmaTile {
+  static constexpr int kTileM = 64, kTileN = 64, kTerms = 16;
+  static constexpr int kGroups = kTerms / 4;                   // groups of 4 terms, 16 bytes
+  static constexpr int kCopies = kTileM * kGroups / kThreads;  // vectors a thread copies: 2
+  static constexpr int kMatrixFloats = kTerms * kTileM;
+  static_assert(kTileM == kTileN, "one layout for both operands");
+  // what a thread has of the 64 x 64
+  static constexpr int kRows = 8, kNeighbours = 4, kThreadsN = kTileN / kNeighbours;
+  static_assert(kTileM / kRows * kThreadsN == kThreads);
+
+  static __device__ __forceinline__ int at(int term, int row) {
+    return term * kTileM + (row ^ ((term / 4 ^ term) % 4) * 8);
+  }
+  static __device__ __forceinline__ int row(int i) { return threadIdx.x / kThreadsN * kRows + i; }
+  static __device__ __forceinline__ int column() { return threadIdx.x % kThreadsN * kNeighbours; }
+};
+using FfmaSums = float[FfmaTile::kRows][FfmaTile::kNeighbours];
+
+__device__ __forceinline__ float component(const float4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+// Adds a term's products: 3 vector loads for 32 multiply-adds.
+__device__ __forceinline__ void add_term(FfmaSums& sums, const float* a, const float* b, int term) {
+  using C = FfmaTile;
+  const float4 low = *reinterpret_cast<const float4*>(a + C::at(term, C::row(0)));
+  const float4 high = *reinterpret_cast<const float4*>(a + C::at(term, C::row(0)) + 4);
+  const float4 columns = *reinterpret_cast<const float4*>(b + C::at(term, C::column()));
+#pragma unroll
+  for (int i = 0; i < C::kRows; ++i) {
+    const float row = i < 4 ? component(low, i) : component(high, i - 4);
+#pragma unroll
+    for (int j = 0; j < C::kNeighbours; ++j) {
+      sums[i][j] = fmaf(row, component(columns, j), sums[i][j]);
+    }
+  }
+}
+
+// A thread's neighbouring outputs, in one access.
+__device__ __forceinline__ void store_quad(float* to, const float (&v)[4]) {
+  __stcg(reinterpret_cast<float4*>(to), float4{v[0], v[1], v[2], v[3]});
+}
+__device__ __forceinline__ void add_quad(float* to, const float (&v)[4]) {
+  auto* at = reinterpret_cast<float4*>(to);
+  const float4 before = *at;
+  *at = float4{before.x + v[0], before.y + v[1], before.z + v[2], before.w + v[3]};
+}
 
 // Rows along their terms: thread t copies group t % 4 of rows t / 4 and t / 4 + 32.
 struct FfmaRows {
@@ -28,13 +80,12 @@ struct FfmaRows {
       ahead[i] = read ? *reinterpret_cast<const float4*>(at) : float4{};
     }
   }
-  template <class Product>
   __device__ __forceinline__ void store(float* matrix) const {
 #pragma unroll
     for (int i = 0; i < FfmaTile::kCopies; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        matrix[FfmaTile::at(group() * 4 + j, row(i))] = Product::rounded(component(ahead[i], j));
+        matrix[FfmaTile::at(group() * 4 + j, row(i))] = component(ahead[i], j);
       }
     }
   }
@@ -53,21 +104,17 @@ struct FfmaTerms {
   __device__ __forceinline__ void fetch(int copy, const float* from, bool valid) {
     ahead[copy] = valid ? *reinterpret_cast<const float4*>(from) : float4{};
   }
-  template <class Product>
   __device__ __forceinline__ void store(float* matrix) const {
 #pragma unroll
     for (int i = 0; i < FfmaTile::kCopies; ++i) {
-      const float4& v = ahead[i];
-      *reinterpret_cast<float4*>(matrix + FfmaTile::at(term(i), column())) =
-          float4{Product::rounded(v.x), Product::rounded(v.y), Product::rounded(v.z),
-                 Product::rounded(v.w)};
+      *reinterpret_cast<float4*>(matrix + FfmaTile::at(term(i), column())) = ahead[i];
     }
   }
 };
 
-// fetch(step) to registers, store(buffer) to shared memory, compute(buffer, term) for every kStepTerms: two buffers, one
-// barrier per step. Ends with a barrier.
-template <class Product, class Fetch, class Store, class Compute>
+// fetch(step) to registers, store(buffer) to shared memory, compute(buffer, term) for every term: two
+// buffers, one barrier per step. Ends with a barrier.
+template <class Fetch, class Store, class Compute>
 __device__ __forceinline__ void ffma_pipeline(int num_steps, Fetch fetch, Store store,
                                               Compute compute) {
   fetch(0);
@@ -76,16 +123,14 @@ __device__ __forceinline__ void ffma_pipeline(int num_steps, Fetch fetch, Store 
     __syncthreads();
     if (step + 1 < num_steps) fetch(step + 1);
 #pragma unroll
-    for (int term = 0; term < FfmaTile::kTerms; term += Product::kStepTerms) {
-      compute(step % 2, term);
-    }
+    for (int term = 0; term < FfmaTile::kTerms; ++term) compute(step % 2, term);
   }
   __syncthreads();
 }
 
-template <class Product>
+template <class T>
 __global__ void __launch_bounds__(kThreads)
-    gate_up_fp32_kernel(const __grid_constant__ PassArgs<float> args) {
+    gate_up_ffma_kernel(const __grid_constant__ PassArgs<T> args) {
   using C = FfmaTile;
   __shared__ __align__(16) float shared[2][3][C::kMatrixFloats];  // rows of x, of Wg, of Wu
   const int num_steps = static_cast<int>(ceil_div<int64_t>(args.hidden_size, C::kTerms));
@@ -104,8 +149,8 @@ __global__ void __launch_bounds__(kThreads)
       gate.from[i] = has_column ? args.gate_proj + weights : nullptr;
       up.from[i] = has_column ? args.up_proj + weights : nullptr;
     }
-    typename Product::Sums gates{}, ups{};
-    ffma_pipeline<Product>(
+    FfmaSums gates{}, ups{};
+    ffma_pipeline(
         num_steps,
         [&](int step) {
           const int term = step * C::kTerms;
@@ -115,51 +160,47 @@ __global__ void __launch_bounds__(kThreads)
           up.fetch(term, valid);
         },
         [&](int buffer) {
-          x.template store<Product>(shared[buffer][0]);
-          gate.template store<Product>(shared[buffer][1]);
-          up.template store<Product>(shared[buffer][2]);
+          x.store(shared[buffer][0]);
+          gate.store(shared[buffer][1]);
+          up.store(shared[buffer][2]);
         },
         [&](int buffer, int term) {
-          Product::add(gates, shared[buffer][0], shared[buffer][1], term);
-          Product::add(ups, shared[buffer][0], shared[buffer][2], term);
+          add_term(gates, shared[buffer][0], shared[buffer][1], term);
+          add_term(ups, shared[buffer][0], shared[buffer][2], term);
         });
 
     const int64_t tile_column = args.expert_columns[tile.expert] + tile.column;
     const int columns =
         ceil_div(tile.columns, 4) * 4;  // zeros at the end, even of an infinite gate
+    const int column = C::column();
+    if (column >= columns) continue;
 #pragma unroll
-    for (int i = 0; i < Product::kRows; ++i) {
-      const int pair = tile.pairs.begin + Product::row(i);
+    for (int i = 0; i < C::kRows; ++i) {
+      const int pair = tile.pairs.begin + C::row(i);
       if (pair >= tile.pairs.end) continue;
       const int64_t token = args.lists.token_idx[pair];
       const float weight = args.gates[token * args.num_experts + tile.expert];
+      const auto &g = gates[i], &u = ups[i];
+      float out[C::kNeighbours];
 #pragma unroll
-      for (int part = 0; part < Product::kParts; ++part) {
-        const int column = Product::column(part);
-        if (column >= columns) continue;
-        const auto &g = gates[i][part], &u = ups[i][part];
-        float out[Product::kNeighbours];
-#pragma unroll
-        for (int j = 0; j < Product::kNeighbours; ++j) {
-          const float activation = g[j] / (1.f + expf(-g[j])) * u[j];
-          out[j] = column + j < tile.columns ? weight * activation : 0.f;
-        }
-        store_neighbours<Product>(args.activations + token * args.width + tile_column + column,
-                                  out);
-        if (args.saved == nullptr) continue;
-        float* saved = args.saved + token * 2 * args.intermediate_size + tile.first_row + column;
-        store_saved(saved, g, tile.columns - column);
-        store_saved(saved + args.intermediate_size, u, tile.columns - column);
+      for (int j = 0; j < C::kNeighbours; ++j) {
+        const float activation = g[j] / (1.f + expf(-g[j])) * u[j];
+        out[j] = column + j < tile.columns ? weight * activation : 0.f;
       }
+      store_quad(args.activations + token * args.width + tile_column + column, out);
+      if (args.saved == nullptr) continue;
+      float* saved = args.saved + token * 2 * args.intermediate_size + tile.first_row + column;
+      store_saved(saved, g, tile.columns - column);
+      store_saved(saved + args.intermediate_size, u, tile.columns - column);
     }
   }
 }
 
 // Adds the products of 64 rows of a span to y, which points to the unit's first token and column.
-template <class Product>
-__device__ __forceinline__ void down_fp32_tile(const PassArgs<float>& args,
-                                               const SumSource<float>& source, const DownUnit& unit,
-                                               const SpanIterator::Span& span, int first_row,
+template <class T>
+__device__ __forceinline__ void down_ffma_tile(const PassArgs<T>& args, const SumSource<T>& source,
+                                               const DownUnit& unit, const SpanIterator::Span& span,
+                                               int first_row,
                                                float (*shared)[2][FfmaTile::kMatrixFloats],
                                                float* y) {
   using C = FfmaTile;
@@ -173,8 +214,8 @@ __device__ __forceinline__ void down_fp32_tile(const PassArgs<float>& args,
   }
   auto row_of_column = [&](int c) { return c < span.end_column ? args.row_of_column[c] : -1; };
   const int64_t column = unit.first_column + FfmaTerms::column();
-  typename Product::Sums sums{};
-  ffma_pipeline<Product>(
+  FfmaSums sums{};
+  ffma_pipeline(
       ceil_div(span.end_column - span.first_column, C::kTerms),
       [&](int step) {
         const int term = step * C::kTerms;
@@ -188,31 +229,25 @@ __device__ __forceinline__ void down_fp32_tile(const PassArgs<float>& args,
         }
       },
       [&](int buffer) {
-        a.template store<Product>(shared[buffer][0]);
-        weights.template store<Product>(shared[buffer][1]);
+        a.store(shared[buffer][0]);
+        weights.store(shared[buffer][1]);
       },
-      [&](int buffer, int term) {
-        Product::add(sums, shared[buffer][0], shared[buffer][1], term);
-      });
+      [&](int buffer, int term) { add_term(sums, shared[buffer][0], shared[buffer][1], term); });
 
   // the pipeline's barriers stand between this expert's additions and what was there before
+  const int own = C::column();
+  if (unit.first_column + own >= args.hidden_size) return;
 #pragma unroll
-  for (int i = 0; i < Product::kRows; ++i) {
-    const int token = token_of_row(args, unit, span, first_row + Product::row(i));
-    if (token < 0) continue;
-#pragma unroll
-    for (int part = 0; part < Product::kParts; ++part) {
-      const int own = Product::column(part);
-      if (unit.first_column + own >= args.hidden_size) continue;
-      add_neighbours<Product>(y + token * args.hidden_size + own, sums[i][part]);
-    }
+  for (int i = 0; i < C::kRows; ++i) {
+    const int token = token_of_row(args, unit, span, first_row + C::row(i));
+    if (token >= 0) add_quad(y + token * args.hidden_size + own, sums[i]);
   }
 }
 
 // y itself is the strip that the CTA adds to.
-template <class Product>
+template <class T>
 __global__ void __launch_bounds__(kThreads)
-    down_fp32_kernel(const __grid_constant__ PassArgs<float> args) {
+    down_ffma_kernel(const __grid_constant__ PassArgs<T> args) {
   using C = FfmaTile;
   __shared__ __align__(16) float shared[2][2][C::kMatrixFloats];  // rows of a, columns of Wd
   constexpr int kQuads = C::kTileN / 4;
@@ -230,7 +265,7 @@ __global__ void __launch_bounds__(kThreads)
       SpanIterator::Span span;
       while (spans.next(span, unit.tokens)) {
         for (int row = 0; row < span.pairs.count(); row += C::kTileM) {
-          down_fp32_tile<Product>(args, args.sources[s], unit, span, row, shared, y);
+          down_ffma_tile(args, args.sources[s], unit, span, row, shared, y);
         }
       }
     }

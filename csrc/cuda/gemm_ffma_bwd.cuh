@@ -1,4 +1,4 @@
-// The backward's own GEMMs in fp32, on the tile of gemm_ffma.cuh.                   see expert_mlp_bwd.cu
+// The backward's own GEMMs in exact fp32, on the tile of gemm_ffma.cuh.                   see expert_mlp_bwd.cu
 //
 //   neurons   g, u and da of 64 pairs x 64 neurons: three sums of 32 registers each; da alone where the forward saved g and u
 //   weights   64 neurons x 64 columns of a weight gradient, the sum running over the expert's tokens;
@@ -11,14 +11,14 @@
 
 namespace dsmoe::cuda {
 
-template <class Product, bool kSaved>
+template <class T, bool kSaved>
 __global__ void __launch_bounds__(kThreads)
-    neurons_fp32_kernel(const __grid_constant__ NeuronsArgs<float> args) {
+    neurons_ffma_kernel(const __grid_constant__ NeuronsArgs<T> args) {
   using C = FfmaTile;
   enum { kDy, kDown, kX, kGate, kUp };
   constexpr int kMatrices = kSaved ? 2 : 5;
   __shared__ __align__(16) float shared[2][kMatrices][C::kMatrixFloats];
-  const PassArgs<float>& pass = args.pass;
+  const PassArgs<T>& pass = args.pass;
   const int num_steps = static_cast<int>(ceil_div<int64_t>(pass.hidden_size, C::kTerms));
   TileScheduler<C::kTileM, C::kTileN> scheduler(args.listed, pass.expert_offsets, pass.num_experts,
                                                 1, INT32_MAX);
@@ -39,8 +39,8 @@ __global__ void __launch_bounds__(kThreads)
         rows[kUp].from[i] = has_column ? pass.up_proj + weights : nullptr;
       }
     }
-    typename Product::Sums gates{}, ups{}, das{};
-    ffma_pipeline<Product>(
+    FfmaSums gates{}, ups{}, das{};
+    ffma_pipeline(
         num_steps,
         [&](int step) {
           const int term = step * C::kTerms;
@@ -50,73 +50,65 @@ __global__ void __launch_bounds__(kThreads)
         },
         [&](int buffer) {
 #pragma unroll
-          for (int m = 0; m < kMatrices; ++m) rows[m].template store<Product>(shared[buffer][m]);
+          for (int m = 0; m < kMatrices; ++m) rows[m].store(shared[buffer][m]);
         },
         [&](int buffer, int term) {
           const auto& matrices = shared[buffer];
-          Product::add(das, matrices[kDy], matrices[kDown], term);
+          add_term(das, matrices[kDy], matrices[kDown], term);
           if constexpr (!kSaved) {
-            Product::add(gates, matrices[kX], matrices[kGate], term);
-            Product::add(ups, matrices[kX], matrices[kUp], term);
+            add_term(gates, matrices[kX], matrices[kGate], term);
+            add_term(ups, matrices[kX], matrices[kUp], term);
           }
         });
 
     const int64_t tile_column = pass.expert_columns[tile.expert] + tile.column;
     const int columns =
         ceil_div(tile.columns, 4) * 4;  // zeros at the end, even of an infinite gate
+    const int column = C::column();
 #pragma unroll
-    for (int i = 0; i < Product::kRows; ++i) {
-      const int pair = tile.pairs.begin + Product::row(i);
+    for (int i = 0; i < C::kRows; ++i) {
+      const int pair = tile.pairs.begin + C::row(i);
       const bool exists = pair < tile.pairs.end;
       const int64_t token = exists ? args.listed.token_idx[pair] : 0;
       const float weight = exists ? pass.gates[token * pass.num_experts + tile.expert] : 0.f;
-      const int64_t at = token * pass.width + tile_column;
-      float dot = 0.f;
-#pragma unroll
-      for (int part = 0; part < Product::kParts; ++part) {
-        constexpr int kCount = Product::kNeighbours;
-        const int column = Product::column(part);
-        auto &g = gates[i][part], &u = ups[i][part];
-        if constexpr (kSaved) {
-          const int count = exists ? tile.columns - column : 0;
-          const float* saved =
-              args.saved + token * 2 * pass.intermediate_size + tile.first_row + column;
-          load_saved(g, saved, count);
-          load_saved(u, saved + pass.intermediate_size, count);
-        }
-        float gated[kCount], dgate[kCount], dup[kCount];
-#pragma unroll
-        for (int j = 0; j < kCount; ++j) {
-          const float s = 1.f / (1.f + expf(-g[j]));
-          const Neuron neuron(g[j], u[j], das[i][part][j], s,
-                              column + j < tile.columns ? weight : 0.f);
-          gated[j] = neuron.gated;
-          dgate[j] = neuron.dgate;
-          dup[j] = neuron.dup;
-          dot += neuron.dot;
-        }
-        if (!exists || column >= columns) continue;
-        store_neighbours<Product>(args.gated + at + column, gated);
-        store_neighbours<Product>(args.dgate + at + column, dgate);
-        store_neighbours<Product>(args.dup + at + column, dup);
+      const int64_t at = token * pass.width + tile_column + column;
+      auto &g = gates[i], &u = ups[i];
+      if constexpr (kSaved) {
+        const int count = exists ? tile.columns - column : 0;
+        const float* saved =
+            args.saved + token * 2 * pass.intermediate_size + tile.first_row + column;
+        load_saved(g, saved, count);
+        load_saved(u, saved + pass.intermediate_size, count);
       }
-      constexpr int kLanes = kPartialColumns / (Product::kParts * Product::kNeighbours);
+      float gated[C::kNeighbours], dgate[C::kNeighbours], dup[C::kNeighbours], dot = 0.f;
 #pragma unroll
-      for (int step = 1; step < kLanes; step *= 2) dot += __shfl_xor_sync(kAllLanes, dot, step);
-      const int first = Product::column(0);
-      if (exists && first % kPartialColumns == 0 && first < columns) {
-        args.partial[(at + first) / kColumnAlign] = dot;
+      for (int j = 0; j < C::kNeighbours; ++j) {
+        const float s = 1.f / (1.f + expf(-g[j]));
+        const Neuron neuron(g[j], u[j], das[i][j], s, column + j < tile.columns ? weight : 0.f);
+        gated[j] = neuron.gated;
+        dgate[j] = neuron.dgate;
+        dup[j] = neuron.dup;
+        dot += neuron.dot;
       }
+#pragma unroll
+      for (int step = 1; step < kPartialColumns / C::kNeighbours; step *= 2) {
+        dot += __shfl_xor_sync(kAllLanes, dot, step);
+      }
+      if (!exists || column >= columns) continue;
+      store_quad(args.gated + at, gated);
+      store_quad(args.dgate + at, dgate);
+      store_quad(args.dup + at, dup);
+      if (column % kPartialColumns == 0) args.partial[at / kColumnAlign] = dot;
     }
   }
 }
 
-template <class Product>
+template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
-    weights_fp32_kernel(const __grid_constant__ WeightsArgs<float> args) {
+    weights_ffma_kernel(const __grid_constant__ WeightsArgs<T> args) {
   using C = FfmaTile;
   __shared__ __align__(16) float shared[2][2][C::kMatrixFloats];  // neurons; x or dy
-  const PassArgs<float>& pass = args.pass;
+  const PassArgs<T>& pass = args.pass;
   NeuronTiles<C::kTileM, C::kTileN> tiles(pass.expert_offsets, pass.num_experts, pass.hidden_size);
   typename NeuronTiles<C::kTileM, C::kTileN>::Tile tile;
   while (tiles.next(tile)) {
@@ -127,8 +119,8 @@ __global__ void __launch_bounds__(kThreads, 4)
     const bool has_neuron = FfmaTerms::column() < tile.neurons;
     const bool has_column = column < pass.hidden_size;
     FfmaTerms left, right;
-    typename Product::Sums sums{};
-    ffma_pipeline<Product>(
+    FfmaSums sums{};
+    ffma_pipeline(
         ceil_div(pairs.count(), C::kTerms),
         [&](int step) {
 #pragma unroll
@@ -141,26 +133,20 @@ __global__ void __launch_bounds__(kThreads, 4)
           }
         },
         [&](int buffer) {
-          left.template store<Product>(shared[buffer][0]);
-          right.template store<Product>(shared[buffer][1]);
+          left.store(shared[buffer][0]);
+          right.store(shared[buffer][1]);
         },
-        [&](int buffer, int term) {
-          Product::add(sums, shared[buffer][0], shared[buffer][1], term);
-        });
+        [&](int buffer, int term) { add_term(sums, shared[buffer][0], shared[buffer][1], term); });
+    const int64_t own = tile.column + C::column();
+    if (own >= pass.hidden_size) continue;
 #pragma unroll
-    for (int i = 0; i < Product::kRows; ++i) {
-      if (Product::row(i) >= tile.neurons) continue;
-      const int64_t row = tile.first_row + Product::row(i);
-#pragma unroll
-      for (int part = 0; part < Product::kParts; ++part) {
-        const int64_t own = tile.column + Product::column(part);
-        if (own >= pass.hidden_size) continue;
-        float* out = args.result + row * pass.hidden_size + own;
-        if (args.turn.is_first) {
-          store_neighbours<Product>(out, sums[i][part]);
-        } else {
-          add_neighbours<Product>(out, sums[i][part]);
-        }
+    for (int i = 0; i < C::kRows; ++i) {
+      if (C::row(i) >= tile.neurons) continue;
+      float* out = args.result + (tile.first_row + C::row(i)) * pass.hidden_size + own;
+      if (args.turn.is_first) {
+        store_quad(out, sums[i]);
+      } else {
+        add_quad(out, sums[i]);
       }
     }
   }

@@ -16,12 +16,14 @@ __device__ __forceinline__ int live_blocks(int rows, int warp_m) {
   return (ceil_div(rows, 16) - warp_m + kWarpsM - 1) / kWarpsM;
 }
 
-template <int kColumns, int kWarpsAlongM>
+template <class T, int kColumns, int kWarpsAlongM>
 struct GateUpTile {
   static constexpr int kTileN = kColumns;
   static constexpr int kWarpsM = kWarpsAlongM, kWarpsN = kThreads / kWarp / kWarpsM;
   static constexpr int kRowBlocks = kTileM / 16 / kWarpsM;  // 16-row blocks per warp
   static constexpr int kBlocks = kTileN / 8 / kWarpsN;      // 8-column blocks per warp and matrix
+  static constexpr int kGroup = kTogether<T, kBlocks>;      // of them
+  using Columns = ColumnTile<kGroup>;
   static constexpr int kRowsBytes = kTileM * kRowBytes, kColumnsBytes = kTileN * kRowBytes;
   static constexpr int kStageBytes = kRowsBytes + 2 * kColumnsBytes;  // rows of x, of Wg, of Wu
   static constexpr int kSharedBytes = kStages * kStageBytes;
@@ -43,24 +45,24 @@ struct GateUpSums {
 template <class T, class C>
 __device__ __forceinline__ void gate_up_step(GateUpSums<T, C>& sums, uint32_t stage, int warp_m,
                                              int warp_n, int live) {
-  using Columns = ColumnTile<C::kBlocks>;
-  const int lane = threadIdx.x % kWarp;
   const uint32_t gate_tile = stage + C::kRowsBytes, up_tile = gate_tile + C::kColumnsBytes;
 #pragma unroll
   for (int k_chunk = 0; k_chunk < kChunksPerRow; k_chunk += 2) {
     uint32_t a[C::kRowBlocks][4];
 #pragma unroll
     for (int i = 0; i < C::kRowBlocks; ++i) {
-      if (i < live) load_rows(a[i], stage, (i * C::kWarpsM + warp_m) * 16, k_chunk);
+      if (i >= live) continue;
+      load_rows(a[i], stage, (i * C::kWarpsM + warp_m) * 16, k_chunk);
+      round_operands(a[i], T());
     }
 #pragma unroll
     for (int j = 0; j < C::kBlocks; j += 2) {
-      // matrices: block j, low and high k; block j + 1, low and high k
-      const int row = warp_n * C::kBlocks * 8 + Columns::row_of(j + lane / 16, lane % 8);
-      const uint32_t at = Columns::offset(row, k_chunk + lane / 8 % 2);
+      const uint32_t at = C::Columns::lane_offset(warp_n * C::kBlocks * 8, j, k_chunk);
       uint32_t gate[4], up[4];
       ldmatrix_x4(gate, gate_tile + at);
       ldmatrix_x4(up, up_tile + at);
+      round_operands(gate, T());
+      round_operands(up, T());
 #pragma unroll
       for (int i = 0; i < C::kRowBlocks; ++i) {
         if (i >= live) continue;
@@ -77,13 +79,10 @@ template <class T, class C, class Tile>
 __device__ __forceinline__ void gate_up_epilogue(const PassArgs<T>& args, const Tile& tile,
                                                  const GateUpSums<T, C>& sums, int warp_m,
                                                  int warp_n) {
-  constexpr int kMine = 2 * C::kBlocks;  // neighbouring columns of this lane
+  constexpr int kMine = 2 * C::kGroup;  // neighbouring columns of this lane
   const int lane = threadIdx.x % kWarp, rows = tile.pairs.count();
-  const int column = warp_n * C::kBlocks * 8 + lane % 4 * kMine;
-  // the columns up to the next multiple of 8 belong to the expert too, and are zeros, even of an
-  // infinite gate
-  if (column >= ceil_div(tile.columns, kChunk) * kChunk) return;
-  const int first_column = args.expert_columns[tile.expert] + tile.column + column;
+  const int columns = ceil_div(tile.columns, kNumbers<T>) * kNumbers<T>;
+  T* first = args.activations + args.expert_columns[tile.expert] + tile.column;
 #pragma unroll
   for (int i = 0; i < C::kRowBlocks; ++i) {
 #pragma unroll
@@ -92,31 +91,31 @@ __device__ __forceinline__ void gate_up_epilogue(const PassArgs<T>& args, const 
       if (row >= rows) continue;
       const int64_t token = args.lists.token_idx[tile.pairs.begin + row];
       const float weight = args.gates[token * args.num_experts + tile.expert];
-      uint32_t packed[C::kBlocks];
 #pragma unroll
-      for (int j = 0; j < C::kBlocks; ++j) {
-        const float* g = &sums.gate[i][j][half * 2];
-        const float* u = &sums.up[i][j][half * 2];
-        const int left = tile.columns - column - 2 * j;  // neurons from here on
-        packed[j] = pack(left > 0 ? weight * swiglu(g[0], u[0]) : 0.f,
-                         left > 1 ? weight * swiglu(g[1], u[1]) : 0.f, T());
-      }
-      if (args.saved != nullptr) {
+      for (int block = 0; block < C::kBlocks; block += C::kGroup) {
+        const int column = (warp_n * C::kBlocks + block) * 8 + lane % 4 * kMine;
+        // the columns up to the next 16 bytes belong to the expert too, and are zeros, even of an
+        // infinite gate
+        if (column >= columns) continue;
         float gates[kMine], ups[kMine];
 #pragma unroll
         for (int c = 0; c < kMine; ++c) {
-          gates[c] = sums.gate[i][c / 2][half * 2 + c % 2];
-          ups[c] = sums.up[i][c / 2][half * 2 + c % 2];
+          gates[c] = sums.gate[i][block + c / 2][half * 2 + c % 2];
+          ups[c] = sums.up[i][block + c / 2][half * 2 + c % 2];
         }
-        T* saved = args.saved + token * 2 * args.intermediate_size + tile.first_row + column;
-        store_saved(saved, gates, tile.columns - column);
-        store_saved(saved + args.intermediate_size, ups, tile.columns - column);
-      }
-      T* out = args.activations + token * args.width + first_column;
-      if constexpr (C::kBlocks == 4) {
-        __stcg(reinterpret_cast<uint4*>(out), uint4{packed[0], packed[1], packed[2], packed[3]});
-      } else {
-        __stcg(reinterpret_cast<uint2*>(out), uint2{packed[0], packed[1]});
+        Neighbours<T, kMine> out;
+#pragma unroll
+        for (int c = 0; c < kMine; c += 2) {
+          const int left = tile.columns - column - c;  // neurons from here on
+          out.set(c / 2, left > 0 ? weight * swiglu(gates[c], ups[c]) : 0.f,
+                  left > 1 ? weight * swiglu(gates[c + 1], ups[c + 1]) : 0.f);
+        }
+        if (args.saved != nullptr) {
+          T* saved = args.saved + token * 2 * args.intermediate_size + tile.first_row + column;
+          store_saved(saved, gates, tile.columns - column);
+          store_saved(saved + args.intermediate_size, ups, tile.columns - column);
+        }
+        out.store(first + token * args.width + column);
       }
     }
   }
@@ -129,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const uint32_t base = shared_address(shared);
   const int t = threadIdx.x, warp_m = t / kWarp / C::kWarpsN, warp_n = t / kWarp % C::kWarpsN;
   const int chunk = t % kChunksPerRow, copy_row = t / kChunksPerRow;
-  const int num_steps = static_cast<int>(ceil_div<int64_t>(args.hidden_size, kTileK));
+  const int num_steps = static_cast<int>(ceil_div<int64_t>(args.hidden_size, kTileK<T>));
 
   TileScheduler<kTileM, C::kTileN> scheduler(args.lists, args.expert_offsets, args.num_experts,
                                              min_size, max_size);
@@ -153,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     auto load = [&](int stage, int step) {
       const uint32_t to = base + stage * C::kStageBytes;
-      const int64_t k = step * int64_t{kTileK} + chunk * kChunk;
+      const int64_t k = step * int64_t{kTileK<T>} + chunk * kNumbers<T>;
       auto copy = [&](uint32_t at, const T* row) {
         const bool valid = row != nullptr && k < args.hidden_size;
         cp_async_16(at, valid ? row + k : args.x, valid);
@@ -166,8 +165,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int i = 0; i < C::kCopiesB; ++i) {
         const int row = copy_row + i * kCopyRows;
         const uint32_t matrix = C::kRowsBytes + row / C::kTileN * C::kColumnsBytes;
-        copy(to + matrix + ColumnTile<C::kBlocks>::offset(row % C::kTileN, chunk),
-             from[C::kCopiesA + i]);
+        copy(to + matrix + C::Columns::offset(row % C::kTileN, chunk), from[C::kCopiesA + i]);
       }
     };
     GateUpSums<T, C> sums{};

@@ -5,9 +5,11 @@
 //   gated [t,i] = G a              dgate [t,i] = G da u s (1 + g (1 - s))         dup [t,i] = G da silu(g)
 //   partial [t, ..] = sum over 32 neurons of a da                                 its sum is dgates
 //
-// 128 pairs x 32 neurons: three sums of 32 registers each leave room for two CTAs per SM. Four warps of
-// 32 rows each see all of a tile's neurons, so that a row's part of dgates stays in four lanes. Where the
-// forward saved g and u of the active pairs, da alone is a product, of 64 neurons a tile.
+// 128 pairs x 32 neurons: three sums of 32 registers each leave room for two CTAs per SM. A warp of 32 rows
+// sees 32 neurons, so that a row's part of dgates stays in four lanes. Where the forward saved g and u of
+// the active pairs, da alone is a product, of 64 neurons a tile. fp32 (tf32) has half the terms in as many
+// bytes, and gets larger tiles, so that L2 can bring them in time: 96 pairs x 64 neurons, 128 x 128 where
+// g and u were saved.
 #pragma once
 
 #include "cuda/gemm_gate_up.cuh"
@@ -33,22 +35,30 @@ struct NeuronsArgs {
 // Neurons whose parts of dgates are summed up before they are stored.
 constexpr int kPartialColumns = 32;
 
-template <bool kSaved>
+template <class T, bool kSaved>
 struct NeuronsTile {
-  static constexpr int kParts = kSaved ? 2 : 1;  // of 32 neurons
-  static constexpr int kTileN = kParts * kPartialColumns;
-  static constexpr int kWarpsM = 4;
-  static constexpr int kRowBlocks = kTileM / 16 / kWarpsM;  // 2
-  static constexpr int kBlocks = kPartialColumns / 8;       // 4
-  static constexpr int kSources = kSaved ? 1 : 2;           // dy, x
-  static constexpr int kProducts = kSaved ? 2 : 3;          // with Wd and Wd; with Wd, Wg, Wu
+  static constexpr int kTileM = kIsFloat<T> && !kSaved ? 96 : 128;
+  static constexpr int kWarpsN = kIsFloat<T> ? 2 : 1, kWarpsM = kThreads / kWarp / kWarpsN;
+  static constexpr int kParts = kSaved ? 2 : 1;  // of 32 neurons: what a warp has
+  static constexpr int kTileN = kWarpsN * kParts * kPartialColumns;
+  static constexpr int kRowBlocks = kTileM / 16 / kWarpsM;
+  static constexpr int kBlocks = kPartialColumns / 8;  // 4
+  static constexpr int kGroup = kTogether<T, kBlocks>;
+  using Columns = ColumnTile<kGroup>;
+  static constexpr int kSources = kSaved ? 1 : 2;   // dy, x
+  static constexpr int kProducts = kSaved ? 2 : 3;  // with Wd and Wd; with Wd, Wg, Wu
   static constexpr int kRowsBytes = kTileM * kRowBytes;
-  static constexpr int kColumnsBytes = kPartialColumns * kRowBytes;
-  static constexpr int kColumnsAt = kSources * kRowsBytes;
-  static constexpr int kStageBytes = kColumnsAt + kProducts * kColumnsBytes;
-  static constexpr int kSharedBytes = kStages * kStageBytes;  // 66 KiB; saved: 36
+  // boxes of 32 rows of weights: a product's for all warps, or where there is one, a warp's for its parts
+  static constexpr int kBoxes = kWarpsN * kProducts;
+  static constexpr int kBoxBytes = kPartialColumns * kRowBytes;
+  static constexpr int kBoxesAt = kSources * kRowsBytes;
+  static constexpr int kStageBytes = kBoxesAt + kBoxes * kBoxBytes;
+  static constexpr int kSharedBytes = kStages * kStageBytes;  // 66 KiB; saved: 36; fp32: 72, 48
   static constexpr int kCopiesA = kTileM / kCopyRows;
-  static_assert(kPartialColumns == kCopyRows, "a thread copies one row of each weight matrix");
+  static_assert(kPartialColumns == kCopyRows, "a thread copies one row of each box");
+  static __device__ __forceinline__ int box(int product, int warp_n) {
+    return kSaved ? warp_n * kParts + product : product * kWarpsN + warp_n;
+  }
 };
 
 template <class C>
@@ -56,9 +66,7 @@ using NeuronsSums = float[C::kProducts][C::kRowBlocks][C::kBlocks][4];
 
 template <class T, class C>
 __device__ __forceinline__ void neurons_step(NeuronsSums<C>& sums, uint32_t stage, int warp_m,
-                                             int live) {
-  using Columns = ColumnTile<C::kBlocks>;
-  const int lane = threadIdx.x % kWarp;
+                                             int warp_n, int live) {
 #pragma unroll
   for (int k_chunk = 0; k_chunk < kChunksPerRow; k_chunk += 2) {
     uint32_t rows[C::kSources][C::kRowBlocks][4];
@@ -68,15 +76,18 @@ __device__ __forceinline__ void neurons_step(NeuronsSums<C>& sums, uint32_t stag
 #pragma unroll
       for (int s = 0; s < C::kSources; ++s) {
         load_rows(rows[s][i], stage + s * C::kRowsBytes, (i * C::kWarpsM + warp_m) * 16, k_chunk);
+        round_operands(rows[s][i], T());
       }
     }
 #pragma unroll
     for (int j = 0; j < C::kBlocks; j += 2) {
-      const int row = Columns::row_of(j + lane / 16, lane % 8);
-      const uint32_t at = stage + C::kColumnsAt + Columns::offset(row, k_chunk + lane / 8 % 2);
+      const uint32_t at = stage + C::kBoxesAt + C::Columns::lane_offset(0, j, k_chunk);
       uint32_t columns[C::kProducts][4];
 #pragma unroll
-      for (int p = 0; p < C::kProducts; ++p) ldmatrix_x4(columns[p], at + p * C::kColumnsBytes);
+      for (int p = 0; p < C::kProducts; ++p) {
+        ldmatrix_x4(columns[p], at + C::box(p, warp_n) * C::kBoxBytes);
+        round_operands(columns[p], T());
+      }
 #pragma unroll
       for (int i = 0; i < C::kRowBlocks; ++i) {
         if (i >= live) continue;
@@ -115,51 +126,62 @@ __device__ __forceinline__ float sigmoid(float v) {
   return __fdividef(1.f, 1.f + power);
 }
 
-// Eight neighbouring neurons of a token, from column `at` of the workspace on; of 32 in four lanes. The
-// first `count` exist, the rest are zeros.
+// The column, from its first one on, of a lane's i-th neuron; four lanes have 32 of them.
+template <class T>
+__device__ __forceinline__ constexpr int column_of(int i) {
+  return i / kNumbers<T> * 4 * kNumbers<T> + i % kNumbers<T>;
+}
+
+// Eight neurons of a token, from column `at` of the workspace on; of 32 in four lanes. Those before column
+// `count` exist, the rest are zeros.
 template <class T>
 __device__ __forceinline__ void store_neurons(const NeuronsArgs<T>& args, int64_t at, int count,
                                               float weight, const float (&gates)[kChunk],
                                               const float (&ups)[kChunk],
                                               const float (&das)[kChunk]) {
-  uint32_t gated[kChunk / 2], dgate[kChunk / 2], dup[kChunk / 2];
+  constexpr int kMine = kNumbers<T>;  // neighbours
+  Neighbours<T, kMine> gated[kChunk / kMine], dgate[kChunk / kMine], dup[kChunk / kMine];
   float dot = 0.f;
 #pragma unroll
   for (int j = 0; j < kChunk / 2; ++j) {
     auto neuron = [&](int i) {
-      Neuron made(gates[i], ups[i], das[i], sigmoid(gates[i]), i < count ? weight : 0.f);
-      if (i >= count) made.dot = 0.f;
+      const bool exists = column_of<T>(i) < count;
+      Neuron made(gates[i], ups[i], das[i], sigmoid(gates[i]), exists ? weight : 0.f);
+      if (!exists) made.dot = 0.f;
       return made;
     };
     const Neuron low = neuron(2 * j), high = neuron(2 * j + 1);
     dot += low.dot;
     dot += high.dot;
-    gated[j] = pack(low.gated, high.gated, T());
-    dgate[j] = pack(low.dgate, high.dgate, T());
-    dup[j] = pack(low.dup, high.dup, T());
+    const int group = 2 * j / kMine, two = j % (kMine / 2);
+    gated[group].set(two, low.gated, high.gated);
+    dgate[group].set(two, low.dgate, high.dgate);
+    dup[group].set(two, low.dup, high.dup);
   }
   dot += __shfl_xor_sync(kAllLanes, dot, 1);
   dot += __shfl_xor_sync(kAllLanes, dot, 2);
   if (count <= 0) return;
   if (threadIdx.x % 4 == 0) args.partial[at / kColumnAlign] = dot;
-  auto store = [at](T* matrix, const uint32_t (&v)[kChunk / 2]) {
-    __stcg(reinterpret_cast<uint4*>(matrix + at), uint4{v[0], v[1], v[2], v[3]});
-  };
-  store(args.gated, gated);
-  store(args.dgate, dgate);
-  store(args.dup, dup);
+#pragma unroll
+  for (int group = 0; group < kChunk / kMine; ++group) {
+    const int column = column_of<T>(group * kMine);
+    if (column >= count) continue;
+    gated[group].store(args.gated + at + column);
+    dgate[group].store(args.dgate + at + column);
+    dup[group].store(args.dup + at + column);
+  }
 }
 
-// Part `part` of a tile: 32 neurons, of which a lane has 8 neighbours of 4 rows.
+// Part `part` of a warp's neurons: 32, of which a lane has 8 of every row.
 template <class T, bool kSaved, class Tile>
 __device__ __forceinline__ void neurons_epilogue(const NeuronsArgs<T>& args, const Tile& tile,
-                                                 const NeuronsSums<NeuronsTile<kSaved>>& sums,
-                                                 int part, int warp_m) {
-  using C = NeuronsTile<kSaved>;
+                                                 const NeuronsSums<NeuronsTile<T, kSaved>>& sums,
+                                                 int part, int warp_m, int warp_n) {
+  using C = NeuronsTile<T, kSaved>;
   static_assert(2 * C::kBlocks == kChunk);
   const PassArgs<T>& pass = args.pass;
   const int lane = threadIdx.x % kWarp;
-  const int column = part * kPartialColumns + lane % 4 * kChunk;
+  const int column = (warp_n * C::kParts + part) * kPartialColumns + lane % 4 * kNumbers<T>;
   const int64_t tile_column = pass.expert_columns[tile.expert] + tile.column;
 #pragma unroll
   for (int i = 0; i < C::kRowBlocks; ++i) {
@@ -173,8 +195,18 @@ __device__ __forceinline__ void neurons_epilogue(const NeuronsArgs<T>& args, con
       float gates[kChunk], ups[kChunk], das[kChunk];
       if constexpr (kSaved) {
         const T* saved = args.saved + token * 2 * pass.intermediate_size + tile.first_row + column;
-        load_saved(gates, saved, count);
-        load_saved(ups, saved + pass.intermediate_size, count);
+#pragma unroll
+        for (int b = 0; b < kChunk; b += kNumbers<T>) {
+          float g[kNumbers<T>], u[kNumbers<T>];
+          const int at = column_of<T>(b);
+          load_saved(g, saved + at, count - at);
+          load_saved(u, saved + pass.intermediate_size + at, count - at);
+#pragma unroll
+          for (int c = 0; c < kNumbers<T>; ++c) {
+            gates[b + c] = g[c];
+            ups[b + c] = u[c];
+          }
+        }
       }
 #pragma unroll
       for (int b = 0; b < kChunk; ++b) {
@@ -194,16 +226,16 @@ __device__ __forceinline__ void neurons_epilogue(const NeuronsArgs<T>& args, con
 template <class T, bool kSaved>
 __global__ void __launch_bounds__(kThreads, 2)
     neurons_backward_kernel(const __grid_constant__ NeuronsArgs<T> args) {
-  using C = NeuronsTile<kSaved>;
+  using C = NeuronsTile<T, kSaved>;
   extern __shared__ __align__(128) unsigned char shared[];
   const uint32_t base = shared_address(shared);
   const PassArgs<T>& pass = args.pass;
-  const int t = threadIdx.x, warp_m = t / kWarp;
+  const int t = threadIdx.x, warp_m = t / kWarp / C::kWarpsN, warp_n = t / kWarp % C::kWarpsN;
   const int chunk = t % kChunksPerRow, copy_row = t / kChunksPerRow;
-  const int num_steps = static_cast<int>(ceil_div<int64_t>(pass.hidden_size, kTileK));
-  TileScheduler<kTileM, C::kTileN> scheduler(args.listed, pass.expert_offsets, pass.num_experts, 1,
-                                             INT32_MAX);
-  typename TileScheduler<kTileM, C::kTileN>::Tile tile;
+  const int num_steps = static_cast<int>(ceil_div<int64_t>(pass.hidden_size, kTileK<T>));
+  TileScheduler<C::kTileM, C::kTileN> scheduler(args.listed, pass.expert_offsets, pass.num_experts,
+                                                1, INT32_MAX);
+  typename TileScheduler<C::kTileM, C::kTileN>::Tile tile;
   while (scheduler.next(tile)) {
     const T* rows[C::kSources][C::kCopiesA];  // null beyond the end
 #pragma unroll
@@ -214,18 +246,19 @@ __global__ void __launch_bounds__(kThreads, 2)
       rows[0][i] = exists ? args.dy + token * args.dy_stride : nullptr;
       if (!kSaved) rows[C::kSources - 1][i] = exists ? pass.x + token * pass.x_stride : nullptr;
     }
-    const T* columns[C::kProducts];  // null beyond the end
+    const T* columns[C::kBoxes];  // null beyond the end
 #pragma unroll
-    for (int p = 0; p < C::kProducts; ++p) {
-      const int row = copy_row + (kSaved ? p * kPartialColumns : 0);
-      const T* const matrix = kSaved || p == 0 ? args.down_proj_t
-                              : p == 1         ? pass.gate_proj
-                                               : pass.up_proj;
+    for (int box = 0; box < C::kBoxes; ++box) {
+      const int product = kSaved ? 0 : box / C::kWarpsN;
+      const int row = copy_row + (kSaved ? box : box % C::kWarpsN) * kPartialColumns;
+      const T* const matrix = product == 0   ? args.down_proj_t
+                              : product == 1 ? pass.gate_proj
+                                             : pass.up_proj;
       const int64_t at = (tile.first_row + row) * pass.hidden_size;
-      columns[p] = row < tile.columns ? matrix + at : nullptr;
+      columns[box] = row < tile.columns ? matrix + at : nullptr;
     }
     auto load = [&](int stage, int step) {
-      const int64_t k = step * int64_t{kTileK} + chunk * kChunk;
+      const int64_t k = step * int64_t{kTileK<T>} + chunk * kNumbers<T>;
       auto copy = [&](uint32_t at, const T* row) {
         const bool valid = k < pass.hidden_size && row != nullptr;
         cp_async_16(base + stage * C::kStageBytes + at, valid ? row + k : args.dy, valid);
@@ -236,18 +269,18 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
         for (int s = 0; s < C::kSources; ++s) copy(at + s * C::kRowsBytes, rows[s][i]);
       }
-      const uint32_t at = C::kColumnsAt + ColumnTile<C::kBlocks>::offset(copy_row, chunk);
+      const uint32_t at = C::kBoxesAt + C::Columns::offset(copy_row, chunk);
 #pragma unroll
-      for (int p = 0; p < C::kProducts; ++p) copy(at + p * C::kColumnsBytes, columns[p]);
+      for (int box = 0; box < C::kBoxes; ++box) copy(at + box * C::kBoxBytes, columns[box]);
     };
     NeuronsSums<C> sums{};
     const int live = live_blocks<C::kWarpsM>(tile.pairs.count(), warp_m);
     pipeline(num_steps, load, [&](int stage) {
-      neurons_step<T, C>(sums, base + stage * C::kStageBytes, warp_m, live);
+      neurons_step<T, C>(sums, base + stage * C::kStageBytes, warp_m, warp_n, live);
     });
 #pragma unroll
     for (int part = 0; part < C::kParts; ++part) {
-      neurons_epilogue<T, kSaved>(args, tile, sums, part, warp_m);
+      neurons_epilogue<T, kSaved>(args, tile, sums, part, warp_m, warp_n);
     }
   }
 }

@@ -1,12 +1,12 @@
 // A weight gradient: dW[i, :] = sum over the active tokens t of e of p[t,i] q_t       see expert_mlp_bwd.cu
 //
-//   left     neurons of one expert, columns of p               [64, tokens]
+//   left     neurons of one expert, columns of p               [64, tokens]   128 in fp32 (tf32)
 //   right    q = x or dy, rows gathered                        [tokens, 128]
 //   result   rows of dW                                        [64, 128]
 //
 // The sum runs down the rows of both operands, so both are read transposed from shared memory. An
 // expert without tokens gets zeros by the same loop, run no times. Where tokens come in several passes,
-// fp32 sums wait in the workspace until the last one, and only then become dW.
+// fp32 sums wait in the workspace until the last one, and only then become dW; fp32 itself waits in dW.
 #pragma once
 
 #include "cuda/gemm_gate_up.cuh"
@@ -20,7 +20,7 @@ struct WeightsArgs {
   int64_t q_stride;
   const T* q;   // [Tp,H]
   T* result;    // [I,H]
-  float* sums;  // [rows of the pass, H]   not used if one launch makes the whole sum
+  float* sums;  // [rows of the pass, H]   not used by fp32, nor if one launch makes the whole sum
   Turn turn;    // among the passes over tokens
 };
 
@@ -31,42 +31,42 @@ struct AllWeights {
   int count = 0;
 };
 
+template <class T>
 struct WeightsTile {
-  static constexpr int kTileM = 64, kTileN = 128;
+  static constexpr int kTileM = kIsFloat<T> ? 128 : 64, kTileN = 128;
+  static constexpr int kCtasPerSm = kIsFloat<T> ? 2 : 3;
   static constexpr int kWarpsM = 2, kWarpsN = 2;
-  static constexpr int kRowBlocks = kTileM / 16 / kWarpsM;  // 2
+  static constexpr int kRowBlocks = kTileM / 16 / kWarpsM;  // 2, 4
   static constexpr int kBlocks = kTileN / 8 / kWarpsN;      // 8
-  using Left = DepthTile<kTileM>;
-  using Right = DepthTile<kTileN>;
-  static constexpr int kStageBytes = Left::kBytes + Right::kBytes;  // 12 KiB
+  using Left = DepthTile<T, kTileM>;
+  using Right = DepthTile<T, kTileN>;
+  static constexpr int kStageBytes = Left::kBytes + Right::kBytes;  // 12, 16 KiB
   static constexpr int kSharedBytes = kStages * kStageBytes;
-  static constexpr int kCopiesLeft = Left::kBytes / 16 / kThreads;    // 2
+  static constexpr int kCopiesLeft = Left::kBytes / 16 / kThreads;    // 2, 4
   static constexpr int kCopiesRight = Right::kBytes / 16 / kThreads;  // 4
-  static_assert(kTileK == kWarp, "a lane per term of the sum");
+  static_assert(kTileK<T> <= kWarp, "a lane per term of the sum");
 };
 
-using WeightsSums = float[WeightsTile::kRowBlocks][WeightsTile::kBlocks][4];
+template <class T>
+using WeightsSums = float[WeightsTile<T>::kRowBlocks][WeightsTile<T>::kBlocks][4];
 
 template <class T>
-__device__ __forceinline__ void weights_step(WeightsSums& sums, uint32_t stage, int warp_m,
+__device__ __forceinline__ void weights_step(WeightsSums<T>& sums, uint32_t stage, int warp_m,
                                              int warp_n) {
-  using C = WeightsTile;
-  const int lane = threadIdx.x % kWarp;
+  using C = WeightsTile<T>;
   const uint32_t right = stage + C::Left::kBytes;
 #pragma unroll
-  for (int k = 0; k < kTileK; k += 16) {
+  for (int k = 0; k < kTileK<T>; k += kMmaTerms<T>) {
     uint32_t a[C::kRowBlocks][4];
 #pragma unroll
     for (int i = 0; i < C::kRowBlocks; ++i) {
-      // matrices: low and high neurons of the low terms, then of the high terms
-      const int chunk = (warp_m * C::kRowBlocks + i) * 2 + lane / 8 % 2;
-      ldmatrix_x4_trans(a[i], stage + C::Left::offset(k + lane / 16 * 8 + lane % 8, chunk));
+      C::Left::load_left(a[i], stage, k, warp_m * C::kRowBlocks + i);
     }
 #pragma unroll
     for (int j = 0; j < C::kBlocks; j += 2) {
       uint32_t b[4];
-      const int chunk = warp_n * C::kBlocks + j + lane / 16;
-      ldmatrix_x4_trans(b, right + C::Right::offset(k + lane % 16, chunk));
+      C::Right::load_right(b, right, k, warp_n * C::kBlocks + j);
+      round_operands(b, T());
 #pragma unroll
       for (int i = 0; i < C::kRowBlocks; ++i) {
         mma(sums[i][j], a[i], b[0], b[1], T());
@@ -103,14 +103,12 @@ struct GradientRow {
 
   __device__ GradientRow(const WeightsArgs<T>& args, int64_t row, int64_t column, bool exists)
       : turn(args.turn),
-        waiting(args.sums + (row - args.pass.expert_offsets[0]) * args.pass.hidden_size + column +
-                threadIdx.x % 4 * 2),
+        waiting(sums_of(args, row) + column + threadIdx.x % 4 * 2),
         result(args.result + row * args.pass.hidden_size + column + threadIdx.x % 4 * 8),
         columns(exists ? static_cast<int>(args.pass.hidden_size - column) : 0) {}
 
   // Four neighbouring blocks, the first of which is `block`.
   __device__ __forceinline__ void store(int block, float (&sums)[4][2]) const {
-    uint32_t words[4];
 #pragma unroll
     for (int b = 0; b < 4; ++b) {
       const bool exists = (block + b) * 8 < columns;
@@ -120,21 +118,35 @@ struct GradientRow {
         sums[b][0] += before.x;
         sums[b][1] += before.y;
       }
-      if (exists && !turn.is_last) *at = float2{sums[b][0], sums[b][1]};
-      words[b] = pack(sums[b][0], sums[b][1], T());
+      if (exists && (kIsFloat<T> || !turn.is_last)) *at = float2{sums[b][0], sums[b][1]};
     }
-    if (!turn.is_last) return;
-    transpose_quad(words);  // whole sectors: a lane stores a block
-    if (static_cast<int>(block + threadIdx.x % 4) * 8 >= columns) return;
-    __stcg(reinterpret_cast<uint4*>(result + block * 8),
-           uint4{words[0], words[1], words[2], words[3]});
+    if constexpr (!kIsFloat<T>) {
+      if (!turn.is_last) return;
+      uint32_t words[4];
+#pragma unroll
+      for (int b = 0; b < 4; ++b) words[b] = pack(sums[b][0], sums[b][1], T());
+      transpose_quad(words);  // whole sectors: a lane stores a block
+      if (static_cast<int>(block + threadIdx.x % 4) * 8 >= columns) return;
+      __stcg(reinterpret_cast<uint4*>(result + block * 8),
+             uint4{words[0], words[1], words[2], words[3]});
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ float* sums_of(const WeightsArgs<T>& args, int64_t row) {
+    if constexpr (kIsFloat<T>) {
+      return args.result + row * args.pass.hidden_size;
+    } else {
+      return args.sums + (row - args.pass.expert_offsets[0]) * args.pass.hidden_size;
+    }
   }
 };
 
 template <class T, class Tile>
 __device__ __forceinline__ void weights_epilogue(const WeightsArgs<T>& args, const Tile& tile,
-                                                 const WeightsSums& sums, int warp_m, int warp_n) {
-  using C = WeightsTile;
+                                                 const WeightsSums<T>& sums, int warp_m,
+                                                 int warp_n) {
+  using C = WeightsTile<T>;
   const int64_t column = tile.column + warp_n * C::kBlocks * 8;
 #pragma unroll
   for (int i = 0; i < C::kRowBlocks; ++i) {
@@ -157,9 +169,9 @@ __device__ __forceinline__ void weights_epilogue(const WeightsArgs<T>& args, con
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, WeightsTile<T>::kCtasPerSm)
     weights_kernel(const __grid_constant__ WeightsArgs<T> args) {
-  using C = WeightsTile;
+  using C = WeightsTile<T>;
   extern __shared__ __align__(128) unsigned char shared[];
   const uint32_t base = shared_address(shared);
   const PassArgs<T>& pass = args.pass;
@@ -171,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     const PairRange pairs{pass.lists.pair_offsets[tile.expert],
                           pass.lists.pair_offsets[tile.expert + 1]};
     const int first_column = pass.expert_columns[tile.expert] + tile.neuron;
-    const int left_end = ceil_div(tile.neurons, kChunk) * kChunk;
+    const int left_end = ceil_div(tile.neurons, kNumbers<T>) * kNumbers<T>;
 
     // Lane l holds the token of term l, one step ahead of the copies that need it.
     auto token_of_term = [&](int term) {
@@ -181,16 +193,16 @@ __global__ void __launch_bounds__(kThreads, 3)
     auto load = [&](int stage, int step) {
       const uint32_t to = base + stage * C::kStageBytes;
       const int token = token_ahead;
-      token_ahead = token_of_term((step + 1) * kTileK + lane);
+      token_ahead = token_of_term((step + 1) * kTileK<T> + lane);
       auto copy = [&](auto layout, int i, uint32_t at, const T* matrix, int64_t stride, int first,
                       int64_t end) {
         using Layout = decltype(layout);
         const int term = (t + i * kThreads) / Layout::kChunks;
         const int chunk = (t + i * kThreads) % Layout::kChunks;
         const int64_t row = __shfl_sync(kAllLanes, token, term);
-        const bool valid = row >= 0 && first + chunk * kChunk < end;
+        const bool valid = row >= 0 && first + chunk * kNumbers<T> < end;
         cp_async_16(at + Layout::offset(term, chunk),
-                    matrix + (valid ? row * stride + first + chunk * kChunk : 0), valid);
+                    matrix + (valid ? row * stride + first + chunk * kNumbers<T> : 0), valid);
       };
 #pragma unroll
       for (int i = 0; i < C::kCopiesLeft; ++i) {
@@ -202,8 +214,8 @@ __global__ void __launch_bounds__(kThreads, 3)
              pass.hidden_size);
       }
     };
-    WeightsSums sums{};
-    pipeline(ceil_div(pairs.count(), kTileK), load, [&](int stage) {
+    WeightsSums<T> sums{};
+    pipeline(ceil_div(pairs.count(), kTileK<T>), load, [&](int stage) {
       weights_step<T>(sums, base + stage * C::kStageBytes, warp_m, warp_n);
     });
     weights_epilogue(args, tile, sums, warp_m, warp_n);

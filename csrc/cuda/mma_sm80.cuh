@@ -32,7 +32,7 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four 8x8 matrices of 16-bit numbers; lane l gives the address of row l % 8 of matrix l / 8.
+// Four matrices of 8 rows of 16 bytes; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -44,6 +44,12 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(row)
                : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_shared(uint32_t address) {
+  uint32_t word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+  return word;
 }
 
 // d += a b
@@ -64,24 +70,29 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// To the nearest number of 10 bits, ties away from zero.
-__device__ __forceinline__ float round_tf32(float v) {
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
-  return __uint_as_float(bits);
-}
-
-// mma.m16n8k8 of tf32: with the names above, a0 (row g, k q), a1 (row g + 8, k q), a2 and a3 the same at
-// k q + 4; b0 (k q, column g), b1 (k q + 4, column g). Here by rows: low is row g, high row g + 8.
-__device__ __forceinline__ void mma_tf32(float (&low)[2], float (&high)[2], const float (&a_low)[2],
-                                         const float (&a_high)[2], const float (&b)[2]) {
+// fp32 is multiplied as tf32, mma.m16n8k8. A register holds one number where above it holds two: the same
+// bytes of a row.
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                    float) {
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
-      : "+f"(low[0]), "+f"(low[1]), "+f"(high[0]), "+f"(high[1])
-      : "r"(__float_as_uint(a_low[0])), "r"(__float_as_uint(a_high[0])),
-        "r"(__float_as_uint(a_low[1])), "r"(__float_as_uint(a_high[1])), "r"(__float_as_uint(b[0])),
-        "r"(__float_as_uint(b[1])));
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Makes of a caller's numbers what mma multiplies: of fp32 the nearest number of 10 bits, ties away from
+// zero. What kernels keep in the workspace for an mma is rounded when it is written.
+__device__ __forceinline__ uint32_t to_tf32(float v) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
+  return bits;
+}
+template <class T>
+__device__ __forceinline__ void round_operands(uint32_t (&)[4], T) {}
+__device__ __forceinline__ void round_operands(uint32_t (&r)[4], float) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) r[i] = to_tf32(__uint_as_float(r[i]));
 }
 
 // Two floats as 16-bit numbers in one register, the first in the low half.

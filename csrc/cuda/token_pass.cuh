@@ -10,8 +10,7 @@ namespace dsmoe::cuda {
 
 constexpr int kThreads = 128;
 constexpr int kTileM = 128;
-constexpr int kCopyRows =
-    kThreads / kChunksPerRow;  // rows of kTileK numbers that a CTA copies at once
+constexpr int kCopyRows = kThreads / kChunksPerRow;  // rows of a step that a CTA copies at once
 constexpr int kCtasPerSm = 2;
 constexpr int kExpertThreads = 512;  // of a CTA that goes through all experts
 
@@ -49,9 +48,10 @@ struct PassArgs {
   T* saved;  // [Tp,2,I]   g and u for the backward, or null: saved_activations.cuh
   int num_sources;
   SumSource<T> sources[2];
-  Turn turn;      // of `down`, among passes over neurons
-  float* strips;  // [CTAs, 256, 128]; a strip per unit of work if there are several turns
-  T* y;           // [Tp,H]   what `down` writes
+  Turn turn;  // of `down`, among passes over neurons
+  float*
+      strips;  // [CTAs, 256, 128]; a strip per unit of work if there are several turns. Not for fp32
+  T* y;        // [Tp,H]   what `down` writes
 };
 
 // One CTA, 512 experts at a time: where experts' columns begin (an exclusive sum of sizes
@@ -99,15 +99,14 @@ __global__ void clear_inactive_kernel(const __grid_constant__ PassArgs<T> args, 
   const int expert = blockIdx.y;
   const int size = args.expert_offsets[expert + 1] - args.expert_offsets[expert];
   if (size == 0 || size >= SpanIterator::kSmall) return;
-  constexpr int kNumbers = 16 / sizeof(T);
-  const int chunks = ceil_div(size, kNumbers);
+  const int chunks = ceil_div(size, kNumbers<T>);
   T* rows = matrix + args.expert_columns[expert];
   const int64_t count = args.num_tokens * chunks;
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
        i += gridDim.x * int64_t{blockDim.x}) {
     const int64_t token = i / chunks;
     if (args.gates[token * args.num_experts + expert] != 0.f) continue;
-    const int64_t column = (i - token * chunks) * kNumbers;
+    const int64_t column = (i - token * chunks) * kNumbers<T>;
     __stcg(reinterpret_cast<uint4*>(rows + token * args.width + column), uint4{});
   }
 }

@@ -13,7 +13,7 @@ from dsmoe_ext.benchmarks.gpu_model import (
     gathered,
     run_tiles,
 )
-from dsmoe_ext.benchmarks.gpu_specs import ANY, MMA, WGMMA, Gpu
+from dsmoe_ext.benchmarks.gpu_specs import ANY, WGMMA, Gpu
 
 # of sm_90a: columns of a tile, up to which size of expert
 RECOMPUTE, NEURONS = ((32, 32), (64, 128), (96, ANY)), ((32, 32), (128, 128), (160, ANY))
@@ -69,11 +69,15 @@ def neurons(gpu: Gpu, load: Load) -> list[Prediction]:
     hidden, loop = load.hidden_size, gpu.loop
     saved = ", saved" if load.is_saved else ""
     if loop is not WGMMA:
-        columns = 32 if loop is MMA and not load.is_saved else 64
         kernel = f"{loop.prefix}neurons_backward{saved}"
+        tile_rows, columns = loop.saved_neurons if load.is_saved else loop.neurons
         products, rows, numbers = (1, 1, 5) if load.is_saved else (3, 2, 3)
         one = gathered(
-            gpu, load, [(kernel, columns, ANY)], products, lambda s: rows * hidden + numbers * s
+            replace(gpu, loop=replace(loop, tile_rows=tile_rows)),
+            load,
+            [(kernel, columns, ANY)],
+            products,
+            lambda s: rows * hidden + numbers * s,
         )
         return [replace(one[0], kernel="neurons")]
     recompute = [(f"sm90a recompute<{c}>", c, most) for c, most in RECOMPUTE]
@@ -98,8 +102,7 @@ def weights(gpu: Gpu, load: Load) -> list[Prediction]:
     """Three gradients, whose tiles have neurons as rows and tokens as steps: three launches, but
     one on sm_90a."""
     loop, hidden, launches = gpu.loop, load.hidden_size, 1 if gpu.loop is WGMMA else 3
-    columns = 192 if loop is WGMMA else loop.strips[0][0]
-    tile_rows = loop.tile_rows if loop is WGMMA else 64
+    tile_rows, columns = loop.weights
     tiles, moved = [], 0.0
     for size, pairs in zip(load.sizes, load.active.sum(0).tolist(), strict=True):
         steps = math.ceil(pairs / loop.step_terms)
@@ -108,10 +111,10 @@ def weights(gpu: Gpu, load: Load) -> list[Prediction]:
             tiles += [(rows, steps)] * math.ceil(hidden / columns)
         moved += pairs * (hidden + size) + size * hidden
     each = 3 // launches
-    more_ctas = replace(gpu, loop=replace(MMA, ctas_per_sm=3)) if loop is MMA else gpu
-    ctas = deal(more_ctas, tiles * each)
+    own = replace(gpu, loop=replace(loop, ctas_per_sm=loop.weights_ctas_per_sm))
+    ctas = deal(own, tiles * each)
     moved *= each * load.number_bytes
-    return [run_tiles(more_ctas, f"{loop.prefix}weights", ctas, moved)] * launches
+    return [run_tiles(own, f"{loop.prefix}weights", ctas, moved)] * launches
 
 
 def backward(gpu: Gpu, load: Load) -> list[Prediction]:

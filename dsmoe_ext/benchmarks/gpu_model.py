@@ -21,14 +21,18 @@ from pathlib import Path
 import torch
 
 from dsmoe_ext.benchmarks.gpu_load import DECODE_TOKENS, Load
-from dsmoe_ext.benchmarks.gpu_specs import FP32, MMA, TF32, WGMMA, Gpu, Loop
+from dsmoe_ext.benchmarks.gpu_specs import FP32, WGMMA, Gpu, Loop
 
 COUNTS = Path(__file__).with_name("gpu_counts.json")
 CHUNK_TOKENS = 256  # of y, what a CTA of `down` owns at least
 GROUP = 8  # row tiles that share weights in L2
-# rows that a CTA's warps take in turn: the busiest warp has its share of this many rounded up
+# rows that the warps of an mma.sync kernel take in turn: the busiest has its share of this many
+# rounded up
 ROWS_DEALT = {"gate_up<16>": 64, "gate_up<32>": 32, "gate_up<64>": 32, "down": 32,
-              "neurons_backward": 64, "neurons_backward, saved": 64, "weights": 64}  # fmt: skip
+              "neurons_backward": 64, "neurons_backward, saved": 64, "weights": 64,
+              "tf32 gate_up<16>": 64, "tf32 gate_up<32>": 32, "tf32 gate_up<64>": 32,
+              "tf32 down": 32, "tf32 neurons_backward": 32, "tf32 neurons_backward, saved": 32,
+              "tf32 weights": 128}  # fmt: skip
 LATENCY_SECONDS = 0.6e-6  # of DRAM, once per kernel
 LAUNCH_SECONDS = 1.5e-6  # between kernels of one stream
 CALLS = 10  # in a row, when a GPU is measured
@@ -68,22 +72,21 @@ def counted(kernel: str, rows: float, part: str, what: str) -> float:
 @cache
 def pipes(gpu: Gpu, kernel: str, rows: int) -> dict[str, float]:
     """Cycles of an SM for one step of one CTA; its warps sit on the SM's four quarters."""
-    if gpu.loop.prefix != MMA.prefix:
+    if gpu.loop.prefix in (WGMMA.prefix, FP32.prefix):
         whole = gpu.loop.blocks(rows)
         op, cycles = {
             WGMMA.prefix: ("mma", gpu.wgmma_cycles),
-            TF32.prefix: ("mma", gpu.mma_cycles),
             FP32.prefix: ("fma", gpu.fma_cycles),
         }[gpu.loop.prefix]
         return {
             gpu.loop.unit: counted(kernel, whole, "step", op) / 4 * cycles,
-            "issue": counts()[kernel]["sass"].get(gpu.arch)
-            or counted(kernel, whole, "step", "instructions") / 4,
+            "issue": counted(kernel, whole, "step", "instructions") / 4,
             "shared memory": counted(kernel, whole, "step", "shared_cycles"),
         }
     dealt = ROWS_DEALT[kernel.partition(", saving")[0]]
     busiest = math.ceil(rows / dealt) * dealt
-    most_mma = counted(kernel, MMA.tile_rows, "step", "mma") / 4
+    full_tile = max(map(int, counts()[kernel]["rows"]))
+    most_mma = counted(kernel, full_tile, "step", "mma") / 4
     mma = counted(kernel, busiest, "step", "mma") / 4
     whole = math.ceil(rows / 16) * 16
     return {

@@ -19,6 +19,12 @@ class Loop:
     # columns of a gate_up tile, up to which size of expert; the same where g and u are saved
     widths: tuple[tuple[int, int], ...]
     saving_widths: tuple[tuple[int, int], ...]
+    # rows and columns of the backward's tiles: per neuron, where g and u are products too and where
+    # they were saved; of weight gradients, and their CTAs on an SM
+    neurons: tuple[int, int] | None  # None: of several widths, gpu_backward.py
+    saved_neurons: tuple[int, int] | None
+    weights: tuple[int, int]
+    weights_ctas_per_sm: int
     ctas_per_sm: int
     # of a step, that nothing of the same CTA fills: barrier, first ldmatrix, last mma
     sync_cycles: float
@@ -30,21 +36,62 @@ class Loop:
 
 
 SMALL = ((16, 16), (32, 32))
-MMA = Loop("", 128, 16, 32, ((128, 256),), (*SMALL, (64, ANY)), (*SMALL, (64, ANY)), 2, 100.0)
-WGMMA = Loop(
-    "sm90a ",
-    256,
-    64,
-    64,
-    ((64, 256), (128, 256), (128, 512), (192, 512)),
-    (*SMALL, (64, 128), (96, ANY)),
-    (*SMALL, (64, ANY)),
-    1,
-    0.0,
+MMA = Loop(
+    prefix="",
+    tile_rows=128,
+    block_rows=16,
+    step_terms=32,
+    strips=((128, 256),),
+    widths=(*SMALL, (64, ANY)),
+    saving_widths=(*SMALL, (64, ANY)),
+    neurons=(128, 32),
+    saved_neurons=(128, 64),
+    weights=(64, 128),
+    weights_ctas_per_sm=3,
+    ctas_per_sm=2,
+    sync_cycles=100.0,
 )
-# whole tiles of 64 rows, whatever is in them
-TF32 = Loop("tf32 ", 64, 64, 16, ((64, 256),), ((64, ANY),), ((64, ANY),), 4, 100.0)
-FP32 = replace(TF32, prefix="fp32 ", unit="fp32 units")
+TF32 = replace(
+    MMA,
+    prefix="tf32 ",
+    step_terms=16,
+    neurons=(96, 64),
+    saved_neurons=(128, 128),
+    weights=(128, 128),
+    weights_ctas_per_sm=2,
+)
+WGMMA = Loop(
+    prefix="sm90a ",
+    tile_rows=256,
+    block_rows=64,
+    step_terms=64,
+    strips=((64, 256), (128, 256), (128, 512), (192, 512)),
+    widths=(*SMALL, (64, 128), (96, ANY)),
+    saving_widths=(*SMALL, (64, ANY)),
+    neurons=None,
+    saved_neurons=None,
+    weights=(256, 192),
+    weights_ctas_per_sm=1,
+    ctas_per_sm=1,
+    sync_cycles=0.0,
+)
+# whole tiles, whatever is in them; CTAs are the most: gate_up has room for 3, neurons for 2
+FP32 = Loop(
+    prefix="fp32 ",
+    tile_rows=64,
+    block_rows=64,
+    step_terms=16,
+    strips=((64, 256),),
+    widths=((64, ANY),),
+    saving_widths=((64, ANY),),
+    neurons=(64, 64),
+    saved_neurons=(64, 64),
+    weights=(64, 64),
+    weights_ctas_per_sm=4,
+    ctas_per_sm=4,
+    sync_cycles=100.0,
+    unit="fp32 units",
+)
 
 
 @dataclass(frozen=True)

@@ -59,41 +59,47 @@ KERNELS = {
     "sm90a neurons<64>, saved": ((64, 256), lambda steps: (64 * steps, 128), 1, 1),
     "sm90a neurons<80>, saved": ((64, 256), lambda steps: (64 * steps, 160), 1, 1),
     "sm90a weights": ((64, 256), lambda steps: (192, 64 * steps), 1, 1),
+    # fp32: whole tiles, whatever is in them. In down, experts of less than 64 neurons are another
+    # kind of sum: so twice the steps
+    "fp32 gate_up<64>": ((32, 64), lambda steps: (16 * steps, 64), 1, 1),
+    "fp32 down": ((32, 64), lambda steps: (64, 32 * steps), 1, 2),
+    "fp32 neurons_backward": ((32, 64), lambda steps: (16 * steps, 64), 1, 1),
+    "fp32 neurons_backward, saved": ((32, 64), lambda steps: (16 * steps, 64), 1, 1),
+    "fp32 weights": ((32, 64), lambda steps: (64, 16 * steps), 1, 1),
+    "tf32 gate_up<16>": ((32, 128), lambda steps: (16 * steps, 16), 1, 1),
+    "tf32 gate_up<32>": ((32, 128), lambda steps: (16 * steps, 32), 1, 1),
+    "tf32 gate_up<64>": ((32, 128), lambda steps: (16 * steps, 64), 1, 1),
+    "tf32 down": ((32, 128), lambda steps: (128, 32 * steps), 1, 2),
+    "tf32 neurons_backward": ((32, 96), lambda steps: (16 * steps, 64), 1, 1),
+    "tf32 neurons_backward, saved": ((32, 128), lambda steps: (16 * steps, 128), 1, 1),
+    "tf32 weights": ((32, 128), lambda steps: (128, 16 * steps), 1, 1),
 }
-for kind in ("fp32 ", "tf32 "):  # whole tiles, whatever is in them
-    KERNELS |= {
-        f"{kind}gate_up<64>": ((32, 64), lambda steps: (16 * steps, 64), 1, 1),
-        f"{kind}down": ((32, 64), lambda steps: (64, 16 * steps), 1, 1),
-        f"{kind}neurons_backward": ((32, 64), lambda steps: (16 * steps, 64), 1, 1),
-        f"{kind}neurons_backward, saved": ((32, 64), lambda steps: (16 * steps, 64), 1, 1),
-        f"{kind}weights": ((32, 64), lambda steps: (64, 16 * steps), 1, 1),
-    }
 # the same kernels where they keep g and u
 KERNELS |= {
     f"{name}, saving": how
     for name, how in KERNELS.items()
     if "gate_up" in name and "<96>" not in name
 }
+LOOPS = {"bfloat16": "", "float": "tf32 "}  # by dtype of the mma.sync kernels
 BACKWARD = ("neurons_backward", "weights", "recompute", "sm90a neurons")
 
 
 def short(name):
-    """gate_up_kernel<bfloat16,GateUpTile<64,2>> -> gate_up<64>; None for the helpers."""
-    if tile := re.match(r"gate_up_kernel<bfloat16,GateUpTile<(\d+)", name):
-        return f"gate_up<{tile[1]}>"
+    """gate_up_kernel<bfloat16,GateUpTile<bfloat16,64,2>> -> gate_up<64>; None for the helpers."""
+    if tile := re.match(r"gate_up_kernel<(bfloat16|float),GateUpTile<\w+,(\d+)", name):
+        return f"{LOOPS[tile[1]]}gate_up<{tile[2]}>"
     if own := re.match(
         r"sm90a::(gate_up|down|recompute|neurons|weights)_kernel<bfloat16(?:,(\d+))?(,true)?", name
     ):
         return f"sm90a {own[1]}" + (f"<{own[2]}>" if own[2] else "") + (", saved" if own[3] else "")
     saved = {"true": ", saved", "false": ""}
-    if neurons := re.match(r"neurons_backward_kernel<bfloat16,(\w+)>", name):
-        return f"neurons_backward{saved[neurons[1]]}"
-    if fp32 := re.match(r"(\w+)_fp32_kernel<(\w)\w+Product(?:,(\w+))?>", name):
-        kind = {"F": "fp32", "T": "tf32"}[fp32[2]]
+    if neurons := re.match(r"neurons_backward_kernel<(bfloat16|float),(\w+)>", name):
+        return f"{LOOPS[neurons[1]]}neurons_backward{saved[neurons[2]]}"
+    if fp32 := re.match(r"(\w+)_ffma_kernel<float(?:,(\w+))?>", name):
         tile = {"gate_up": "gate_up<64>", "neurons": "neurons_backward"}.get(fp32[1], fp32[1])
-        return f"{kind} {tile}{saved[fp32[3]] if fp32[3] else ''}"
-    plain = re.match(r"(down|neurons|outputs|weights)_kernel<bfloat16", name)
-    return plain[1] if plain else None
+        return f"fp32 {tile}{saved[fp32[2]] if fp32[2] else ''}"
+    plain = re.match(r"(down|neurons|outputs|weights)_kernel<(bfloat16|float)", name)
+    return LOOPS[plain[2]] + plain[1] if plain else None
 
 
 class CountingInterpreter(Interpreter):

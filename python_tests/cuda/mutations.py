@@ -19,7 +19,8 @@ Of the copies that unrolling and inlining make of one source line, the first and
 mutated, and of barriers all. Left alone is what makes no other program: the sign of a number that
 is halved by shifts (shr by 31 or 63, and what is taken from it), because no number here is
 negative, and a result that nobody reads. What an mma multiplies is no index. Kernels of one
-template for several dtypes are mutated for the first of bf16, fp32, fp16 that exists.
+template for several dtypes are mutated for the first of bf16, fp32, fp16 that exists, and where
+they multiply for fp32 too, which is TF32.
 """
 
 import copy
@@ -222,18 +223,22 @@ def mutants():
         names = readable(sorted(programs))
         for mangled in sorted(programs, key=names.get):
             name, is_own = names[mangled], names[mangled].startswith("sm90a::")
-            if is_own == (arch == "90a") and not is_copy(name, set(names.values())):
-                found += mutants_of(arch, name, mangled, programs[mangled].kernels[mangled])
+            kernel = programs[mangled].kernels[mangled]
+            if is_own == (arch == "90a") and not is_copy(name, kernel, set(names.values())):
+                found += mutants_of(arch, name, mangled, kernel)
     return found
 
 
-def is_copy(name, names):
-    """Is this kernel of a template that an earlier dtype stands for?"""
+def is_copy(name, kernel, names):
+    """Is this kernel of a template that an earlier dtype stands for? Not where fp32 is multiplied:
+    that is TF32, in tiles of its own."""
+    multiplies = any(ins.op[0] == "mma" for ins in kernel.code)
     return any(
         start + later in name and name.replace(start + later, start + earlier) in names
         for i, later in enumerate(DTYPES)
         for earlier in DTYPES[:i]
         for start in "<,"
+        if not (multiplies and later == "float")
     )
 
 

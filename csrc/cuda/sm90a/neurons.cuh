@@ -53,7 +53,7 @@ __device__ __forceinline__ void store_gate_up(const NeuronsArgs<T>& args, const 
 template <bool kSaved, class T>
 __device__ __forceinline__ void read_activations(T (&v)[kChunk], const T* from, int count) {
   if constexpr (kSaved) {
-    read_saved(v, from, count);
+    read_rounded(v, from, count);
   } else {
     const uint4 all = count > 0 ? *reinterpret_cast<const uint4*>(from) : uint4{};
     reinterpret_cast<uint4&>(v) = all;
