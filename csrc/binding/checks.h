@@ -19,32 +19,39 @@ namespace dsmoe::binding {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Out of line: a call whose checks hold should not carry what the messages need.
 template <class... Parts>
-void check(bool condition, const Parts&... message) {
-  if (condition) return;
+[[noreturn, gnu::noinline, gnu::cold]] void fail(const Parts&... message) {
   std::ostringstream text;
   (text << ... << message);
   throw std::runtime_error(text.str());
 }
 
-inline std::string shape_string(const Tensor& tensor) {
-  std::ostringstream text;
-  text << "[";
-  for (int64_t d = 0; d < tensor.dim(); ++d) text << (d ? ", " : "") << tensor.size(d);
-  text << "]";
-  return text.str();
+template <class... Parts>
+void check(bool condition, const Parts&... message) {
+  if (!condition) fail(message...);
+}
+
+// A tensor's shape in a message: made of text only once a check has failed.
+struct Shape {
+  const Tensor& tensor;
+};
+inline std::ostream& operator<<(std::ostream& out, const Shape& shape) {
+  out << "[";
+  for (int64_t d = 0; d < shape.tensor.dim(); ++d) out << (d ? ", " : "") << shape.tensor.size(d);
+  return out << "]";
 }
 
 inline void check_shape(const Tensor& tensor, const char* name,
                         std::initializer_list<int64_t> shape) {
   bool same = tensor.dim() == static_cast<int64_t>(shape.size());
-  std::ostringstream want;
   int64_t d = 0;
-  for (int64_t size : shape) {
-    same = same && tensor.size(d) == size;
-    want << (d++ ? ", " : "") << size;
-  }
-  check(same, name, " must have shape [", want.str(), "], but has ", shape_string(tensor), ".");
+  for (int64_t size : shape) same = same && tensor.size(d++) == size;
+  if (same) return;
+  std::ostringstream want;
+  d = 0;
+  for (int64_t size : shape) want << (d++ ? ", " : "") << size;
+  fail(name, " must have shape [", want.str(), "], but has ", Shape{tensor}, ".");
 }
 
 inline void check_like(const Tensor& tensor, const char* name, const Tensor& like,

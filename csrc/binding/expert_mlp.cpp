@@ -16,15 +16,14 @@ struct Inputs {
 
 Inputs check_inputs(const Tensor& x, const Tensor& gates, const Tensor& offsets,
                     int64_t hidden_size, int64_t intermediate_size) {
-  check(x.dim() == 2, "x must have shape [T, H], but has ", shape_string(x), ".");
+  check(x.dim() == 2, "x must have shape [T, H], but has ", Shape{x}, ".");
   const Dtype dtype = kernel_dtype(x, "x");
   check(x.size(1) == hidden_size, "x has ", x.size(1),
         " columns, but the weights have hidden size ", hidden_size, ".");
   check(gates.scalar_type() == (dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float),
         "gates must be float32, or float64 if x is.");
   check(gates.dim() == 2 && gates.size(0) == x.size(0),
-        "gates must have shape [T, E] with T = ", x.size(0), ", but has ", shape_string(gates),
-        ".");
+        "gates must have shape [T, E] with T = ", x.size(0), ", but has ", Shape{gates}, ".");
   check(gates.device() == x.device() && offsets.device() == x.device(),
         "x, gates and expert_offsets must be on one device.");
   if (x.is_cuda()) {
@@ -42,7 +41,7 @@ Tensor checked_weight(const Tensor& weight, const char* name, const Tensor& x,
                       const Tensor& gate_proj) {
   kernel_dtype(x, "x");
   check_like(weight, name, x);
-  check(weight.dim() == 2, name, " must have shape [I, H], but has ", shape_string(weight), ".");
+  check(weight.dim() == 2, name, " must have shape [I, H], but has ", Shape{weight}, ".");
   check_shape(weight, name, {gate_proj.size(0), gate_proj.size(1)});
   return aligned(as_contiguous(weight));
 }

@@ -10,7 +10,7 @@ namespace {
 // token_idx and slot_idx come back with the length T*E that always suffices; the first A =
 // pair_offsets[E] entries are valid. So nobody has to wait for a device to learn A.
 std::tuple<Tensor, Tensor, Tensor, Tensor> permute(const Tensor& gates_in) {
-  check(gates_in.dim() == 2, "gates must have shape [T, E], but has ", shape_string(gates_in), ".");
+  check(gates_in.dim() == 2, "gates must have shape [T, E], but has ", Shape{gates_in}, ".");
   PermuteParams p{};
   p.gates_dtype = kernel_dtype(gates_in, "gates");
   check(p.gates_dtype == Dtype::kFloat32 || p.gates_dtype == Dtype::kFloat64,

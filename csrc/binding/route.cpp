@@ -30,7 +30,7 @@ RouteParams route_params(const Tensor& logits, const Tensor& expert_offsets,
 }
 
 void check_route(const Tensor& logits, const Tensor& expert_offsets, const Options& options) {
-  check(logits.dim() == 2, "logits must have shape [T, R], but has ", shape_string(logits), ".");
+  check(logits.dim() == 2, "logits must have shape [T, R], but has ", Shape{logits}, ".");
   check(logits.scalar_type() == ScalarType::Float || logits.scalar_type() == ScalarType::Double,
         "logits must be float32 or float64.");
   if (logits.is_cuda()) check_cuda_dtype(logits, "logits");

@@ -9,8 +9,8 @@ namespace {
 
 void check_router(const Tensor& x, const Tensor& weight) {
   check(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1),
-        "x [T, H] and the router's weight [R, H] do not fit: they have shapes ", shape_string(x),
-        " and ", shape_string(weight), ".");
+        "x [T, H] and the router's weight [R, H] do not fit: they have shapes ", Shape{x}, " and ",
+        Shape{weight}, ".");
   const ScalarType dtype =
       kernel_dtype(x, "x") == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
   check(weight.scalar_type() == dtype && weight.device() == x.device(),
