@@ -53,7 +53,6 @@ class PackedWeights:
     hidden_size: int
     intermediate_size: int
     dtype: torch.dtype
-    isa: str
 
 
 def build_info() -> dict:
@@ -266,22 +265,16 @@ torch.library.register_autograd(
 
 
 def _sparse_ffn_packed(x: Tensor, gates: Tensor, packed: PackedWeights) -> Tensor:
-    _check_packed(packed, x, gates)
+    _refuse_gradients(x, gates)
     sizes = (packed.hidden_size, packed.intermediate_size)
     return _ops.expert_mlp_packed(x, gates, packed.data, packed.expert_offsets, *sizes)
 
 
-def _check_packed(packed: PackedWeights, x: Tensor, *others: Tensor) -> None:
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *others)):
+def _refuse_gradients(*tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise RuntimeError(
             "Packed weights are for inference: use torch.no_grad(), or the weights themselves for "
             "gradients."
-        )
-    if x.dtype != packed.dtype:
-        raise RuntimeError(f"x is {x.dtype}, but the packed weights are {packed.dtype}.")
-    if packed.isa != _C.isa():
-        raise RuntimeError(
-            f"The weights were packed for {packed.isa}, but {_C.isa()} is in use: pack them again."
         )
 
 
@@ -305,7 +298,7 @@ def routed_ffn(
         router_weight, router_bias: [R,H] and [R] or None, float32 (float64 if x is).
         threshold: 0-d float32 tensor. The other options are those of `route`.
     """
-    _check_packed(packed, x, router_weight)
+    _refuse_gradients(x, router_weight)
     options = _route_options(method, top_k, gates, rescale, gate_scale)
     sizes = (packed.hidden_size, packed.intermediate_size)
     weights = (packed.data, packed.expert_offsets, *sizes)
@@ -324,7 +317,7 @@ def pack_weights(
     with torch.no_grad():
         data = _ops.pack_weights(gate_proj, up_proj, down_proj_t, expert_offsets)
     offsets = expert_offsets.clone()
-    return PackedWeights(data, offsets, hidden_size, intermediate_size, gate_proj.dtype, _C.isa())
+    return PackedWeights(data, offsets, hidden_size, intermediate_size, gate_proj.dtype)
 
 
 @torch.library.register_fake("dsmoe::expert_mlp_packed")

@@ -1,5 +1,7 @@
 """sparse_ffn, forward and every gradient, against the reference in float64 (dsmoe_ext.testing)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -310,6 +312,12 @@ def test_packed_errors(seed):
         dsmoe_ext.sparse_ffn(x.requires_grad_(), gates, packed)
     with pytest.raises(RuntimeError, match="but the packed weights are"):
         dsmoe_ext.sparse_ffn(x.detach().bfloat16(), gates, packed)
+    foreign = packed.data.clone()
+    foreign[-28:-4] = torch.tensor(list(b"avx1024".ljust(24, b"\0")), dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="The weights were packed for avx1024"):
+        dsmoe_ext.sparse_ffn(x.detach(), gates, replace(packed, data=foreign))
+    with pytest.raises(RuntimeError, match="must be what pack_weights returned"):
+        dsmoe_ext.sparse_ffn(x.detach(), gates, replace(packed, data=foreign[:5].clone()))
     with pytest.raises(TypeError, match="or all of"):
         dsmoe_ext.sparse_ffn(x, gates, weights[0])
 

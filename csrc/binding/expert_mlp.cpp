@@ -1,5 +1,6 @@
 // dsmoe::expert_mlp, its backward, and pack_weights: check, allocate, fill Params, call the
 // device's kernel.
+#include <cstring>
 #include <limits>
 
 #include "binding/cuda_limits.h"
@@ -148,6 +149,45 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
   return out;
 }
 
+// Stands behind packed weights, whose layout depends on it.
+struct Stamp {
+  char isa[24];
+  Dtype dtype;
+};
+
+const char* dtype_name(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat64:
+      return "float64";
+    case Dtype::kFloat32:
+      return "float32";
+    case Dtype::kBFloat16:
+      return "bfloat16";
+    case Dtype::kFloat16:
+      return "float16";
+  }
+  return "unknown";
+}
+
+// The packed weights, of what the layout says and without their stamp.
+void* checked_packed(const Tensor& packed, const PackParams& layout) {
+  constexpr int64_t kStamp = sizeof(Stamp);
+  check(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
+            packed.numel() >= kStamp,
+        "packed must be what pack_weights returned.");
+  char* bytes = static_cast<char*>(packed.data_ptr());
+  Stamp stamp;
+  std::memcpy(&stamp, bytes + packed.numel() - kStamp, kStamp);
+  stamp.isa[sizeof(stamp.isa) - 1] = 0;
+  check(std::strcmp(stamp.isa, cpu::isa()) == 0, "The weights were packed for ", stamp.isa,
+        ", but ", cpu::isa(), " is in use: pack them again.");
+  check(stamp.dtype == layout.dtype, "x is ", dtype_name(layout.dtype),
+        ", but the packed weights are ", dtype_name(stamp.dtype), ".");
+  check(packed.numel() == cpu::packed_bytes(layout) + kStamp,
+        "packed does not fit x and expert_offsets: pack the weights again.");
+  return bytes;
+}
+
 Tensor pack_weights(const Tensor& gate_proj, const Tensor& up_proj, const Tensor& down_proj_t,
                     const Tensor& expert_offsets) {
   check(gate_proj.is_cpu(),
@@ -167,9 +207,14 @@ Tensor pack_weights(const Tensor& gate_proj, const Tensor& up_proj, const Tensor
   p.up_proj = up.data_ptr();
   p.down_proj_t = down.data_ptr();
   p.expert_offsets = static_cast<const int32_t*>(offsets.data_ptr());
-  Tensor packed = torch::stable::new_empty(gate, {cpu::packed_bytes(p)}, ScalarType::Byte);
+  const int64_t bytes = cpu::packed_bytes(p);
+  Tensor packed = torch::stable::new_empty(gate, {bytes + static_cast<int64_t>(sizeof(Stamp))},
+                                           ScalarType::Byte);
   p.packed = packed.data_ptr();
   check_status(cpu::pack_weights(p, torch_team()));
+  Stamp stamp{{}, p.dtype};
+  std::strncpy(stamp.isa, cpu::isa(), sizeof(stamp.isa) - 1);
+  std::memcpy(static_cast<char*>(packed.data_ptr()) + bytes, &stamp, sizeof(stamp));
   return packed;
 }
 
@@ -187,11 +232,8 @@ Tensor expert_mlp_packed(const Tensor& x, const Tensor& gates, const Tensor& pac
   layout.intermediate_size = intermediate_size;
   layout.num_experts = p.num_experts;
   layout.expert_offsets = p.expert_offsets;
-  check(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
-            packed.numel() == cpu::packed_bytes(layout),
-        "packed does not fit x and expert_offsets: pack the weights again.");
+  p.packed = checked_packed(packed, layout);
   Tensor y = torch::stable::new_empty(in.x, {p.num_tokens, p.hidden_size});
-  p.packed = packed.data_ptr();
   p.y = y.data_ptr();
   forward(p, in.x);
   return y;
