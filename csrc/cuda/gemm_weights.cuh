@@ -109,6 +109,7 @@ struct GradientRow {
 
   // Four neighbouring blocks, the first of which is `block`.
   __device__ __forceinline__ void store(int block, float (&sums)[4][2]) const {
+    [[maybe_unused]] uint32_t words[4];
 #pragma unroll
     for (int b = 0; b < 4; ++b) {
       const bool exists = (block + b) * 8 < columns;
@@ -119,12 +120,10 @@ struct GradientRow {
         sums[b][1] += before.y;
       }
       if (exists && (kIsFloat<T> || !turn.is_last)) *at = float2{sums[b][0], sums[b][1]};
+      if constexpr (!kIsFloat<T>) words[b] = pack(sums[b][0], sums[b][1], T());
     }
     if constexpr (!kIsFloat<T>) {
       if (!turn.is_last) return;
-      uint32_t words[4];
-#pragma unroll
-      for (int b = 0; b < 4; ++b) words[b] = pack(sums[b][0], sums[b][1], T());
       transpose_quad(words);  // whole sectors: a lane stores a block
       if (static_cast<int>(block + threadIdx.x % 4) * 8 >= columns) return;
       __stcg(reinterpret_cast<uint4*>(result + block * 8),

@@ -49,9 +49,9 @@ struct PassArgs {
   int num_sources;
   SumSource<T> sources[2];
   Turn turn;  // of `down`, among passes over neurons
-  float*
-      strips;  // [CTAs, 256, 128]; a strip per unit of work if there are several turns. Not for fp32
-  T* y;        // [Tp,H]   what `down` writes
+  // [CTAs, 256, 128]; a strip per unit of work if there are several turns; not for fp32, summed in y
+  float* strips;
+  T* y;  // [Tp,H]   what `down` writes
 };
 
 // One CTA, 512 experts at a time: where experts' columns begin (an exclusive sum of sizes

@@ -37,6 +37,9 @@ int64_t packed_bytes(const PackParams&) {
 Status pack_weights(const PackParams&, const Team&) {
   refuse();
 }
+const char* isa() {
+  refuse();
+}
 void prefer_huge_pages(void*, size_t) {
   refuse();
 }
