@@ -387,7 +387,7 @@ CASES = {
     "backward, three parts of dgates in a later pass": expert_mlp_backward(
         40, 16, [33, 367, 64, 90], 0.5, exact_ste=True
     ),
-    # room for every expert's padding was asked for, but none has any: two passes, one for all columns
+    # two passes, since experts might have needed padding; none does, and one takes all columns
     "backward, an empty pass": expert_mlp_backward(40, 16, [16] * 24, 0.5),
     "backward, later tokens without experts": later_tokens_without_experts,
     **{
