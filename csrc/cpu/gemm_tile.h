@@ -175,7 +175,7 @@ __attribute__((noinline)) static void tile(const TileArgs<T>& args) {
   for (int r = 0; r < R; ++r) a[r] = args.a[O == kRowPointers ? r : 0];
   int64_t lda = args.lda;
   // Steps may lie on a page each: they are gathered once for all panels. With wide vectors that costs more
-  // than it brings (Zen 4: 1 to 2 % of a training step).
+  // than it brings (Zen 4: 1 to 3 % of a training step).
   if (O == kStepMajor && kVecBytes < 64 && args.panels > 1) {
     constexpr int kTaken = Compute<T>::kPair / Compute<T>::kSub, kCopied = R * kTaken;
     const int64_t count = args.steps * Compute<T>::kSub;

@@ -81,13 +81,14 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Makes of a caller's numbers what mma multiplies: of fp32 the nearest number of 10 bits, ties away from
-// zero. What kernels keep in the workspace for an mma is rounded when it is written.
+// To the nearest number of 10 bits, ties away from zero.
 __device__ __forceinline__ uint32_t to_tf32(float v) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
   return bits;
 }
+// Makes of a caller's numbers what mma multiplies. What kernels keep in the workspace for an mma is rounded
+// when it is written.
 template <class T>
 __device__ __forceinline__ void round_operands(uint32_t (&)[4], T) {}
 __device__ __forceinline__ void round_operands(uint32_t (&r)[4], float) {

@@ -29,10 +29,10 @@ GROUP = 8  # row tiles that share weights in L2
 # rows that the warps of an mma.sync kernel take in turn: the busiest has its share of this many
 # rounded up
 ROWS_DEALT = {"gate_up<16>": 64, "gate_up<32>": 32, "gate_up<64>": 32, "down": 32,
-              "neurons_backward": 64, "neurons_backward, saved": 64, "weights": 64,
-              "tf32 gate_up<16>": 64, "tf32 gate_up<32>": 32, "tf32 gate_up<64>": 32,
-              "tf32 down": 32, "tf32 neurons_backward": 32, "tf32 neurons_backward, saved": 32,
-              "tf32 weights": 128}  # fmt: skip
+              "neurons_backward": 64, "neurons_backward, saved": 64, "weights": 64}  # fmt: skip
+ROWS_DEALT |= {f"tf32 {kernel}": rows for kernel, rows in ROWS_DEALT.items()}
+ROWS_DEALT |= {"tf32 neurons_backward": 32, "tf32 neurons_backward, saved": 32,
+               "tf32 weights": 128}  # fmt: skip
 LATENCY_SECONDS = 0.6e-6  # of DRAM, once per kernel
 LAUNCH_SECONDS = 1.5e-6  # between kernels of one stream
 CALLS = 10  # in a row, when a GPU is measured
