@@ -241,10 +241,15 @@ class Backward {
       note(sm90a::neurons(args, ctas_ / kCtasPerSm, on_));
       return;
     }
-    constexpr int kBytes = NeuronsTile<T, kSaved>::kSharedBytes;
-    const auto kernel = neurons_backward_kernel<T, kSaved>;
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-    kernel<<<ctas_, kThreads, kBytes, on_>>>(args);
+    using Narrow = NeuronsTile<T, kSaved, 1>;
+    launch_neurons<Narrow>(args, 1, Narrow::kTileN);
+    launch_neurons<NeuronsTile<T, kSaved, 2>>(args, Narrow::kTileN + 1, INT32_MAX);
+  }
+  template <class Tile>
+  void launch_neurons(const NeuronsArgs<T>& args, int min_size, int max_size) {
+    const auto kernel = neurons_backward_kernel<T, Tile>;
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
+    kernel<<<ctas_, kThreads, Tile::kSharedBytes, on_>>>(args, min_size, max_size);
   }
 
   void launch_down() {
@@ -336,10 +341,8 @@ class Backward {
       note(sm90a::weights(all, ctas_ / kCtasPerSm, on_));
       return;
     }
-    using Tile = WeightsTile<T>;
-    const int ctas = ctas_ / kCtasPerSm * Tile::kCtasPerSm;
     for (int i = 0; i < all.count; ++i) {
-      weights_kernel<<<ctas, kThreads, Tile::kSharedBytes, on_>>>(all.of[i]);
+      weights_kernel<<<ctas_, kThreads, WeightsTile<T>::kSharedBytes, on_>>>(all.of[i]);
     }
   }
 

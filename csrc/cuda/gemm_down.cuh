@@ -4,7 +4,8 @@
 //   columns  of Wd_e, the sum running down its rows            [S_e, 128]
 //   result   added to a strip that only this CTA touches       [256, 128] fp32: of y itself, if that is fp32
 //
-// The backward uses it for dx = dg Wg + du Wu: two sources, one after the other.
+// The backward uses it for dx = dg Wg + du Wu: two sources make one sum of twice the terms, so that the
+// strip is written no more often.
 #pragma once
 
 #include "cuda/gemm_gate_up.cuh"  // live_blocks
@@ -124,20 +125,20 @@ __device__ __forceinline__ Strip strip_of(const PassArgs<float>& args, const Dow
 
 // Adds the products of 128 rows of a span to the strip.
 template <class T>
-__device__ void down_tile(const PassArgs<T>& args, const SumSource<T>& source, const DownUnit& unit,
+__device__ void down_tile(const PassArgs<T>& args, const DownUnit& unit,
                           const SpanIterator::Span& span, int first_row, uint32_t base,
                           const Strip& strip) {
   using C = DownTile;
   const int t = threadIdx.x, lane = t % kWarp;
   const int warp_m = t / kWarp / C::kWarpsN, warp_n = t / kWarp % C::kWarpsN;
-  const T* rows = source.rows + unit.chunk * kTokensPerChunk * args.width;
 
-  const T* from[C::kCopiesA];  // the rows that this thread copies, null beyond the end
+  int64_t from[C::kCopiesA];  // in a source, the rows that this thread copies, -1 beyond the end
   const int chunk = t % kChunksPerRow, copy_row = t / kChunksPerRow;
 #pragma unroll
   for (int i = 0; i < C::kCopiesA; ++i) {
     const int token = token_of_row(args, unit, span, first_row + copy_row + i * kCopyRows);
-    from[i] = token >= 0 ? rows + token * args.width + span.first_column : nullptr;
+    const int64_t row = unit.chunk * kTokensPerChunk + token;
+    from[i] = token >= 0 ? row * args.width + span.first_column + chunk * kNumbers<T> : -1;
   }
   using Depth = DepthTile<T, C::kTileN>;
   const int depth_chunk = t % Depth::kChunks;
@@ -150,18 +151,21 @@ __device__ void down_tile(const PassArgs<T>& args, const SumSource<T>& source, c
   auto row_of_term = [&](int term) {
     return term < span.end_column ? args.row_of_column[term] : -1;
   };
+  const int steps = ceil_div(span.end_column - span.first_column, kTileK<T>);  // of a source
+  auto within_source = [&](int step) { return step < steps ? step : step - steps; };
   int row_ahead = row_of_term(span.first_column + lane);
   auto load = [&](int stage, int step) {
     const uint32_t to = base + stage * C::kStageBytes;
+    const SumSource<T> source = args.sources[step < steps ? 0 : 1];
     const int row = row_ahead;
-    const int k = step * kTileK<T>;
-    row_ahead = row_of_term(span.first_column + k + kTileK<T> + lane);
+    const int k = within_source(step) * kTileK<T>;
+    row_ahead = row_of_term(span.first_column + within_source(step + 1) * kTileK<T> + lane);
     const bool in_expert = __shfl_sync(kAllLanes, row, chunk * kNumbers<T>) >= 0;
 #pragma unroll
     for (int i = 0; i < C::kCopiesA; ++i) {
-      const bool valid = in_expert && from[i] != nullptr;
+      const bool valid = in_expert && from[i] >= 0;
       cp_async_16(to + RowTile::offset(copy_row + i * kCopyRows, chunk),
-                  valid ? from[i] + k + chunk * kNumbers<T> : source.rows, valid);
+                  source.rows + (valid ? from[i] + k : 0), valid);
     }
 #pragma unroll
     for (int i = 0; i < C::kCopiesB; ++i) {
@@ -175,8 +179,7 @@ __device__ void down_tile(const PassArgs<T>& args, const SumSource<T>& source, c
 
   DownSums sums{};
   const int live = live_blocks<C::kWarpsM>(span.pairs.count() - first_row, warp_m);
-  const int terms = span.end_column - span.first_column;
-  pipeline(ceil_div(terms, kTileK<T>), load, [&](int stage) {
+  pipeline(args.num_sources * steps, load, [&](int stage) {
     down_step<T>(sums, base + stage * C::kStageBytes, warp_m, warp_n, live);
   });
 
@@ -220,15 +223,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (args.turn.is_first && column < strip.columns) {
       for (int token = first_token; token < unit.tokens; token += kRows) *sums_of(token) = float4{};
     }
-    for (int s = 0; s < args.num_sources; ++s) {
-      const SumSource<T> source = args.sources[s];
-      SpanIterator spans(args.lists, args.expert_offsets, args.expert_columns, args.num_experts,
-                         unit.chunk);
-      SpanIterator::Span span;
-      while (spans.next(span, unit.tokens)) {
-        for (int row = 0; row < span.pairs.count(); row += kTileM) {
-          down_tile(args, source, unit, span, row, base, strip);
-        }
+    SpanIterator spans(args.lists, args.expert_offsets, args.expert_columns, args.num_experts,
+                       unit.chunk);
+    SpanIterator::Span span;
+    while (spans.next(span, unit.tokens)) {
+      for (int row = 0; row < span.pairs.count(); row += kTileM) {
+        down_tile(args, unit, span, row, base, strip);
       }
     }
     if constexpr (!kIsFloat<T>) {  // whose sums are y, and the next unit's are elsewhere

@@ -5,11 +5,11 @@
 //   gated [t,i] = G a              dgate [t,i] = G da u s (1 + g (1 - s))         dup [t,i] = G da silu(g)
 //   partial [t, ..] = sum over 32 neurons of a da                                 its sum is dgates
 //
-// 128 pairs x 32 neurons: three sums of 32 registers each leave room for two CTAs per SM. A warp of 32 rows
-// sees 32 neurons, so that a row's part of dgates stays in four lanes. Where the forward saved g and u of
-// the active pairs, da alone is a product, of 64 neurons a tile. fp32 (tf32) has half the terms in as many
-// bytes, and gets larger tiles, so that L2 can bring them in time: 96 pairs x 64 neurons, 128 x 128 where
-// g and u were saved.
+// 96 pairs x 64 neurons: three sums of 48 registers each leave room for two CTAs per SM, and a step's
+// operands are few enough for L2 to bring them while the tensor cores work on the step before. A warp sees
+// 32 neurons at a time, so that a row's part of dgates stays in four lanes. Where the forward saved g and u
+// of the active pairs, da alone is a product, of 128 pairs x 128 neurons. Experts that fill at most half
+// of these columns get 128 pairs x 32 neurons, saved 64.
 #pragma once
 
 #include "cuda/gemm_gate_up.cuh"
@@ -35,10 +35,11 @@ struct NeuronsArgs {
 // Neurons whose parts of dgates are summed up before they are stored.
 constexpr int kPartialColumns = 32;
 
-template <class T, bool kSaved>
+template <class T, bool kFromSaved, int kWarpColumns>
 struct NeuronsTile {
-  static constexpr int kTileM = kIsFloat<T> && !kSaved ? 96 : 128;
-  static constexpr int kWarpsN = kIsFloat<T> ? 2 : 1, kWarpsM = kThreads / kWarp / kWarpsN;
+  static constexpr bool kSaved = kFromSaved;
+  static constexpr int kWarpsN = kWarpColumns, kWarpsM = kThreads / kWarp / kWarpsN;
+  static constexpr int kTileM = !kSaved && kWarpsN > 1 ? 96 : 128;
   static constexpr int kParts = kSaved ? 2 : 1;  // of 32 neurons: what a warp has
   static constexpr int kTileN = kWarpsN * kParts * kPartialColumns;
   static constexpr int kRowBlocks = kTileM / 16 / kWarpsM;
@@ -53,7 +54,7 @@ struct NeuronsTile {
   static constexpr int kBoxBytes = kPartialColumns * kRowBytes;
   static constexpr int kBoxesAt = kSources * kRowsBytes;
   static constexpr int kStageBytes = kBoxesAt + kBoxes * kBoxBytes;
-  static constexpr int kSharedBytes = kStages * kStageBytes;  // 66 KiB; saved: 36; fp32: 72, 48
+  static constexpr int kSharedBytes = kStages * kStageBytes;  // 72 KiB; saved: 48; narrow: 66, 36
   static constexpr int kCopiesA = kTileM / kCopyRows;
   static_assert(kPartialColumns == kCopyRows, "a thread copies one row of each box");
   static __device__ __forceinline__ int box(int product, int warp_n) {
@@ -173,11 +174,10 @@ __device__ __forceinline__ void store_neurons(const NeuronsArgs<T>& args, int64_
 }
 
 // Part `part` of a warp's neurons: 32, of which a lane has 8 of every row.
-template <class T, bool kSaved, class Tile>
+template <class C, class T, class Tile>
 __device__ __forceinline__ void neurons_epilogue(const NeuronsArgs<T>& args, const Tile& tile,
-                                                 const NeuronsSums<NeuronsTile<T, kSaved>>& sums,
-                                                 int part, int warp_m, int warp_n) {
-  using C = NeuronsTile<T, kSaved>;
+                                                 const NeuronsSums<C>& sums, int part, int warp_m,
+                                                 int warp_n) {
   static_assert(2 * C::kBlocks == kChunk);
   const PassArgs<T>& pass = args.pass;
   const int lane = threadIdx.x % kWarp;
@@ -193,7 +193,7 @@ __device__ __forceinline__ void neurons_epilogue(const NeuronsArgs<T>& args, con
       const float weight = exists ? pass.gates[token * pass.num_experts + tile.expert] : 0.f;
       const int count = exists ? tile.columns - column : 0;
       float gates[kChunk], ups[kChunk], das[kChunk];
-      if constexpr (kSaved) {
+      if constexpr (C::kSaved) {
         const T* saved = args.saved + token * 2 * pass.intermediate_size + tile.first_row + column;
 #pragma unroll
         for (int b = 0; b < kChunk; b += kNumbers<T>) {
@@ -211,7 +211,7 @@ __device__ __forceinline__ void neurons_epilogue(const NeuronsArgs<T>& args, con
 #pragma unroll
       for (int b = 0; b < kChunk; ++b) {
         const int j = b / 2, at = half * 2 + b % 2;
-        if constexpr (!kSaved) {
+        if constexpr (!C::kSaved) {
           gates[b] = sums[C::kProducts - 2][i][j][at];
           ups[b] = sums[C::kProducts - 1][i][j][at];
         }
@@ -223,10 +223,10 @@ __device__ __forceinline__ void neurons_epilogue(const NeuronsArgs<T>& args, con
   }
 }
 
-template <class T, bool kSaved>
+template <class T, class C>
 __global__ void __launch_bounds__(kThreads, 2)
-    neurons_backward_kernel(const __grid_constant__ NeuronsArgs<T> args) {
-  using C = NeuronsTile<T, kSaved>;
+    neurons_backward_kernel(const __grid_constant__ NeuronsArgs<T> args, int min_size,
+                            int max_size) {
   extern __shared__ __align__(128) unsigned char shared[];
   const uint32_t base = shared_address(shared);
   const PassArgs<T>& pass = args.pass;
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int chunk = t % kChunksPerRow, copy_row = t / kChunksPerRow;
   const int num_steps = static_cast<int>(ceil_div<int64_t>(pass.hidden_size, kTileK<T>));
   TileScheduler<C::kTileM, C::kTileN> scheduler(args.listed, pass.expert_offsets, pass.num_experts,
-                                                1, INT32_MAX);
+                                                min_size, max_size);
   typename TileScheduler<C::kTileM, C::kTileN>::Tile tile;
   while (scheduler.next(tile)) {
     const T* rows[C::kSources][C::kCopiesA];  // null beyond the end
@@ -244,13 +244,13 @@ __global__ void __launch_bounds__(kThreads, 2)
       const bool exists = pair < tile.pairs.end;
       const int64_t token = exists ? args.listed.token_idx[pair] : 0;
       rows[0][i] = exists ? args.dy + token * args.dy_stride : nullptr;
-      if (!kSaved) rows[C::kSources - 1][i] = exists ? pass.x + token * pass.x_stride : nullptr;
+      if (!C::kSaved) rows[C::kSources - 1][i] = exists ? pass.x + token * pass.x_stride : nullptr;
     }
     const T* columns[C::kBoxes];  // null beyond the end
 #pragma unroll
     for (int box = 0; box < C::kBoxes; ++box) {
-      const int product = kSaved ? 0 : box / C::kWarpsN;
-      const int row = copy_row + (kSaved ? box : box % C::kWarpsN) * kPartialColumns;
+      const int product = C::kSaved ? 0 : box / C::kWarpsN;
+      const int row = copy_row + (C::kSaved ? box : box % C::kWarpsN) * kPartialColumns;
       const T* const matrix = product == 0   ? args.down_proj_t
                               : product == 1 ? pass.gate_proj
                                              : pass.up_proj;
@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     });
 #pragma unroll
     for (int part = 0; part < C::kParts; ++part) {
-      neurons_epilogue<T, kSaved>(args, tile, sums, part, warp_m, warp_n);
+      neurons_epilogue<C>(args, tile, sums, part, warp_m, warp_n);
     }
   }
 }

@@ -1,10 +1,11 @@
 // A weight gradient: dW[i, :] = sum over the active tokens t of e of p[t,i] q_t       see expert_mlp_bwd.cu
 //
-//   left     neurons of one expert, columns of p               [64, tokens]   128 in fp32 (tf32)
+//   left     neurons of one expert, columns of p               [128, tokens]
 //   right    q = x or dy, rows gathered                        [tokens, 128]
-//   result   rows of dW                                        [64, 128]
+//   result   rows of dW                                        [128, 128]
 //
-// The sum runs down the rows of both operands, so both are read transposed from shared memory. An
+// The sum runs down the rows of both operands, so both are read transposed from shared memory. Small
+// experts have loops of their own, for 32 and for 64 neurons; blocks of 16 are dealt to the warps in turn. An
 // expert without tokens gets zeros by the same loop, run no times. Where tokens come in several passes,
 // fp32 sums wait in the workspace until the last one, and only then become dW; fp32 itself waits in dW.
 #pragma once
@@ -33,16 +34,15 @@ struct AllWeights {
 
 template <class T>
 struct WeightsTile {
-  static constexpr int kTileM = kIsFloat<T> ? 128 : 64, kTileN = 128;
-  static constexpr int kCtasPerSm = kIsFloat<T> ? 2 : 3;
+  static constexpr int kTileM = 128, kTileN = 128;
   static constexpr int kWarpsM = 2, kWarpsN = 2;
-  static constexpr int kRowBlocks = kTileM / 16 / kWarpsM;  // 2, 4
+  static constexpr int kRowBlocks = kTileM / 16 / kWarpsM;  // 4
   static constexpr int kBlocks = kTileN / 8 / kWarpsN;      // 8
   using Left = DepthTile<T, kTileM>;
   using Right = DepthTile<T, kTileN>;
-  static constexpr int kStageBytes = Left::kBytes + Right::kBytes;  // 12, 16 KiB
+  static constexpr int kStageBytes = Left::kBytes + Right::kBytes;  // 16 KiB
   static constexpr int kSharedBytes = kStages * kStageBytes;
-  static constexpr int kCopiesLeft = Left::kBytes / 16 / kThreads;    // 2, 4
+  static constexpr int kCopiesLeft = Left::kBytes / 16 / kThreads;    // 4
   static constexpr int kCopiesRight = Right::kBytes / 16 / kThreads;  // 4
   static_assert(kTileK<T> <= kWarp, "a lane per term of the sum");
 };
@@ -50,17 +50,18 @@ struct WeightsTile {
 template <class T>
 using WeightsSums = float[WeightsTile<T>::kRowBlocks][WeightsTile<T>::kBlocks][4];
 
-template <class T>
+// With the first kLive of the warp's row blocks.
+template <int kLive, class T>
 __device__ __forceinline__ void weights_step(WeightsSums<T>& sums, uint32_t stage, int warp_m,
                                              int warp_n) {
   using C = WeightsTile<T>;
   const uint32_t right = stage + C::Left::kBytes;
 #pragma unroll
   for (int k = 0; k < kTileK<T>; k += kMmaTerms<T>) {
-    uint32_t a[C::kRowBlocks][4];
+    uint32_t a[kLive][4];
 #pragma unroll
-    for (int i = 0; i < C::kRowBlocks; ++i) {
-      C::Left::load_left(a[i], stage, k, warp_m * C::kRowBlocks + i);
+    for (int i = 0; i < kLive; ++i) {
+      C::Left::load_left(a[i], stage, k, i * C::kWarpsM + warp_m);
     }
 #pragma unroll
     for (int j = 0; j < C::kBlocks; j += 2) {
@@ -68,7 +69,7 @@ __device__ __forceinline__ void weights_step(WeightsSums<T>& sums, uint32_t stag
       C::Right::load_right(b, right, k, warp_n * C::kBlocks + j);
       round_operands(b, T());
 #pragma unroll
-      for (int i = 0; i < C::kRowBlocks; ++i) {
+      for (int i = 0; i < kLive; ++i) {
         mma(sums[i][j], a[i], b[0], b[1], T());
         mma(sums[i][j + 1], a[i], b[2], b[3], T());
       }
@@ -151,7 +152,7 @@ __device__ __forceinline__ void weights_epilogue(const WeightsArgs<T>& args, con
   for (int i = 0; i < C::kRowBlocks; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int neuron = (warp_m * C::kRowBlocks + i) * 16 + half * 8 + threadIdx.x % kWarp / 4;
+      const int neuron = (i * C::kWarpsM + warp_m) * 16 + half * 8 + threadIdx.x % kWarp / 4;
       const GradientRow<T> row(args, tile.first_row + neuron, column, neuron < tile.neurons);
 #pragma unroll
       for (int j = 0; j < C::kBlocks; j += 4) {
@@ -168,7 +169,7 @@ __device__ __forceinline__ void weights_epilogue(const WeightsArgs<T>& args, con
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, WeightsTile<T>::kCtasPerSm)
+__global__ void __launch_bounds__(kThreads, kCtasPerSm)
     weights_kernel(const __grid_constant__ WeightsArgs<T> args) {
   using C = WeightsTile<T>;
   extern __shared__ __align__(128) unsigned char shared[];
@@ -214,9 +215,18 @@ __global__ void __launch_bounds__(kThreads, WeightsTile<T>::kCtasPerSm)
       }
     };
     WeightsSums<T> sums{};
-    pipeline(ceil_div(pairs.count(), kTileK<T>), load, [&](int stage) {
-      weights_step<T>(sums, base + stage * C::kStageBytes, warp_m, warp_n);
-    });
+    auto sum_up = [&](auto live) {
+      pipeline(ceil_div(pairs.count(), kTileK<T>), load, [&](int stage) {
+        weights_step<decltype(live)::value, T>(sums, base + stage * C::kStageBytes, warp_m, warp_n);
+      });
+    };
+    if (tile.neurons <= 32) {
+      sum_up(std::integral_constant<int, 1>());
+    } else if (tile.neurons <= 64) {
+      sum_up(std::integral_constant<int, 2>());
+    } else {
+      sum_up(std::integral_constant<int, C::kRowBlocks>());
+    }
     weights_epilogue(args, tile, sums, warp_m, warp_n);
   }
 }

@@ -13,7 +13,7 @@ from dsmoe_ext.benchmarks.gpu_model import (
     gathered,
     run_tiles,
 )
-from dsmoe_ext.benchmarks.gpu_specs import ANY, WGMMA, Gpu
+from dsmoe_ext.benchmarks.gpu_specs import ANY, FP32, WGMMA, Gpu
 
 # of sm_90a: columns of a tile, up to which size of expert
 RECOMPUTE, NEURONS = ((32, 32), (64, 128), (96, ANY)), ((32, 32), (128, 128), (160, ANY))
@@ -69,19 +69,16 @@ def neurons(gpu: Gpu, load: Load) -> list[Prediction]:
     hidden, loop = load.hidden_size, gpu.loop
     saved = ", saved" if load.is_saved else ""
     if loop is not WGMMA:
-        kernel = f"{loop.prefix}neurons_backward{saved}"
-        tile_rows, columns = loop.saved_neurons if load.is_saved else loop.neurons
+        tiles = loop.saved_neurons if load.is_saved else loop.neurons
+        kernels = [
+            (f"{loop.prefix}neurons<{columns}>{saved}", rows, columns, most)
+            for rows, columns, most in tiles
+        ]
         products, rows, numbers = (1, 1, 5) if load.is_saved else (3, 2, 3)
-        one = gathered(
-            replace(gpu, loop=replace(loop, tile_rows=tile_rows)),
-            load,
-            [(kernel, columns, ANY)],
-            products,
-            lambda s: rows * hidden + numbers * s,
-        )
-        return [replace(one[0], kernel="neurons")]
-    recompute = [(f"sm90a recompute<{c}>", c, most) for c, most in RECOMPUTE]
-    rest = [(f"sm90a neurons<{c // 2}>{saved}", c, most) for c, most in NEURONS]
+        return gathered(gpu, load, kernels, products, lambda s: rows * hidden + numbers * s)
+    rows = loop.tile_rows
+    recompute = [(f"sm90a recompute<{c}>", rows, c, most) for c, most in RECOMPUTE]
+    rest = [(f"sm90a neurons<{c // 2}>{saved}", rows, c, most) for c, most in NEURONS]
     return [
         *(() if load.is_saved else gathered(gpu, load, recompute, 2, lambda s: hidden + 2 * s)),
         *gathered(gpu, load, rest, 1, lambda s: hidden + 5 * s),
@@ -89,9 +86,9 @@ def neurons(gpu: Gpu, load: Load) -> list[Prediction]:
 
 
 def dx(gpu: Gpu, load: Load, ends: bool) -> Prediction:
-    """The forward's kernel, with two sources: one after the other but on sm_90a. ends: strips are
-    cleared or y is written."""
-    if gpu.loop is WGMMA:
+    """The forward's kernel, with two sources: one after the other in fp32. ends: strips are cleared
+    or y is written."""
+    if gpu.loop is not FP32:
         return down(gpu, load, sources=2, ends=ends)
     one = down(gpu, load)
     both = {k: 2 * v for k, v in one.parts.items()}
@@ -111,10 +108,9 @@ def weights(gpu: Gpu, load: Load) -> list[Prediction]:
             tiles += [(rows, steps)] * math.ceil(hidden / columns)
         moved += pairs * (hidden + size) + size * hidden
     each = 3 // launches
-    own = replace(gpu, loop=replace(loop, ctas_per_sm=loop.weights_ctas_per_sm))
-    ctas = deal(own, tiles * each)
+    ctas = deal(gpu, tiles * each)
     moved *= each * load.number_bytes
-    return [run_tiles(own, f"{loop.prefix}weights", ctas, moved)] * launches
+    return [run_tiles(gpu, f"{loop.prefix}weights", ctas, moved)] * launches
 
 
 def backward(gpu: Gpu, load: Load) -> list[Prediction]:

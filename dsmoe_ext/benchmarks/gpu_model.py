@@ -21,18 +21,18 @@ from pathlib import Path
 import torch
 
 from dsmoe_ext.benchmarks.gpu_load import DECODE_TOKENS, Load
-from dsmoe_ext.benchmarks.gpu_specs import FP32, WGMMA, Gpu, Loop
+from dsmoe_ext.benchmarks.gpu_specs import FP32, TF32, WGMMA, Gpu, Loop
 
 COUNTS = Path(__file__).with_name("gpu_counts.json")
 CHUNK_TOKENS = 256  # of y, what a CTA of `down` owns at least
 GROUP = 8  # row tiles that share weights in L2
-# rows that the warps of an mma.sync kernel take in turn: the busiest has its share of this many
-# rounded up
-ROWS_DEALT = {"gate_up<16>": 64, "gate_up<32>": 32, "gate_up<64>": 32, "down": 32,
-              "neurons_backward": 64, "neurons_backward, saved": 64, "weights": 64}  # fmt: skip
-ROWS_DEALT |= {f"tf32 {kernel}": rows for kernel, rows in ROWS_DEALT.items()}
-ROWS_DEALT |= {"tf32 neurons_backward": 32, "tf32 neurons_backward, saved": 32,
-               "tf32 weights": 128}  # fmt: skip
+# as many rows of a tile may the busiest warp of an mma.sync kernel have its share of: blocks of 16
+# rows are dealt to the warps in turn; the weights' loops are for so many rows
+BY_64, BY_32 = (64, 128), (32, 64, 96, 128)
+MULTIPLIED_ROWS = {"gate_up<16>": BY_64, "gate_up<32>": BY_32, "gate_up<64>": BY_32, "down": BY_32,
+                   "neurons<32>": BY_64, "neurons<64>": BY_32,
+                   "neurons<64>, saved": BY_64, "neurons<128>, saved": BY_32,
+                   "weights": (32, 64, 128)}  # fmt: skip
 LATENCY_SECONDS = 0.6e-6  # of DRAM, once per kernel
 LAUNCH_SECONDS = 1.5e-6  # between kernels of one stream
 CALLS = 10  # in a row, when a GPU is measured
@@ -83,8 +83,8 @@ def pipes(gpu: Gpu, kernel: str, rows: int) -> dict[str, float]:
             "issue": counted(kernel, whole, "step", "instructions") / 4,
             "shared memory": counted(kernel, whole, "step", "shared_cycles"),
         }
-    dealt = ROWS_DEALT[kernel.partition(", saving")[0]]
-    busiest = math.ceil(rows / dealt) * dealt
+    possible = MULTIPLIED_ROWS[kernel.removeprefix(TF32.prefix).removesuffix(", saving")]
+    busiest = next(most for most in possible if rows <= most)
     full_tile = max(map(int, counts()[kernel]["rows"]))
     most_mma = counted(kernel, full_tile, "step", "mma") / 4
     mma = counted(kernel, busiest, "step", "mma") / 4
@@ -168,19 +168,20 @@ def deal_evenly(gpu: Gpu, tiles: list[tuple[int, int]]) -> list[list[tuple[int, 
 
 
 def gathered(
-    gpu: Gpu, load: Load, kernels: list[tuple[str, int, int]], products: int, numbers: Callable
+    gpu: Gpu, load: Load, kernels: list[tuple[str, int, int, int]], products: int, numbers: Callable
 ) -> list[Prediction]:
     """Gathered rows times rows of `products` weight matrices, over H: a launch for each kernel
-    (name, columns of a tile, up to which size of expert). numbers(size): of a pair, moved."""
+    (name, rows and columns of a tile, up to which size of expert). numbers(size): of a pair,
+    moved."""
     out, loop, smallest = [], gpu.loop, 1
     steps = math.ceil(load.hidden_size / loop.step_terms)
-    for kernel, columns, largest in kernels:
+    for kernel, tile_rows, columns, largest in kernels:
         tiles, moved = [], 0.0
         for size, pairs in zip(load.sizes, load.active.sum(0).tolist(), strict=True):
             if not smallest <= size <= largest or not pairs:
                 continue
-            row_tiles = math.ceil(pairs / loop.tile_rows)
-            rows = [min(loop.tile_rows, pairs - i * loop.tile_rows) for i in range(row_tiles)]
+            row_tiles = math.ceil(pairs / tile_rows)
+            rows = [min(tile_rows, pairs - i * tile_rows) for i in range(row_tiles)]
             for first in range(0, row_tiles, GROUP):
                 for _ in range(math.ceil(size / columns)):
                     tiles += [(r, steps) for r in rows[first : first + GROUP]]
@@ -195,7 +196,9 @@ def gate_up(gpu: Gpu, load: Load) -> list[Prediction]:
     """One launch for each width of tile; experts choose by their size."""
     loop, saving = gpu.loop, ", saving" if load.is_saved else ""
     widths = loop.saving_widths if saving else loop.widths
-    kernels = [(f"{loop.prefix}gate_up<{c}>{saving}", c, most) for c, most in widths]
+    kernels = [
+        (f"{loop.prefix}gate_up<{c}>{saving}", loop.tile_rows, c, most) for c, most in widths
+    ]
     written = 3 if saving else 1
     return gathered(gpu, load, kernels, 2, lambda size: load.hidden_size + written * size)
 

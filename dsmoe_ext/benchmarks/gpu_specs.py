@@ -19,12 +19,11 @@ class Loop:
     # columns of a gate_up tile, up to which size of expert; the same where g and u are saved
     widths: tuple[tuple[int, int], ...]
     saving_widths: tuple[tuple[int, int], ...]
-    # rows and columns of the backward's tiles: per neuron, where g and u are products too and where
-    # they were saved; of weight gradients, and their CTAs on an SM
-    neurons: tuple[int, int] | None  # None: of several widths, gpu_backward.py
-    saved_neurons: tuple[int, int] | None
-    weights: tuple[int, int]
-    weights_ctas_per_sm: int
+    # rows and columns of the backward's tiles per neuron, up to which size of expert, where g and u
+    # are products too and where they were saved; None: gpu_backward.py
+    neurons: tuple[tuple[int, int, int], ...] | None
+    saved_neurons: tuple[tuple[int, int, int], ...] | None
+    weights: tuple[int, int]  # rows and columns of a gradient's tile
     ctas_per_sm: int
     # of a step, that nothing of the same CTA fills: barrier, first ldmatrix, last mma
     sync_cycles: float
@@ -44,22 +43,13 @@ MMA = Loop(
     strips=((128, 256),),
     widths=(*SMALL, (64, ANY)),
     saving_widths=(*SMALL, (64, ANY)),
-    neurons=(128, 32),
-    saved_neurons=(128, 64),
-    weights=(64, 128),
-    weights_ctas_per_sm=3,
+    neurons=((128, 32, 32), (96, 64, ANY)),
+    saved_neurons=((128, 64, 64), (128, 128, ANY)),
+    weights=(128, 128),
     ctas_per_sm=2,
     sync_cycles=100.0,
 )
-TF32 = replace(
-    MMA,
-    prefix="tf32 ",
-    step_terms=16,
-    neurons=(96, 64),
-    saved_neurons=(128, 128),
-    weights=(128, 128),
-    weights_ctas_per_sm=2,
-)
+TF32 = replace(MMA, prefix="tf32 ", step_terms=16)
 WGMMA = Loop(
     prefix="sm90a ",
     tile_rows=256,
@@ -71,7 +61,6 @@ WGMMA = Loop(
     neurons=None,
     saved_neurons=None,
     weights=(256, 192),
-    weights_ctas_per_sm=1,
     ctas_per_sm=1,
     sync_cycles=0.0,
 )
@@ -84,10 +73,9 @@ FP32 = Loop(
     strips=((64, 256),),
     widths=((64, ANY),),
     saving_widths=((64, ANY),),
-    neurons=(64, 64),
-    saved_neurons=(64, 64),
+    neurons=((64, 64, ANY),),
+    saved_neurons=((64, 64, ANY),),
     weights=(64, 64),
-    weights_ctas_per_sm=4,
     ctas_per_sm=4,
     sync_cycles=100.0,
     unit="fp32 units",

@@ -38,9 +38,11 @@ KERNELS = {
     "neurons": ((1, 16), lambda steps: (512 * steps, 16), 2, 1),
     "outputs": ((1, 16), lambda steps: (128, 16 * 8 * steps), 2, 8),
     # backward; the weights' steps are of tokens, their rows neurons
-    "neurons_backward": ((32, 128), lambda steps: (32 * steps, 32), 1, 1),
-    "weights": ((32, 64), lambda steps: (128, 32 * steps), 1, 1),
-    "neurons_backward, saved": ((32, 128), lambda steps: (32 * steps, 64), 1, 1),
+    "neurons<32>": ((32, 128), lambda steps: (32 * steps, 32), 1, 1),
+    "neurons<64>": ((32, 96), lambda steps: (32 * steps, 64), 1, 1),
+    "neurons<64>, saved": ((32, 128), lambda steps: (32 * steps, 64), 1, 1),
+    "neurons<128>, saved": ((32, 128), lambda steps: (32 * steps, 128), 1, 1),
+    "weights": ((32, 128), lambda steps: (128, 32 * steps), 1, 1),
     # sm_90a
     "sm90a gate_up<16>": ((64, 256), lambda steps: (64 * steps, 16), 1, 1),
     "sm90a gate_up<32>": ((64, 256), lambda steps: (64 * steps, 32), 1, 1),
@@ -63,15 +65,17 @@ KERNELS = {
     # kind of sum: so twice the steps
     "fp32 gate_up<64>": ((32, 64), lambda steps: (16 * steps, 64), 1, 1),
     "fp32 down": ((32, 64), lambda steps: (64, 32 * steps), 1, 2),
-    "fp32 neurons_backward": ((32, 64), lambda steps: (16 * steps, 64), 1, 1),
-    "fp32 neurons_backward, saved": ((32, 64), lambda steps: (16 * steps, 64), 1, 1),
+    "fp32 neurons<64>": ((32, 64), lambda steps: (16 * steps, 64), 1, 1),
+    "fp32 neurons<64>, saved": ((32, 64), lambda steps: (16 * steps, 64), 1, 1),
     "fp32 weights": ((32, 64), lambda steps: (64, 16 * steps), 1, 1),
     "tf32 gate_up<16>": ((32, 128), lambda steps: (16 * steps, 16), 1, 1),
     "tf32 gate_up<32>": ((32, 128), lambda steps: (16 * steps, 32), 1, 1),
     "tf32 gate_up<64>": ((32, 128), lambda steps: (16 * steps, 64), 1, 1),
     "tf32 down": ((32, 128), lambda steps: (128, 32 * steps), 1, 2),
-    "tf32 neurons_backward": ((32, 96), lambda steps: (16 * steps, 64), 1, 1),
-    "tf32 neurons_backward, saved": ((32, 128), lambda steps: (16 * steps, 128), 1, 1),
+    "tf32 neurons<32>": ((32, 128), lambda steps: (16 * steps, 32), 1, 1),
+    "tf32 neurons<64>": ((32, 96), lambda steps: (16 * steps, 64), 1, 1),
+    "tf32 neurons<64>, saved": ((32, 128), lambda steps: (16 * steps, 64), 1, 1),
+    "tf32 neurons<128>, saved": ((32, 128), lambda steps: (16 * steps, 128), 1, 1),
     "tf32 weights": ((32, 128), lambda steps: (128, 16 * steps), 1, 1),
 }
 # the same kernels where they keep g and u
@@ -81,7 +85,7 @@ KERNELS |= {
     if "gate_up" in name and "<96>" not in name
 }
 LOOPS = {"bfloat16": "", "float": "tf32 "}  # by dtype of the mma.sync kernels
-BACKWARD = ("neurons_backward", "weights", "recompute", "sm90a neurons")
+BACKWARD = ("neurons<", "weights", "recompute")
 
 
 def short(name):
@@ -93,10 +97,13 @@ def short(name):
     ):
         return f"sm90a {own[1]}" + (f"<{own[2]}>" if own[2] else "") + (", saved" if own[3] else "")
     saved = {"true": ", saved", "false": ""}
-    if neurons := re.match(r"neurons_backward_kernel<(bfloat16|float),(\w+)>", name):
-        return f"{LOOPS[neurons[1]]}neurons_backward{saved[neurons[2]]}"
+    if own := re.match(
+        r"neurons_backward_kernel<(bfloat16|float),NeuronsTile<\w+,(\w+),(\d)>", name
+    ):
+        columns = int(own[3]) * {"true": 64, "false": 32}[own[2]]
+        return f"{LOOPS[own[1]]}neurons<{columns}>{saved[own[2]]}"
     if fp32 := re.match(r"(\w+)_ffma_kernel<float(?:,(\w+))?>", name):
-        tile = {"gate_up": "gate_up<64>", "neurons": "neurons_backward"}.get(fp32[1], fp32[1])
+        tile = {"gate_up": "gate_up<64>", "neurons": "neurons<64>"}.get(fp32[1], fp32[1])
         return f"fp32 {tile}{saved[fp32[2]] if fp32[2] else ''}"
     plain = re.match(r"(down|neurons|outputs|weights)_kernel<(bfloat16|float)", name)
     return LOOPS[plain[2]] + plain[1] if plain else None

@@ -278,7 +278,7 @@ CASES = {
     "backward, unaligned, saved": expert_mlp_backward(*UNALIGNED, save_activations=True),
     "TF32, unaligned, saved": tf32_backward(*UNALIGNED, save_activations=True),
     "TF32, a whole tile in a later pass": tf32_backward(
-        260, 64, [64, 16], 0.1, save_activations=False
+        260, 136, [128, 16], 0.1, save_activations=False
     ),
     "backward, three parts of dgates in a later pass": expert_mlp_backward(
         40, 16, [33, 367, 64, 90], 0.5, exact_ste=True

@@ -96,7 +96,7 @@ HOPPER_BACKWARD_ACTIVE = {  # of active pairs only: others in a tile that is not
     "passes of two strips": ((150, 328, [264, 200], 0.5), dict(multiprocessors=2)),
     "unaligned, saved": ((130, 24, [13, 125, 141], 1.0), dict(save_activations=True)),
 }
-UNALIGNED = (130, 24, [13, 29, 67], 1.0)  # the last rows of a tile of 128, at odd addresses
+UNALIGNED = (130, 24, [13, 29, 67, 63, 1], 1.0)  # the last rows of a tile of 128, at odd addresses
 DECODE = {  # the number of multiprocessors decides into how many parts a sum is cut
     "ragged": ((3, 264, [72, 17, 5], 0.6), 1),
     "all rows": ((16, 40, [40, 24, 16, 7, 320], 0.5), 1),

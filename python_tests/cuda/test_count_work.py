@@ -32,14 +32,15 @@ def test_decode_moves_nothing_but_weights_and_x(tokens):
 
 
 def test_down_reads_the_strip_and_writes_it():
-    """Per tile of 128 rows: the fp32 sums are zeroed, read, written and read, then y is written."""
+    """Per tile of 128 rows: the fp32 sums are zeroed, read, written and read, then y is written.
+    Each of four warps looks up the rows of a step that does not come."""
     table = json.loads(count_work.TABLE.read_text())
     tile, sums = table["down"]["rows"]["128"]["tile"], 128 * 128 * 4
     assert tile["store_bytes"] == 2 * sums + sums // 2
-    assert 2 * sums <= tile["load_bytes"] <= 1.02 * 2 * sums
+    assert 2 * sums <= tile["load_bytes"] - 4 * 128 <= 1.02 * 2 * sums
 
 
-@pytest.mark.parametrize("kernel, neurons, columns", [("weights", 64, 128),
+@pytest.mark.parametrize("kernel, neurons, columns", [("weights", 128, 128),
                                                       ("sm90a weights", 256, 192)])  # fmt: skip
 def test_weight_gradients_are_stored_once_in_whole_sectors(kernel, neurons, columns):
     """In bf16."""
@@ -56,8 +57,9 @@ def test_saved_activations_are_written_and_read_once():
         plain, saving = (tile[kernel + how][str(rows)]["tile"] for how in ("", ", saving"))
         assert saving["store_bytes"] - plain["store_bytes"] == 2 * rows * 64 * 2
         assert tile[f"{kernel}, saving"][str(rows)]["step"]["store_bytes"] == 0
-    reading = tile["neurons_backward, saved"]["128"]["tile"]["load_bytes"]
-    assert 2 * 128 * 64 * 2 <= reading <= 1.2 * 2 * 128 * 64 * 2
+    for neurons in (64, 128):
+        counts = tile[f"neurons<{neurons}>, saved"]["128"]["tile"]
+        assert 2 * 128 * neurons * 2 <= counts["load_bytes"] <= 1.2 * 2 * 128 * neurons * 2
 
 
 @pytest.mark.parametrize("tokens", [8192, 4096])

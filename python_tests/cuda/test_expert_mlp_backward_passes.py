@@ -94,7 +94,7 @@ def test_passes_are_those_of_the_model_of_gpu_time(experts, tokens, arch):
     per_pass, _, over_columns = cut(Load(4096, sizes, torch.ones(tokens, experts)))
     over_tokens = -(-tokens // per_pass)
     names = Interpreter(arch=arch).backward_launches(tokens, 4096, 11008, experts, torch.bfloat16)
-    widths_of_tiles = {"80": 1, "90a": 3}[arch]
+    widths_of_tiles = {"80": 2, "90a": 3}[arch]
     sweeps = 2 if over_tokens > 1 else 1
     passes = over_tokens * over_columns
     assert sum("sum_dgates" in name for name in names) == passes
