@@ -1,6 +1,7 @@
 """The model of GPU time: what can be worked out by hand, and the command. No GPU is needed."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -223,6 +224,27 @@ def test_tensor_cores_have_60_percent_of_what_a_full_tile_takes(gpu, kernel):
     """Of the cycles that the busiest pipe of an SM, issue among them, allows."""
     step = model.pipes(GPUS[gpu], kernel, max(map(int, model.counts()[kernel]["rows"])))
     assert step["tensor cores"] >= 0.6 * max(step.values())
+
+
+def test_weights_of_small_experts_by_hand():
+    """A tile of 16 neurons goes through the loop for 32: 32 terms of 32 and 128 columns written, 64
+    bytes a term and 256; read by 4 warps, 2 x (1 + 4) fragments of 512 bytes."""
+    step = model.pipes(A100, "weights", 16)
+    assert step["shared memory"] == (32 * (64 + 256) + 4 * 2 * 5 * 512) / 128
+    assert step["tensor cores"] == 2 * 16 * 2 / 4 * 8  # mma of 16 x 8 x 16 by 4 warps
+    assert step["issue"] < 0.7 * model.counts()["weights"]["sass"]["80"]
+
+
+def test_experts_share_rows_that_fit_in_l2():
+    """1024 pairs of experts that a quarter of the tokens use are of 4096 tokens: 16 MiB of x at H
+    2048, and 64 at H 8192."""
+    for hidden, shared in ((2048, True), (8192, False)):
+        case = load(8192, hidden, [32] * 64, 0.25)
+        (kernel,) = (p for p in model.predict(A100, case) if p.tiles and "gate_up" in p.kernel)
+        pairs = int(case.active.sum())
+        groups = sum(math.ceil(n / 1024) for n in case.active.sum(0).tolist())
+        numbers = (8192 if shared else pairs) * hidden + groups * 2 * 32 * hidden + pairs * 32
+        assert kernel.parts["DRAM"] == pytest.approx(2 * numbers / A100.bandwidth)
 
 
 @pytest.mark.parametrize("saved", [False, True])

@@ -242,11 +242,12 @@ class Backward {
       return;
     }
     using Narrow = NeuronsTile<T, kSaved, 1>;
-    launch_neurons<Narrow>(args, 1, Narrow::kTileN);
-    launch_neurons<NeuronsTile<T, kSaved, 2>>(args, Narrow::kTileN + 1, INT32_MAX);
+    launch_tiles<Narrow>(args, 1, Narrow::kTileN);
+    launch_tiles<NeuronsTile<T, kSaved, 2>>(args, Narrow::kTileN + 1, INT32_MAX);
   }
+
   template <class Tile>
-  void launch_neurons(const NeuronsArgs<T>& args, int min_size, int max_size) {
+  void launch_tiles(const NeuronsArgs<T>& args, int min_size, int max_size) {
     const auto kernel = neurons_backward_kernel<T, Tile>;
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
     kernel<<<ctas_, kThreads, Tile::kSharedBytes, on_>>>(args, min_size, max_size);

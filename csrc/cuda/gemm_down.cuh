@@ -5,7 +5,7 @@
 //   result   added to a strip that only this CTA touches       [256, 128] fp32: of y itself, if that is fp32
 //
 // The backward uses it for dx = dg Wg + du Wu: two sources make one sum of twice the terms, so that the
-// strip is written no more often.
+// strip is read and written once, not twice.
 #pragma once
 
 #include "cuda/gemm_gate_up.cuh"  // live_blocks
@@ -132,7 +132,8 @@ __device__ void down_tile(const PassArgs<T>& args, const DownUnit& unit,
   const int t = threadIdx.x, lane = t % kWarp;
   const int warp_m = t / kWarp / C::kWarpsN, warp_n = t / kWarp % C::kWarpsN;
 
-  int64_t from[C::kCopiesA];  // in a source, the rows that this thread copies, -1 beyond the end
+  int64_t
+      from[C::kCopiesA];  // where in either source this thread's copies begin, -1 beyond the end
   const int chunk = t % kChunksPerRow, copy_row = t / kChunksPerRow;
 #pragma unroll
   for (int i = 0; i < C::kCopiesA; ++i) {
@@ -146,7 +147,7 @@ __device__ void down_tile(const PassArgs<T>& args, const DownUnit& unit,
   const bool has_column = column < args.hidden_size;
 
   static_assert(kTileK<T> <= kWarp, "a lane per term");
-  // Lane l looks up which row of Wd is term l of the next step's sum; one step ahead, because the
+  // Lane l looks up which row of the weights is term l of the next step's sum; one step ahead, because the
   // copies need the answer at once.
   auto row_of_term = [&](int term) {
     return term < span.end_column ? args.row_of_column[term] : -1;

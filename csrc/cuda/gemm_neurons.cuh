@@ -5,11 +5,11 @@
 //   gated [t,i] = G a              dgate [t,i] = G da u s (1 + g (1 - s))         dup [t,i] = G da silu(g)
 //   partial [t, ..] = sum over 32 neurons of a da                                 its sum is dgates
 //
-// 96 pairs x 64 neurons: three sums of 48 registers each leave room for two CTAs per SM, and a step's
-// operands are few enough for L2 to bring them while the tensor cores work on the step before. A warp sees
-// 32 neurons at a time, so that a row's part of dgates stays in four lanes. Where the forward saved g and u
-// of the active pairs, da alone is a product, of 128 pairs x 128 neurons. Experts that fill at most half
-// of these columns get 128 pairs x 32 neurons, saved 64.
+// 96 pairs x 64 neurons: three sums of 48 registers each leave room for two CTAs per SM (so does the shared
+// memory of sm_80 and sm_90), and L2 can bring a step's operands while the tensor cores work on the step
+// before. A warp sees 32 neurons at a time, so that a row's part of dgates stays in four lanes. Where the
+// forward saved g and u of the active pairs, da alone is a product, of 128 pairs x 128 neurons. Experts that
+// fill at most half of these columns get 128 pairs x 32 neurons, saved 64.
 #pragma once
 
 #include "cuda/gemm_gate_up.cuh"
@@ -35,10 +35,10 @@ struct NeuronsArgs {
 // Neurons whose parts of dgates are summed up before they are stored.
 constexpr int kPartialColumns = 32;
 
-template <class T, bool kFromSaved, int kWarpColumns>
+template <class T, bool kFromSaved, int kWarpsAlongN>
 struct NeuronsTile {
   static constexpr bool kSaved = kFromSaved;
-  static constexpr int kWarpsN = kWarpColumns, kWarpsM = kThreads / kWarp / kWarpsN;
+  static constexpr int kWarpsN = kWarpsAlongN, kWarpsM = kThreads / kWarp / kWarpsN;
   static constexpr int kTileM = !kSaved && kWarpsN > 1 ? 96 : 128;
   static constexpr int kParts = kSaved ? 2 : 1;  // of 32 neurons: what a warp has
   static constexpr int kTileN = kWarpsN * kParts * kPartialColumns;
@@ -173,15 +173,15 @@ __device__ __forceinline__ void store_neurons(const NeuronsArgs<T>& args, int64_
   }
 }
 
-// Part `part` of a warp's neurons: 32, of which a lane has 8 of every row.
-template <class C, class T, class Tile>
+// Part kPart of a warp's neurons: 32, of which a lane has 8 of every row.
+template <class C, int kPart, class T, class Tile>
 __device__ __forceinline__ void neurons_epilogue(const NeuronsArgs<T>& args, const Tile& tile,
-                                                 const NeuronsSums<C>& sums, int part, int warp_m,
+                                                 const NeuronsSums<C>& sums, int warp_m,
                                                  int warp_n) {
   static_assert(2 * C::kBlocks == kChunk);
   const PassArgs<T>& pass = args.pass;
   const int lane = threadIdx.x % kWarp;
-  const int column = (warp_n * C::kParts + part) * kPartialColumns + lane % 4 * kNumbers<T>;
+  const int column = (warp_n * C::kParts + kPart) * kPartialColumns + lane % 4 * kNumbers<T>;
   const int64_t tile_column = pass.expert_columns[tile.expert] + tile.column;
 #pragma unroll
   for (int i = 0; i < C::kRowBlocks; ++i) {
@@ -215,7 +215,7 @@ __device__ __forceinline__ void neurons_epilogue(const NeuronsArgs<T>& args, con
           gates[b] = sums[C::kProducts - 2][i][j][at];
           ups[b] = sums[C::kProducts - 1][i][j][at];
         }
-        das[b] = sums[part][i][j][at];
+        das[b] = sums[kPart][i][j][at];
       }
       const int64_t at = token * pass.width + tile_column + column;
       store_neurons(args, at, count, weight, gates, ups, das);
@@ -278,10 +278,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     pipeline(num_steps, load, [&](int stage) {
       neurons_step<T, C>(sums, base + stage * C::kStageBytes, warp_m, warp_n, live);
     });
-#pragma unroll
-    for (int part = 0; part < C::kParts; ++part) {
-      neurons_epilogue<C>(args, tile, sums, part, warp_m, warp_n);
-    }
+    neurons_epilogue<C, 0>(args, tile, sums, warp_m, warp_n);
+    if constexpr (C::kParts == 2) neurons_epilogue<C, 1>(args, tile, sums, warp_m, warp_n);
   }
 }
 

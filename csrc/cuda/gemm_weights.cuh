@@ -4,10 +4,11 @@
 //   right    q = x or dy, rows gathered                        [tokens, 128]
 //   result   rows of dW                                        [128, 128]
 //
-// The sum runs down the rows of both operands, so both are read transposed from shared memory. Small
-// experts have loops of their own, for 32 and for 64 neurons; blocks of 16 are dealt to the warps in turn. An
-// expert without tokens gets zeros by the same loop, run no times. Where tokens come in several passes,
-// fp32 sums wait in the workspace until the last one, and only then become dW; fp32 itself waits in dW.
+// The sum runs down the rows of both operands, so both are read transposed from shared memory. Tiles of at
+// most 32 and of at most 64 neurons have loops of their own, which neither copy nor multiply what is not
+// there; blocks of 16 neurons are dealt to the warps in turn. An expert without tokens gets zeros by the
+// same loop, run no times. Where tokens come in several passes, fp32 sums wait in the workspace until the
+// last one, and only then become dW; fp32 itself waits in dW.
 #pragma once
 
 #include "cuda/gemm_gate_up.cuh"
@@ -42,8 +43,7 @@ struct WeightsTile {
   using Right = DepthTile<T, kTileN>;
   static constexpr int kStageBytes = Left::kBytes + Right::kBytes;  // 16 KiB
   static constexpr int kSharedBytes = kStages * kStageBytes;
-  static constexpr int kCopiesLeft = Left::kBytes / 16 / kThreads;    // 4
-  static constexpr int kCopiesRight = Right::kBytes / 16 / kThreads;  // 4
+  static_assert(kSharedBytes <= 48 << 10, "two CTAs per SM, and no opt-in needed");
   static_assert(kTileK<T> <= kWarp, "a lane per term of the sum");
 };
 
@@ -190,35 +190,43 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
       return pairs.begin + term < pairs.end ? pass.lists.token_idx[pairs.begin + term] : -1;
     };
     int token_ahead = token_of_term(lane);
-    auto load = [&](int stage, int step) {
+    // live: of a warp's row blocks, those that exist
+    auto load = [&](auto live, int stage, int step) {
       const uint32_t to = base + stage * C::kStageBytes;
       const int token = token_ahead;
       token_ahead = token_of_term((step + 1) * kTileK<T> + lane);
-      auto copy = [&](auto layout, int i, uint32_t at, const T* matrix, int64_t stride, int first,
-                      int64_t end) {
-        using Layout = decltype(layout);
-        const int term = (t + i * kThreads) / Layout::kChunks;
-        const int chunk = (t + i * kThreads) % Layout::kChunks;
-        const int64_t row = __shfl_sync(kAllLanes, token, term);
-        const bool valid = row >= 0 && first + chunk * kNumbers<T> < end;
-        cp_async_16(at + Layout::offset(term, chunk),
-                    matrix + (valid ? row * stride + first + chunk * kNumbers<T> : 0), valid);
+      // the first so many chunks of every row
+      auto copy = [&](auto layout, auto chunks, uint32_t at, const T* matrix, int64_t stride,
+                      int first, int64_t end) {
+        constexpr int kChunks = decltype(chunks)::value;
+        static_assert(kTileK<T> * kChunks % kThreads == 0, "shuffles want all lanes");
+#pragma unroll
+        for (int i = 0; i < kTileK<T> * kChunks; i += kThreads) {
+          const int chunk = (i + t) % kChunks, n = (i + t) / kChunks;
+          // eight lanes write at once: of two rows, those that exchange other chunks
+          const int term = kChunks < 8 ? n / 8 * 8 + n % 2 * 4 + n / 2 % 4 : n;
+          const int64_t row = __shfl_sync(kAllLanes, token, term);
+          const bool valid = row >= 0 && first + chunk * kNumbers<T> < end;
+          cp_async_16(at + decltype(layout)::offset(term, chunk),
+                      matrix + (valid ? row * stride + first + chunk * kNumbers<T> : 0), valid);
+        }
       };
-#pragma unroll
-      for (int i = 0; i < C::kCopiesLeft; ++i) {
-        copy(typename C::Left(), i, to, args.p, pass.width, first_column, first_column + left_end);
-      }
-#pragma unroll
-      for (int i = 0; i < C::kCopiesRight; ++i) {
-        copy(typename C::Right(), i, to + C::Left::kBytes, args.q, args.q_stride, tile.column,
-             pass.hidden_size);
-      }
+      using Left = typename C::Left;
+      using Right = typename C::Right;
+      copy(Left(),
+           std::integral_constant<int, Left::kChunks / C::kRowBlocks* decltype(live)::value>(), to,
+           args.p, pass.width, first_column, first_column + left_end);
+      copy(Right(), std::integral_constant<int, Right::kChunks>(), to + Left::kBytes, args.q,
+           args.q_stride, tile.column, pass.hidden_size);
     };
     WeightsSums<T> sums{};
     auto sum_up = [&](auto live) {
-      pipeline(ceil_div(pairs.count(), kTileK<T>), load, [&](int stage) {
-        weights_step<decltype(live)::value, T>(sums, base + stage * C::kStageBytes, warp_m, warp_n);
-      });
+      pipeline(
+          ceil_div(pairs.count(), kTileK<T>), [&](int stage, int step) { load(live, stage, step); },
+          [&](int stage) {
+            weights_step<decltype(live)::value, T>(sums, base + stage * C::kStageBytes, warp_m,
+                                                   warp_n);
+          });
     };
     if (tile.neurons <= 32) {
       sum_up(std::integral_constant<int, 1>());

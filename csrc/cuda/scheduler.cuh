@@ -26,9 +26,10 @@ __device__ __forceinline__ PairRange chunk_pairs(const PairLists& lists, int exp
           is_last ? lists.pair_offsets[expert + 1] : first + before[chunk + chunks]};
 }
 
-// Tiles of kTileM pairs by kTileN columns over all experts whose size is in (kTileN / 2, max_size],
-// dealt out to the CTAs in turn. Within an expert, eight row tiles share their weights before the next
-// columns begin: their rows of x and those weights stay in L2 together.
+// Tiles of kTileM pairs by kTileN columns over all experts whose size is in [min_size, max_size], dealt
+// out to the CTAs in turn: of every expert the first 1024 pairs, then of every expert the next ones. Those
+// of one expert share its weights, and those of all experts are of about the same tokens, whose rows of x
+// stay in L2 meanwhile: otherwise many small experts would each fetch them anew.
 template <int kTileM, int kTileN>
 class TileScheduler {
  public:
@@ -50,25 +51,27 @@ class TileScheduler {
         max_size_(max_size) {}
 
   __device__ bool next(Tile& tile) {
-    while (expert_ < num_experts_) {
-      const auto [first_row, size, all, row_tiles, column_tiles, num_tiles] = at(expert_);
-      if (index_ < num_tiles) {
-        const int group = index_ / (kGroup * column_tiles);
-        const int rows_in_group = min(kGroup, row_tiles - group * kGroup);
-        const int within = index_ - group * kGroup * column_tiles;
-        const int row_tile = group * kGroup + within % rows_in_group;
-        tile.expert = expert_;
-        tile.column = within / rows_in_group * kTileN;
-        tile.columns = size - tile.column;
-        tile.first_row = first_row + tile.column;
-        tile.pairs.begin = all.begin + row_tile * kTileM;
-        tile.pairs.end = min(all.end, tile.pairs.begin + kTileM);
-        index_ += gridDim.x;
-        return true;
+    do {
+      for (; expert_ < num_experts_; ++expert_) {
+        const auto [first_row, size, all, row_tiles, column_tiles] = at(expert_);
+        const int rows_in_group = max(0, min(kGroup, row_tiles - first_row_tile_));
+        const int num_tiles = rows_in_group * column_tiles;
+        if (index_ < num_tiles) {
+          const int row_tile = first_row_tile_ + index_ % rows_in_group;
+          tile.expert = expert_;
+          tile.column = index_ / rows_in_group * kTileN;
+          tile.columns = size - tile.column;
+          tile.first_row = first_row + tile.column;
+          tile.pairs.begin = all.begin + row_tile * kTileM;
+          tile.pairs.end = min(all.end, tile.pairs.begin + kTileM);
+          index_ += gridDim.x;
+          return true;
+        }
+        index_ -= num_tiles;
       }
-      index_ -= num_tiles;
-      ++expert_;
-    }
+      expert_ = 0;
+      first_row_tile_ += kGroup;
+    } while (any_has(first_row_tile_));
     return false;
   }
 
@@ -76,7 +79,10 @@ class TileScheduler {
   // Of all CTAs. The lanes of a warp count together.
   __device__ int count_tiles() const {
     int count = 0;
-    for (int e = threadIdx.x % kWarp; e < num_experts_; e += kWarp) count += at(e).num_tiles;
+    for (int e = threadIdx.x % kWarp; e < num_experts_; e += kWarp) {
+      const Expert expert = at(e);
+      count += expert.row_tiles * expert.column_tiles;
+    }
     return __shfl_sync(kAllLanes, warp_inclusive_sum(count), kWarp - 1);
   }
 
@@ -86,25 +92,36 @@ class TileScheduler {
   struct Expert {
     int first_row, size;
     PairRange pairs;
-    int row_tiles, column_tiles, num_tiles;
+    int row_tiles, column_tiles;  // none where another kernel takes this size
   };
   __device__ Expert at(int expert) const {
     const int first_row = expert_offsets_[expert];
     const int size = expert_offsets_[expert + 1] - first_row;
     const PairRange pairs{lists_.pair_offsets[expert], lists_.pair_offsets[expert + 1]};
-    const int row_tiles = ceil_div(pairs.count(), kTileM), column_tiles = ceil_div(size, kTileN);
     const bool mine = size >= min_size_ && size <= max_size_;
-    return {first_row, size, pairs, row_tiles, column_tiles, mine ? row_tiles * column_tiles : 0};
+    return {first_row, size, pairs, mine ? ceil_div(pairs.count(), kTileM) : 0,
+            ceil_div(size, kTileN)};
   }
 
-  static constexpr int kGroup = 8;
+  // Is there an expert with so many row tiles and more? The lanes of a warp look together.
+  __device__ bool any_has(int row_tiles) const {
+    bool found = false;
+    for (int e = threadIdx.x % kWarp; e < num_experts_; e += kWarp) {
+      found = found || at(e).row_tiles > row_tiles;
+    }
+    return __any_sync(kAllLanes, found);
+  }
+
+  static constexpr int kGroup = 1024 / kTileM;
   const PairLists& lists_;
   const int32_t* expert_offsets_;
   int num_experts_, min_size_, max_size_;
-  int expert_ = 0;
+  int expert_ = 0, first_row_tile_ = 0;
 };
 
-// Tiles of kTileM neurons of one expert by kTileN columns of H, for all experts, dealt out in turn.
+// Tiles of kTileM neurons of one expert by kTileN columns of H, for all experts, dealt out in turn: of
+// every expert the first 1024 columns, then of every expert the next ones, so that these columns of all
+// tokens stay in L2.
 template <int kTileM, int kTileN>
 class NeuronTiles {
  public:
@@ -123,31 +140,35 @@ class NeuronTiles {
         index_(blockIdx.x) {}
 
   __device__ bool next(Tile& tile) {
-    for (; expert_ < num_experts_; ++expert_) {
-      const int first_row = expert_offsets_[expert_];
-      const int size = expert_offsets_[expert_ + 1] - first_row;
-      const int num_tiles = ceil_div(size, kTileM) * column_tiles_;
-      if (index_ < num_tiles) {
-        tile.expert = expert_;
-        tile.neuron = index_ / column_tiles_ * kTileM;
-        tile.neurons = min(kTileM, size - tile.neuron);
-        tile.first_row = first_row + tile.neuron;
-        tile.column = index_ % column_tiles_ * kTileN;
-        index_ += gridDim.x;
-        return true;
+    for (; first_column_tile_ < column_tiles_; first_column_tile_ += kGroup, expert_ = 0) {
+      const int columns_in_group = min(kGroup, column_tiles_ - first_column_tile_);
+      for (; expert_ < num_experts_; ++expert_) {
+        const int first_row = expert_offsets_[expert_];
+        const int size = expert_offsets_[expert_ + 1] - first_row;
+        const int num_tiles = ceil_div(size, kTileM) * columns_in_group;
+        if (index_ < num_tiles) {
+          tile.expert = expert_;
+          tile.neuron = index_ / columns_in_group * kTileM;
+          tile.neurons = min(kTileM, size - tile.neuron);
+          tile.first_row = first_row + tile.neuron;
+          tile.column = (first_column_tile_ + index_ % columns_in_group) * kTileN;
+          index_ += gridDim.x;
+          return true;
+        }
+        index_ -= num_tiles;
       }
-      index_ -= num_tiles;
     }
     return false;
   }
   // As many tiles again, dealt out from where these ended.
-  __device__ void restart() { expert_ = 0; }
+  __device__ void restart() { expert_ = first_column_tile_ = 0; }
 
  private:
+  static constexpr int kGroup = 1024 / kTileN;
   const int32_t* expert_offsets_;
   int num_experts_, column_tiles_;
   int index_;  // of the next tile, counted from the current expert's first
-  int expert_ = 0;
+  int expert_ = 0, first_column_tile_ = 0;
 };
 
 // Spans of the down projection's sum for one chunk of tokens, in the order of the experts. A large

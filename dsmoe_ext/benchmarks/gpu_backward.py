@@ -7,10 +7,12 @@ from itertools import accumulate
 from dsmoe_ext.benchmarks.gpu_load import Load
 from dsmoe_ext.benchmarks.gpu_model import (
     CHUNK_TOKENS,
+    GROUP,
     Prediction,
     deal,
     down,
     gathered,
+    rows_read,
     run_tiles,
 )
 from dsmoe_ext.benchmarks.gpu_specs import ANY, FP32, WGMMA, Gpu
@@ -66,7 +68,7 @@ def passes(load: Load) -> list[list[Load]]:
 def neurons(gpu: Gpu, load: Load) -> list[Prediction]:
     """What every gradient is made of: g, u and da in one kernel, or da alone where g and u were
     saved; on sm_90a recomputed g and u wait in the workspace for da."""
-    hidden, loop = load.hidden_size, gpu.loop
+    loop = gpu.loop
     saved = ", saved" if load.is_saved else ""
     if loop is not WGMMA:
         tiles = loop.saved_neurons if load.is_saved else loop.neurons
@@ -74,15 +76,16 @@ def neurons(gpu: Gpu, load: Load) -> list[Prediction]:
             (f"{loop.prefix}neurons<{columns}>{saved}", rows, columns, most)
             for rows, columns, most in tiles
         ]
-        products, rows, numbers = (1, 1, 5) if load.is_saved else (3, 2, 3)
-        return gathered(gpu, load, kernels, products, lambda s: rows * hidden + numbers * s)
+        if load.is_saved:
+            return gathered(gpu, load, kernels, matrices=1, products=1, kept=5)
+        return gathered(gpu, load, kernels, matrices=2, products=3, kept=3)
     rows = loop.tile_rows
     recompute = [(f"sm90a recompute<{c}>", rows, c, most) for c, most in RECOMPUTE]
     rest = [(f"sm90a neurons<{c // 2}>{saved}", rows, c, most) for c, most in NEURONS]
-    return [
-        *(() if load.is_saved else gathered(gpu, load, recompute, 2, lambda s: hidden + 2 * s)),
-        *gathered(gpu, load, rest, 1, lambda s: hidden + 5 * s),
-    ]
+    made = gathered(gpu, load, rest, matrices=1, products=1, kept=5)
+    if load.is_saved:
+        return made
+    return gathered(gpu, load, recompute, matrices=1, products=2, kept=2) + made
 
 
 def dx(gpu: Gpu, load: Load, ends: bool) -> Prediction:
@@ -100,13 +103,20 @@ def weights(gpu: Gpu, load: Load) -> list[Prediction]:
     one on sm_90a."""
     loop, hidden, launches = gpu.loop, load.hidden_size, 1 if gpu.loop is WGMMA else 3
     tile_rows, columns = loop.weights
-    tiles, moved = [], 0.0
-    for size, pairs in zip(load.sizes, load.active.sum(0).tolist(), strict=True):
-        steps = math.ceil(pairs / loop.step_terms)
-        for first in range(0, size, tile_rows):
-            rows = min(size - first, tile_rows)
-            tiles += [(rows, steps)] * math.ceil(hidden / columns)
-        moved += pairs * (hidden + size) + size * hidden
+    group, column_tiles = GROUP // columns, math.ceil(hidden / columns)
+    tiles, moved, active = [], 0.0, 0
+    experts = list(zip(load.sizes, load.active.sum(0).tolist(), strict=True))
+    for begin in range(0, column_tiles, group):
+        for size, pairs in experts:
+            steps = math.ceil(pairs / loop.step_terms)
+            for first in range(0, size, tile_rows):
+                rows = min(size - first, tile_rows)
+                tiles += [(rows, steps)] * min(group, column_tiles - begin)
+            moved += pairs * size
+    for size, pairs in experts:
+        moved += size * hidden
+        active += pairs
+    moved += hidden * rows_read(gpu, load, load.num_tokens * group * columns, active)
     each = 3 // launches
     ctas = deal(gpu, tiles * each)
     moved *= each * load.number_bytes

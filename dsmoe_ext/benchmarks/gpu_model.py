@@ -13,7 +13,6 @@ stated, and stalls within a warp that its SM's other warps do not fill.
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,9 +24,9 @@ from dsmoe_ext.benchmarks.gpu_specs import FP32, TF32, WGMMA, Gpu, Loop
 
 COUNTS = Path(__file__).with_name("gpu_counts.json")
 CHUNK_TOKENS = 256  # of y, what a CTA of `down` owns at least
-GROUP = 8  # row tiles that share weights in L2
-# as many rows of a tile may the busiest warp of an mma.sync kernel have its share of: blocks of 16
-# rows are dealt to the warps in turn; the weights' loops are for so many rows
+GROUP = 1024  # pairs of every expert, or columns of H, that tiles take before the next ones
+# rows that a step of an mma.sync kernel multiplies, at least as many as there are: blocks of 16 are
+# dealt to two or four warps, of which the busiest decides; weights has loops for so many
 BY_64, BY_32 = (64, 128), (32, 64, 96, 128)
 MULTIPLIED_ROWS = {"gate_up<16>": BY_64, "gate_up<32>": BY_32, "gate_up<64>": BY_32, "down": BY_32,
                    "neurons<32>": BY_64, "neurons<64>": BY_32,
@@ -86,13 +85,12 @@ def pipes(gpu: Gpu, kernel: str, rows: int) -> dict[str, float]:
     possible = MULTIPLIED_ROWS[kernel.removeprefix(TF32.prefix).removesuffix(", saving")]
     busiest = next(most for most in possible if rows <= most)
     full_tile = max(map(int, counts()[kernel]["rows"]))
-    most_mma = counted(kernel, full_tile, "step", "mma") / 4
-    mma = counted(kernel, busiest, "step", "mma") / 4
-    whole = math.ceil(rows / 16) * 16
+    moved = busiest if kernel.endswith("weights") else math.ceil(rows / 16) * 16
+    executed = (counted(kernel, r, "step", "instructions") for r in (busiest, full_tile))
     return {
-        "tensor cores": mma * gpu.mma_cycles,
-        "issue": counts()[kernel]["sass"][gpu.arch] - (most_mma - mma),
-        "shared memory": counted(kernel, whole, "step", "shared_cycles"),
+        "tensor cores": counted(kernel, busiest, "step", "mma") / 4 * gpu.mma_cycles,
+        "issue": counts()[kernel]["sass"][gpu.arch] * next(executed) / next(executed),
+        "shared memory": counted(kernel, moved, "step", "shared_cycles"),
     }
 
 
@@ -168,28 +166,47 @@ def deal_evenly(gpu: Gpu, tiles: list[tuple[int, int]]) -> list[list[tuple[int, 
 
 
 def gathered(
-    gpu: Gpu, load: Load, kernels: list[tuple[str, int, int, int]], products: int, numbers: Callable
+    gpu: Gpu,
+    load: Load,
+    kernels: list[tuple[str, int, int, int]],
+    matrices: int,
+    products: int,
+    kept: int,
 ) -> list[Prediction]:
-    """Gathered rows times rows of `products` weight matrices, over H: a launch for each kernel
-    (name, rows and columns of a tile, up to which size of expert). numbers(size): of a pair,
-    moved."""
-    out, loop, smallest = [], gpu.loop, 1
-    steps = math.ceil(load.hidden_size / loop.step_terms)
+    """Rows gathered from `matrices` [T,H] times rows of `products` weight matrices, over H: a
+    launch for each kernel (name, rows and columns of a tile, up to which size of expert). kept:
+    numbers that are read or written of a pair's neuron."""
+    out, loop, smallest, hidden = [], gpu.loop, 1, load.hidden_size
+    steps = math.ceil(hidden / loop.step_terms)
     for kernel, tile_rows, columns, largest in kernels:
-        tiles, moved = [], 0.0
+        group = GROUP // tile_rows
+        tiles, moved, active = [], 0.0, 0
+        experts = []  # size, rows of its tiles
         for size, pairs in zip(load.sizes, load.active.sum(0).tolist(), strict=True):
             if not smallest <= size <= largest or not pairs:
                 continue
-            row_tiles = math.ceil(pairs / tile_rows)
-            rows = [min(tile_rows, pairs - i * tile_rows) for i in range(row_tiles)]
-            for first in range(0, row_tiles, GROUP):
-                for _ in range(math.ceil(size / columns)):
-                    tiles += [(r, steps) for r in rows[first : first + GROUP]]
-            groups = math.ceil(row_tiles / GROUP)  # each reads the weights again
-            moved += groups * products * size * load.hidden_size + pairs * numbers(size)
+            rows = [min(tile_rows, pairs - i) for i in range(0, pairs, tile_rows)]
+            experts.append((size, rows))
+            groups = math.ceil(len(rows) / group)  # each reads the weights again
+            moved += groups * products * size * hidden + pairs * kept * size
+            active += pairs
+        for first in range(0, max((len(rows) for _, rows in experts), default=0), group):
+            for size, rows in experts:
+                mine = [(r, steps) for r in rows[first : first + group]]
+                tiles += mine * math.ceil(size / columns)
+        if active:  # the tokens that a group of all experts' pairs is of
+            tokens = min(load.num_tokens, GROUP * load.num_tokens * len(experts) / active)
+            read = rows_read(gpu, load, tokens * hidden * matrices, active)
+            moved += matrices * hidden * read
         out.append(run_tiles(gpu, kernel, deal_evenly(gpu, tiles), load.number_bytes * moved))
         smallest = largest + 1
     return out
+
+
+def rows_read(gpu: Gpu, load: Load, held: float, pairs: int) -> int:
+    """Of a [T,H] matrix, from DRAM: each row once, if L2 can hold so many numbers until all experts
+    have passed, else by every pair."""
+    return min(load.num_tokens, pairs) if held * load.number_bytes <= gpu.l2_bytes else pairs
 
 
 def gate_up(gpu: Gpu, load: Load) -> list[Prediction]:
@@ -200,7 +217,7 @@ def gate_up(gpu: Gpu, load: Load) -> list[Prediction]:
         (f"{loop.prefix}gate_up<{c}>{saving}", loop.tile_rows, c, most) for c, most in widths
     ]
     written = 3 if saving else 1
-    return gathered(gpu, load, kernels, 2, lambda size: load.hidden_size + written * size)
+    return gathered(gpu, load, kernels, matrices=1, products=2, kept=written)
 
 
 def strip(gpu: Gpu, load: Load) -> tuple[int, int]:

@@ -93,6 +93,7 @@ class Gpu:
     bandwidth: float  # of DRAM, bytes a second
     mma_cycles: float  # an mma.m16n8k16 on an SM quarter's tensor unit; as many in tf32 for half
     fma_cycles: float  # a warp's fused multiply-add in fp32 on an SM quarter
+    l2_bytes: float
     l2_bytes_per_cycle: float  # assumed for H100, whose datasheet does not say
     arch: str
     loop: Loop = MMA
@@ -115,9 +116,9 @@ class Gpu:
 
 
 # mma.sync reaches 63 % of the wgmma rate on H100; decode uses it there too
-H100 = Gpu("H100 SXM", 132, 1.83e9, 989e12, 3.35e12, 4.0 / 0.63, 1.0, 5120, "90", WGMMA, 4.0)
+H100 = Gpu("H100 SXM", 132, 1.83e9, 989e12, 3.35e12, 4.0 / 0.63, 1.0, 50e6, 5120, "90", WGMMA, 4.0)
 GPUS = {
-    "a100": Gpu("A100 SXM", 108, 1.41e9, 312e12, 2.0e12, 8.0, 2.0, 5120, "80"),
+    "a100": Gpu("A100 SXM", 108, 1.41e9, 312e12, 2.0e12, 8.0, 2.0, 40e6, 5120, "80"),
     "h100": H100,
     "h100-mma": replace(H100, name="H100 SXM, mma.sync", loop=MMA),
 }

@@ -51,6 +51,8 @@ HOPPER = {
 BACKWARD = {
     **SHAPES,
     "whole tiles": (20, 24, [64, 32, 128, 64], 0.6),
+    # a pass takes 128 columns, of every expert whole blocks of 16
+    "beside the edges of tiles": (20, 24, [33, 65, 32, 64, 31, 63, 16, 48, 127], 0.6),
     "passes": (520, 16, [136, 40], 0.5),
     "passes over neurons": (40, 16, [400, 40, 300], 0.5),
     "passes over fine experts": (300, 16, [16, 29, 0, 100, 3, 16, 48, 21, 0, 17, 200, 5], 0.5),
