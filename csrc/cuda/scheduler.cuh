@@ -10,6 +10,13 @@ namespace dsmoe::cuda {
 // and copies of 16 bytes, whatever the sizes are. Multiples of 16 as sizes leave no gap.
 constexpr int kColumnAlign = 16;
 
+#ifndef DSMOE_CUDA_GROUP  // tests make it small
+#define DSMOE_CUDA_GROUP 1024
+#endif
+// Tiles of so many pairs of every expert, or so many columns, come before the next ones: what L2 can hold.
+template <int kTile>
+constexpr int kTilesAtOnce = DSMOE_CUDA_GROUP > kTile ? DSMOE_CUDA_GROUP / kTile : 1;
+
 // The active pairs of one expert, or of one expert within a chunk of tokens.
 struct PairRange {
   int begin, end;
@@ -106,13 +113,14 @@ class TileScheduler {
   // Is there an expert with so many row tiles and more? The lanes of a warp look together.
   __device__ bool any_has(int row_tiles) const {
     bool found = false;
+#pragma unroll 1
     for (int e = threadIdx.x % kWarp; e < num_experts_; e += kWarp) {
       found = found || at(e).row_tiles > row_tiles;
     }
     return __any_sync(kAllLanes, found);
   }
 
-  static constexpr int kGroup = 1024 / kTileM;
+  static constexpr int kGroup = kTilesAtOnce<kTileM>;
   const PairLists& lists_;
   const int32_t* expert_offsets_;
   int num_experts_, min_size_, max_size_;
@@ -164,7 +172,7 @@ class NeuronTiles {
   __device__ void restart() { expert_ = first_column_tile_ = 0; }
 
  private:
-  static constexpr int kGroup = 1024 / kTileN;
+  static constexpr int kGroup = kTilesAtOnce<kTileN>;
   const int32_t* expert_offsets_;
   int num_experts_, column_tiles_;
   int index_;  // of the next tile, counted from the current expert's first

@@ -24,7 +24,7 @@ KIND = {torch.bfloat16: "kBFloat16", torch.float16: "kFloat16", torch.float32: "
 
 
 # few tokens and tiles are already many: they go in several passes, or a warp each
-SMALL = ("DSMOE_CUDA_WORKSPACE_MIB=1", "DSMOE_CUDA_MANY_TILES=16")
+SMALL = ("DSMOE_CUDA_WORKSPACE_MIB=1", "DSMOE_CUDA_MANY_TILES=16", "DSMOE_CUDA_GROUP=128")
 STREAM = 0x57AE  # what the launchers are told to use; never dereferenced
 
 
