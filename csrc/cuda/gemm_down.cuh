@@ -132,8 +132,7 @@ __device__ void down_tile(const PassArgs<T>& args, const DownUnit& unit,
   const int t = threadIdx.x, lane = t % kWarp;
   const int warp_m = t / kWarp / C::kWarpsN, warp_n = t / kWarp % C::kWarpsN;
 
-  int64_t
-      from[C::kCopiesA];  // where in either source this thread's copies begin, -1 beyond the end
+  int64_t from[C::kCopiesA];  // in either source, where this thread's copies begin; -1: nowhere
   const int chunk = t % kChunksPerRow, copy_row = t / kChunksPerRow;
 #pragma unroll
   for (int i = 0; i < C::kCopiesA; ++i) {
