@@ -152,11 +152,13 @@ __device__ void down_tile(const PassArgs<T>& args, const DownUnit& unit,
     return term < span.end_column ? args.row_of_column[term] : -1;
   };
   const int steps = ceil_div(span.end_column - span.first_column, kTileK<T>);  // of a source
-  auto within_source = [&](int step) { return step < steps ? step : step - steps; };
+  // of the second source, if there is one: a step behind the last one is no step of it, and its row not read
+  const int second = args.num_sources == 2 ? steps : INT32_MAX;
+  auto within_source = [&](int step) { return step < second ? step : step - steps; };
   int row_ahead = row_of_term(span.first_column + lane);
   auto load = [&](int stage, int step) {
     const uint32_t to = base + stage * C::kStageBytes;
-    const SumSource<T> source = args.sources[step < steps ? 0 : 1];
+    const SumSource<T> source = args.sources[step < second ? 0 : 1];
     const int row = row_ahead;
     const int k = within_source(step) * kTileK<T>;
     row_ahead = row_of_term(span.first_column + within_source(step + 1) * kTileK<T> + lane);

@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ __align__(16) float shared[2][3][C::kMatrixFloats];  // rows of x, of Wg, of Wu
   const int num_steps = static_cast<int>(ceil_div<int64_t>(args.hidden_size, C::kTerms));
   TileScheduler<C::kTileM, C::kTileN> scheduler(args.lists, args.expert_offsets, args.num_experts,
-                                                1, INT32_MAX);
+                                                args.group_size, 1, INT32_MAX);
   typename TileScheduler<C::kTileM, C::kTileN>::Tile tile;
   while (scheduler.next(tile)) {
     FfmaRows x, gate, up;

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads)
   const PassArgs<T>& pass = args.pass;
   const int num_steps = static_cast<int>(ceil_div<int64_t>(pass.hidden_size, C::kTerms));
   TileScheduler<C::kTileM, C::kTileN> scheduler(args.listed, pass.expert_offsets, pass.num_experts,
-                                                1, INT32_MAX);
+                                                pass.group_size, 1, INT32_MAX);
   typename TileScheduler<C::kTileM, C::kTileN>::Tile tile;
   while (scheduler.next(tile)) {
     FfmaRows rows[kMatrices];
@@ -109,7 +109,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   using C = FfmaTile;
   __shared__ __align__(16) float shared[2][2][C::kMatrixFloats];  // neurons; x or dy
   const PassArgs<T>& pass = args.pass;
-  NeuronTiles<C::kTileM, C::kTileN> tiles(pass.expert_offsets, pass.num_experts, pass.hidden_size);
+  NeuronTiles<C::kTileM, C::kTileN> tiles(pass.expert_offsets, pass.num_experts, pass.group_size,
+                                          pass.hidden_size);
   typename NeuronTiles<C::kTileM, C::kTileN>::Tile tile;
   while (tiles.next(tile)) {
     const PairRange pairs{pass.lists.pair_offsets[tile.expert],

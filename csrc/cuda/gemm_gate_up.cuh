@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int num_steps = static_cast<int>(ceil_div<int64_t>(args.hidden_size, kTileK<T>));
 
   TileScheduler<kTileM, C::kTileN> scheduler(args.lists, args.expert_offsets, args.num_experts,
-                                             min_size, max_size);
+                                             args.group_size, min_size, max_size);
   typename TileScheduler<kTileM, C::kTileN>::Tile tile;
   while (scheduler.next(tile)) {
     const T*

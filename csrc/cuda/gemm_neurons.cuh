@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int chunk = t % kChunksPerRow, copy_row = t / kChunksPerRow;
   const int num_steps = static_cast<int>(ceil_div<int64_t>(pass.hidden_size, kTileK<T>));
   TileScheduler<C::kTileM, C::kTileN> scheduler(args.listed, pass.expert_offsets, pass.num_experts,
-                                                min_size, max_size);
+                                                pass.group_size, min_size, max_size);
   typename TileScheduler<C::kTileM, C::kTileN>::Tile tile;
   while (scheduler.next(tile)) {
     const T* rows[C::kSources][C::kCopiesA];  // null beyond the end

@@ -177,7 +177,8 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
   const PassArgs<T>& pass = args.pass;
   const int t = threadIdx.x, lane = t % kWarp;
   const int warp_m = t / kWarp / C::kWarpsN, warp_n = t / kWarp % C::kWarpsN;
-  NeuronTiles<C::kTileM, C::kTileN> tiles(pass.expert_offsets, pass.num_experts, pass.hidden_size);
+  NeuronTiles<C::kTileM, C::kTileN> tiles(pass.expert_offsets, pass.num_experts, pass.group_size,
+                                          pass.hidden_size);
   typename NeuronTiles<C::kTileM, C::kTileN>::Tile tile;
   while (tiles.next(tile)) {
     const PairRange pairs{pass.lists.pair_offsets[tile.expert],

@@ -13,9 +13,9 @@ constexpr int kColumnAlign = 16;
 #ifndef DSMOE_CUDA_GROUP  // tests make it small
 #define DSMOE_CUDA_GROUP 1024
 #endif
-// Tiles of so many pairs of every expert, or so many columns, come before the next ones: what L2 can hold.
-template <int kTile>
-constexpr int kTilesAtOnce = DSMOE_CUDA_GROUP > kTile ? DSMOE_CUDA_GROUP / kTile : 1;
+// So many pairs of every expert, or so many columns, come before the next ones: what L2 can hold. An argument of
+// kernels, so that their code is the same whatever it is.
+constexpr int kGroupSize = DSMOE_CUDA_GROUP;
 
 // The active pairs of one expert, or of one expert within a chunk of tokens.
 struct PairRange {
@@ -49,8 +49,9 @@ class TileScheduler {
   };
 
   __device__ TileScheduler(const PairLists& lists, const int32_t* expert_offsets, int num_experts,
-                           int min_size, int max_size)
+                           int group_size, int min_size, int max_size)
       : index_(blockIdx.x),
+        row_tiles_at_once_(max(group_size / kTileM, 1)),
         lists_(lists),
         expert_offsets_(expert_offsets),
         num_experts_(num_experts),
@@ -61,7 +62,7 @@ class TileScheduler {
     do {
       for (; expert_ < num_experts_; ++expert_) {
         const auto [first_row, size, all, row_tiles, column_tiles] = at(expert_);
-        const int rows_in_group = max(0, min(kGroup, row_tiles - first_row_tile_));
+        const int rows_in_group = max(0, min(row_tiles_at_once_, row_tiles - first_row_tile_));
         const int num_tiles = rows_in_group * column_tiles;
         if (index_ < num_tiles) {
           const int row_tile = first_row_tile_ + index_ % rows_in_group;
@@ -77,7 +78,7 @@ class TileScheduler {
         index_ -= num_tiles;
       }
       expert_ = 0;
-      first_row_tile_ += kGroup;
+      first_row_tile_ += row_tiles_at_once_;
     } while (any_has(first_row_tile_));
     return false;
   }
@@ -120,7 +121,7 @@ class TileScheduler {
     return __any_sync(kAllLanes, found);
   }
 
-  static constexpr int kGroup = kTilesAtOnce<kTileM>;
+  int row_tiles_at_once_;
   const PairLists& lists_;
   const int32_t* expert_offsets_;
   int num_experts_, min_size_, max_size_;
@@ -141,15 +142,18 @@ class NeuronTiles {
     int column;     // first column
   };
 
-  __device__ NeuronTiles(const int32_t* expert_offsets, int num_experts, int64_t hidden_size)
-      : expert_offsets_(expert_offsets),
+  __device__ NeuronTiles(const int32_t* expert_offsets, int num_experts, int group_size,
+                         int64_t hidden_size)
+      : column_tiles_at_once_(max(group_size / kTileN, 1)),
+        expert_offsets_(expert_offsets),
         num_experts_(num_experts),
         column_tiles_(static_cast<int>(ceil_div<int64_t>(hidden_size, kTileN))),
         index_(blockIdx.x) {}
 
   __device__ bool next(Tile& tile) {
-    for (; first_column_tile_ < column_tiles_; first_column_tile_ += kGroup, expert_ = 0) {
-      const int columns_in_group = min(kGroup, column_tiles_ - first_column_tile_);
+    for (; first_column_tile_ < column_tiles_;
+         first_column_tile_ += column_tiles_at_once_, expert_ = 0) {
+      const int columns_in_group = min(column_tiles_at_once_, column_tiles_ - first_column_tile_);
       for (; expert_ < num_experts_; ++expert_) {
         const int first_row = expert_offsets_[expert_];
         const int size = expert_offsets_[expert_ + 1] - first_row;
@@ -172,7 +176,7 @@ class NeuronTiles {
   __device__ void restart() { expert_ = first_column_tile_ = 0; }
 
  private:
-  static constexpr int kGroup = kTilesAtOnce<kTileN>;
+  int column_tiles_at_once_;
   const int32_t* expert_offsets_;
   int num_experts_, column_tiles_;
   int index_;  // of the next tile, counted from the current expert's first

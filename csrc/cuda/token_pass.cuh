@@ -33,6 +33,7 @@ struct PassArgs {
   int64_t num_tokens;
   int64_t hidden_size;
   int32_t num_experts;
+  int32_t group_size = kGroupSize;  // of the schedulers
   int64_t x_stride;
   const T* x;                     // [Tp,H]
   const float* gates;             // [Tp,E]

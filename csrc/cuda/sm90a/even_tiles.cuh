@@ -18,8 +18,8 @@ class EvenTiles : public TileScheduler<kMaxRows, kTileN> {
   using Tile = typename Base::Tile;
 
   __device__ EvenTiles(const PairLists& lists, const int32_t* expert_offsets, int num_experts,
-                       int min_size, int max_size)
-      : Base(lists, expert_offsets, num_experts, min_size, max_size) {
+                       int group_size, int min_size, int max_size)
+      : Base(lists, expert_offsets, num_experts, group_size, min_size, max_size) {
     this->index_ = kUndecided;
   }
 

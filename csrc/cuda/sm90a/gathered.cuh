@@ -87,7 +87,8 @@ __device__ __forceinline__ void multiply_gathered(const PassArgs<T>& args, const
   make_mbarriers(base);
   const int num_steps = static_cast<int>(ceil_div<int64_t>(args.hidden_size, kTerms));
   using Scheduler = EvenTiles<kTileColumns>;
-  Scheduler scheduler(lists, args.expert_offsets, args.num_experts, min_size, max_size);
+  Scheduler scheduler(lists, args.expert_offsets, args.num_experts, args.group_size, min_size,
+                      max_size);
   typename Scheduler::Tile tile;
 
   if (threadIdx.x >= kConsumers) {

@@ -98,7 +98,7 @@ __device__ __forceinline__ void make_gradient(const WeightsArgs<T>& args,
 template <class T, class Act>
 __device__ __forceinline__ void for_each_gradient(const AllWeights<T>& all, Act act) {
   const PassArgs<T>& pass = all.of[0].pass;
-  GradientTiles tiles(pass.expert_offsets, pass.num_experts, pass.hidden_size);
+  GradientTiles tiles(pass.expert_offsets, pass.num_experts, pass.group_size, pass.hidden_size);
   for (int i = 0; i < all.count; ++i, tiles.restart()) {
     GradientTiles::Tile tile;
     while (tiles.next(tile)) {
