@@ -10,7 +10,7 @@
 namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
 namespace {
 
-constexpr int64_t kScratchBytes = 256 << 10;  // a thread's panels packed on the fly
+constexpr int64_t kScratchBytes = 512 << 10;  // a thread's panels packed on the fly
 constexpr int64_t kGroupBytes = 192 << 20;
 constexpr int64_t kStreamBytes = 8 << 20;  // weight gradients beyond this do not stay in L3 anyway
 
@@ -46,7 +46,7 @@ void plan(Backward<T>& w, int threads) {
   w.sums_size = p.num_tokens * ceil_div(panels, w.chunks) * kN;
   w.scratch_size = max_of(w.steps() * kPair * kN, kScratchBytes / element);
   for (int e = w.expert_begin; e < w.expert_end; ++e) {
-    w.scratch_size = max_of(w.scratch_size, round_up(2 * w.size(e), kPair) * kN);
+    w.scratch_size = max_of(w.scratch_size, 2 * round_up(2 * w.size(e), kPair) * kN);
     if (!w.wants_weights) continue;
     const int64_t rows = round_up(w.active.count(e), kPair);
     w.scratch_size = max_of(w.scratch_size, rows * kN);

@@ -149,7 +149,7 @@ struct Backward {
   }
 
   struct InnerGrad {
-    Vec<C> dg = {}, du = {}, h = {};
+    Vec<C> dg, du, h;
   };
   InnerGrad inner_grad_row(int e, int64_t panel, int half, bool is_extra, int64_t row,
                            const C* da_row, Vec<C>& share) {
@@ -159,7 +159,7 @@ struct Backward {
                  da = load(da_row + half * kL);
     const Vec<C> sig = sigmoid(g), silu = g * sig, a = silu * u;
     share += a * da;
-    InnerGrad out;
+    InnerGrad out = {};
     if (is_extra) return out;
     const Vec<C> gate_v = splat(gate(e, active.of(e)[row])), gated = gate_v * da;
     out.dg = gated * u * sig * (1 + g * (1 - sig));
@@ -178,9 +178,10 @@ struct Backward {
     for (int half = 0; half < 2 && panel * kN + half * kL < S; ++half) {
       const int64_t column = panel * kN + half * kL;
       for (int r = 0; r < count; r += 2) {  // first is even: rows r and r + 1 are a pair
-        InnerGrad v[2];
-        for (int i = 0; i < min_of(2, count - r); ++i)
-          v[i] = inner_grad_row(e, panel, half, is_extra, first + r + i, da[r + i], share[r + i]);
+        const auto row = [&](int i) {
+          return inner_grad_row(e, panel, half, is_extra, first + r + i, da[r + i], share[r + i]);
+        };
+        const InnerGrad v[2] = {row(0), r + 1 < count ? row(1) : InnerGrad{}};
         if (!keeps) continue;
         if (kPaired && wants_weights) store_row_pair(e, (first + r) / 2, padded, column, v);
         if (kPaired && !b.dx) continue;
@@ -240,6 +241,7 @@ struct Backward {
     for (int64_t t = 0; !is_first && t < p.num_tokens; ++t)
       memcpy(chunk_sums + t * stride, dx_sums + t * p.hidden_size + begin * kN,
              size_t(width) * sizeof(C));
+    UnpackedColumns<T> columns(p.hidden_size, begin, end, chunk_sums, thread_scratch, scratch_size);
     for (int e = expert_begin; e < expert_end; ++e) {
       if (active.count(e) == 0) continue;
       Section<T> section;
@@ -255,12 +257,13 @@ struct Backward {
         section.k *= 2;
         section.more = up;
       }
-      add_section(section, p.hidden_size, begin, end, chunk_sums, thread_scratch, scratch_size);
+      columns.add(section);
       if (section.more) continue;
       section.a += up_start(e);
       section.matrix = up;
-      add_section(section, p.hidden_size, begin, end, chunk_sums, thread_scratch, scratch_size);
+      columns.add(section);
     }
+    columns.finish();
     if (is_last)
       return write_columns(chunk_sums, p.num_tokens, p.hidden_size, begin, end, (T*)b.dx);
     for (int64_t t = 0; t < p.num_tokens; ++t)
@@ -286,8 +289,8 @@ struct Backward {
           const T* matrix = (const T*)(part == 2 ? b.dy : p.x);
           const int64_t stride = part == 2 ? b.dy_stride : p.x_stride;
           const int32_t* tokens = active.of(e);
-          pack_columns([&](int64_t i) { return matrix + tokens[i] * stride; }, n, first * kN,
-                       p.hidden_size, panels, thread_scratch);
+          pack_columns([&](int64_t i) { return matrix + tokens[i] * stride; }, n, 0,
+                       ceil_div(n, kPair), first * kN, p.hidden_size, panels, thread_scratch);
         }
         weight_part(e, part, first, panels, thread_scratch, thread_steps, (T*)outputs[part]);
       }

@@ -18,7 +18,7 @@ namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
 namespace {
 
 constexpr int64_t kTokenBlock = 768;
-constexpr int64_t kScratchBytes = 256 << 10;  // a thread's panels packed on the fly
+constexpr int64_t kScratchBytes = 512 << 10;  // a thread's panels packed on the fly
 
 template <class T>
 struct Forward {
@@ -114,6 +114,8 @@ struct Forward {
     const int64_t panels = ceil_div(p.hidden_size, kColumns<T>), begin = panels * chunk / chunks,
                   end = panels * (chunk + 1) / chunks;
     memset(chunk_sums, 0, size_t(p.num_tokens * (end - begin) * kColumns<T>) * sizeof(C));
+    UnpackedColumns<T> unpacked(p.hidden_size, begin, end, chunk_sums, thread_scratch,
+                                scratch_size);
     for (int e = 0; e < p.num_experts; ++e) {
       if (pairs.count(e) == 0) continue;
       Section<T> section;
@@ -125,8 +127,12 @@ struct Forward {
       section.matrix =
           (const T*)p.down_proj_t + (p.packed ? 0 : p.expert_offsets[e] * p.hidden_size);
       section.packed = p.packed ? packed_expert(e) + layout.down_start(size(e)) : nullptr;
-      add_section(section, p.hidden_size, begin, end, chunk_sums, thread_scratch, scratch_size);
+      if (p.packed)
+        add_packed(section, p.hidden_size, begin, end, chunk_sums);
+      else
+        unpacked.add(section);
     }
+    unpacked.finish();
     write_columns(chunk_sums, p.num_tokens, p.hidden_size, begin, end, (T*)p.y);
   }
 
@@ -183,7 +189,7 @@ Status forward_block(const ExpertMlpParams& p, int64_t* saved_start, const Team&
   int64_t a_size = 0;
   for (int e = 0; e < p.num_experts; ++e) {
     a_size += f.pairs.count(e) * f.padded_size(f.size(e));
-    if (!p.packed) f.scratch_size = max_of(f.scratch_size, layout.down(f.size(e)).panel());
+    if (!p.packed) f.scratch_size = max_of(f.scratch_size, 2 * layout.down(f.size(e)).panel());
   }
   if (!p.packed)
     f.scratch_size =

@@ -40,8 +40,8 @@ struct Pack {
     out += layout.down_start(size);
     for (int64_t b = 0; b < columns.blocks(); ++b) {
       const T* first = down + columns.first_term(b) * H;
-      pack_columns([&](int64_t i) { return first + i * H; }, columns.terms_of(b), 0, H,
-                   columns.panels, out + columns.start(b, 0));
+      pack_columns([&](int64_t i) { return first + i * H; }, columns.terms_of(b), 0,
+                   columns.steps_of(b), 0, H, columns.panels, out + columns.start(b, 0));
     }
   }
   void run() {

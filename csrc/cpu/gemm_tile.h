@@ -16,22 +16,29 @@ namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
 
 enum AOrder { kRowPointers, kStepMajor };
 
-// Memory to bring into L2 while tiles multiply, ahead_lines cache lines for every run of steps: rows
-// of run lines, stride bytes apart, first those at `at`, then as many at `then`.
+// Cache lines: rows of `run` lines, `stride` bytes apart.
+struct Lines {
+  const char* at = nullptr;
+  int64_t rows = 0, run = 0, stride = 0;
+  int64_t count() const { return rows * run; }
+};
+// What to bring into L2 while tiles multiply, so many lines for every run of steps.
 struct Ahead {
-  const char *at, *then;
-  int64_t rows, run, stride;
+  Lines now, then = {};
   int64_t row = 0, line = 0;
 
   DSMOE_INLINE void fetch(Ahead& ahead, int64_t lines) {
-    for (; lines > 0 && ahead.at; --lines) {
-      __builtin_prefetch(ahead.at + ahead.row * ahead.stride + ahead.line * 64, 0, 2);
-      if (++ahead.line < ahead.run) continue;
+    for (; lines > 0; --lines) {
+      if (ahead.row == ahead.now.rows) {
+        if (ahead.then.count() == 0) return;
+        ahead.now = ahead.then;
+        ahead.then = {};
+        ahead.row = 0;
+      }
+      __builtin_prefetch(ahead.now.at + ahead.row * ahead.now.stride + ahead.line * 64, 0, 2);
+      if (++ahead.line < ahead.now.run) continue;
       ahead.line = 0;
-      if (++ahead.row < ahead.rows) continue;
-      ahead.row = 0;
-      ahead.at = ahead.then;
-      ahead.then = nullptr;
+      ++ahead.row;
     }
   }
 };

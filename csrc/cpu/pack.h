@@ -129,15 +129,15 @@ static void pack_rows(const T* rows0, int64_t count0, const T* rows1, int64_t co
                  dst + kL * Compute<T>::kPair);
 }
 
-// panels panels of columns column0.. of a matrix with k rows; row(i) points at row i. Only columns
-// below width exist.
+// Steps step_begin to step_end of panels panels of columns column0.. of a matrix with k rows; row(i)
+// points at row i. Only columns below width exist.
 template <class T, class Row>
-DSMOE_INLINE void pack_columns(Row row, int64_t k, int64_t column0, int64_t width, int64_t panels,
-                               T* dst) {
+DSMOE_INLINE void pack_columns(Row row, int64_t k, int64_t step_begin, int64_t step_end,
+                               int64_t column0, int64_t width, int64_t panels, T* dst) {
   constexpr int kPair = Compute<T>::kPair, kL = kLanes<T>;
   constexpr int64_t kN = kColumns<T>;
   const int64_t steps = ceil_div(k, kPair);
-  for (int64_t s = 0; s < steps; ++s) {  // rows outside: they are read in long runs
+  for (int64_t s = step_begin; s < step_end; ++s) {  // rows outside: they are read in long runs
     const T* first = row(s * kPair);
     const T* second = s * kPair + 1 < k ? row(s * kPair + 1) : first;
     const bool is_single = s * kPair + 1 >= k;

@@ -24,7 +24,8 @@ constexpr int64_t kGroupBudget =
 // Items a thread draws in a pass: the last one may leave others waiting. Of packed weights more would
 // be shorter streams, which the prefetchers follow badly (16 of them at T = 1 on two threads: 1.5 x).
 constexpr int64_t kDraws = 16, kPackedDraws = 4;
-constexpr int64_t kSmallB = 32 << 10;  // B that stays in the first-level cache
+constexpr int64_t kStreamedB =
+    256 << 10;  // B that stays in L2 while the tiles of an expert go through it
 
 // Rows that a tile walks along side by side must not lie a multiple of a page apart: all their lines
 // would fall into one set of the first-level cache, which has as many ways, and tiles of 12 rows
@@ -145,9 +146,9 @@ DSMOE_INLINE void* list_pairs(int64_t num_tokens, int num_experts, int expert_be
 // Spreads a prefetch over `panels` panels of tiles of `rows` rows.
 template <class T>
 DSMOE_INLINE void spread(Ahead& ahead, int64_t rows, int64_t panels, TileArgs<T>& args) {
-  const int64_t lines = ahead.rows * ahead.run * (ahead.then ? 2 : 1);
+  const int64_t lines = ahead.now.count() + ahead.then.count();
   const int64_t turns = ceil_div(rows, kMaxRows) * panels * ceil_div(args.steps, kRun);
-  args.ahead = ahead.at ? &ahead : nullptr;
+  args.ahead = lines > 0 ? &ahead : nullptr;
   args.ahead_lines = ceil_div(lines, max_of<int64_t>(turns, 1));
 }
 // What follows a panel of packed weights: all of its whole blocks.
@@ -155,16 +156,16 @@ template <class T>
 DSMOE_INLINE Ahead ahead_in_packed(const T* packed, const PackedPanels<T>& b, int64_t panel) {
   constexpr int64_t kBytes = sizeof(T);
   const char* next = (const char*)(packed + b.start(0, panel + 1));
-  if (b.whole_blocks() == 0) return {next, nullptr, 1, b.steps() * b.kStep * kBytes / 64, 0};
-  return {next, nullptr, b.whole_blocks(), b.block_size() * kBytes / 64,
-          b.panels * b.block_size() * kBytes};
+  if (b.whole_blocks() == 0) return {{next, 1, b.steps() * b.kStep * kBytes / 64}};
+  return {
+      {next, b.whole_blocks(), b.block_size() * kBytes / 64, b.panels * b.block_size() * kBytes}};
 }
 // What follows `rows` rows that were packed on the fly: as many of the same matrices.
 template <class T>
 DSMOE_INLINE Ahead ahead_in_rows(const T* first, const T* second, int64_t rows, int64_t hidden) {
-  const int64_t size = rows * hidden;
-  return {(const char*)(first + size), (const char*)(second ? second + size : nullptr), 1,
-          size * int64_t(sizeof(T)) / 64, 0};
+  const int64_t size = rows * hidden, run = size * int64_t(sizeof(T)) / 64;
+  const Lines next = {(const char*)(first + size), 1, run};
+  return {next, second ? Lines{(const char*)(second + size), 1, run} : Lines{}};
 }
 
 // A panel of packed weights, for tiles that go through all of K.
