@@ -75,9 +75,9 @@ static void add_packed(const Section<T>& s, int64_t hidden, int64_t panel_begin,
   }
 }
 
-// The same for matrices as they are. A few panels of an expert at a time are packed into one half of the
+// Adds sections whose matrices are as they are. A few panels of an expert at a time are packed into one half of the
 // scratch memory while those in the other half are multiplied, a slice after every tile, whose rows the
-// tile has brought into L2. Packed all at once they came at 6 to 8 GB/s: what had been asked for during
+// tile has brought into L2. Packed all at once they came at 6 to 7 GB/s: what had been asked for during
 // all the tiles before was no longer there (Zen 4).
 template <class T>
 class UnpackedColumns {
@@ -96,10 +96,10 @@ class UnpackedColumns {
     const int64_t at_once = max_of<int64_t>(1, half_ / panel_size);
     for (int64_t panel = begin_; panel < end_; panel += at_once) {
       T* other = current_.b == scratch_ ? scratch_ + half_ : scratch_;
-      go_on({s, panel, min_of(at_once, end_ - panel), other});
+      multiply_and_pack({s, panel, min_of(at_once, end_ - panel), other});
     }
   }
-  void finish() { go_on({}); }
+  void finish() { multiply_and_pack({}); }
 
  private:
   struct Piece {
@@ -110,18 +110,19 @@ class UnpackedColumns {
   static int64_t steps(const Section<T>& s) { return ceil_div(s.k, Compute<T>::kPair); }
 
   // Multiplies the current piece while the next one is packed, which then is the current one.
-  void go_on(const Piece& next) {
+  void multiply_and_pack(const Piece& next) {
     const Section<T>& s = current_.section;
-    const int64_t packed = steps(next.section), stride = (end_ - begin_) * kColumns<T>;
-    if (current_.panels == 0) pack(next, 0, packed);
+    const int64_t next_steps = steps(next.section), stride = (end_ - begin_) * kColumns<T>;
+    if (s.n == 0) pack(next, 0, next_steps);  // no tiles to pack it between
     TileArgs<T> args;
     args.b = current_.b;
     args.steps = steps(s);
     args.panels = current_.panels;
     args.accumulate = true;
     for_each_tile(s.n, [&](int64_t first, int rows) {
-      const int64_t from = packed * first / s.n, to = packed * (first + rows) / s.n;
-      Ahead ahead = {lines(next, from, to)};
+      const int64_t from = next_steps * first / s.n, to = next_steps * (first + rows) / s.n;
+      const int64_t half = next.section.more ? next_steps / 2 : next_steps;
+      Ahead ahead = {lines(next, from, min_of(to, half)), lines(next, max_of(from, half), to)};
       spread(ahead, rows, args.panels, args);
       for (int r = 0; r < rows; ++r) {
         args.a[r] = s.a + (first + r) * s.a_stride;
@@ -140,15 +141,15 @@ class UnpackedColumns {
     pack_columns([&](int64_t i) { return row(s, i); }, s.k, step_begin, step_end,
                  p.panel * kColumns<T>, hidden_, p.panels, p.b);
   }
-  // The rows of these steps, but those of another matrix than the first one's.
+  // The rows of these steps, all of one matrix.
   Lines lines(const Piece& p, int64_t step_begin, int64_t step_end) const {
     const Section<T>& s = p.section;
     const int64_t begin = step_begin * Compute<T>::kPair;
-    const int64_t rows =
-        min_of(step_end * Compute<T>::kPair, s.more && begin < s.k / 2 ? s.k / 2 : s.k) - begin;
+    const int64_t rows = min_of(step_end * Compute<T>::kPair, s.k) - begin;
     if (rows <= 0) return {};
     return {(const char*)(row(s, begin) + p.panel * kColumns<T>), rows,
-            p.panels * kColumns<T> * int64_t(sizeof(T)) / 64, hidden_ * int64_t(sizeof(T))};
+            ceil_div(p.panels * kColumns<T> * int64_t(sizeof(T)), 64),
+            hidden_ * int64_t(sizeof(T))};
   }
 
   int64_t hidden_, begin_, end_;
