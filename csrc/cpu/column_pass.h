@@ -5,8 +5,10 @@
 
 namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
 
-// One expert's contribution: n rows of A, K = k, times the k rows of a row-major [k, H] matrix (or
-// its packed panels).
+constexpr int64_t kScratchBytes = 512 << 10;  // a thread's panels packed on the fly, in two halves
+
+// One expert's contribution: n rows of A, K = k > 0, times the k rows of a row-major [k, H] matrix (null
+// if they are packed).
 template <class T>
 struct Section {
   const int32_t* tokens;  // [n]
@@ -14,29 +16,26 @@ struct Section {
   const AType<T>* a;  // [n, a_stride]
   int64_t a_stride;
   int64_t k;
-  const T* matrix;          // [k, H]  row-major, or null
-  const T* more = nullptr;  // if set: the second half of these k rows
-  const T* packed;          // [H / kColumns] panels, or null
+  const T* matrix = nullptr;  // [k, H]  row-major
+  const T* more = nullptr;    // if set: the second half of these k rows
 };
 
-// sums += rows of A, from element `term` on, times the B of args. sums: of the first token and of args'
-// first column, a token's `stride` from the next one's.
+// sums += rows of A from row `first` and element `term` on, times the B of args. sums: of the first
+// token and of args' first column, a token's `stride` from the next one's.
 template <class T>
-static void add_tiles(const Section<T>& s, int64_t term, CType<T>* sums, int64_t stride,
-                      TileArgs<T>& args) {
-  for_each_tile(s.n, [&](int64_t first, int rows) {
-    for (int r = 0; r < rows; ++r) {
-      args.a[r] = s.a + (first + r) * s.a_stride + term;
-      args.c[r] = sums + s.tokens[first + r] * stride;
-    }
-    run_tile<T, kRowPointers>(rows, args);
-  });
+static void add_tile(const Section<T>& s, int64_t first, int rows, int64_t term, CType<T>* sums,
+                     int64_t stride, TileArgs<T>& args) {
+  for (int r = 0; r < rows; ++r) {
+    args.a[r] = s.a + (first + r) * s.a_stride + term;
+    args.c[r] = sums + s.tokens[first + r] * stride;
+  }
+  run_tile<T, kRowPointers>(rows, args);
 }
 
-// sums[t][0 .. (panel_end - panel_begin) * kColumns) += section, for the columns of these panels.
+// sums[t][0 .. (panel_end - panel_begin) * kColumns) += section, for these panels of the packed matrix.
 template <class T>
-static void add_packed(const Section<T>& s, int64_t hidden, int64_t panel_begin, int64_t panel_end,
-                       CType<T>* sums) {
+static void add_packed(const Section<T>& s, const T* packed, int64_t hidden, int64_t panel_begin,
+                       int64_t panel_end, CType<T>* sums) {
   const PackedPanels<T> b = PackedLayout<T>{hidden}.down(s.k);
   const int64_t panels = panel_end - panel_begin, stride = panels * kColumns<T>;
   TileArgs<T> args;
@@ -44,9 +43,9 @@ static void add_packed(const Section<T>& s, int64_t hidden, int64_t panel_begin,
   if (s.n <= kMaxRows) {  // block by block, each one stream
     args.panels = panels;
     for (int64_t block = 0; block < b.blocks(); ++block) {
-      args.b = s.packed + b.start(block, panel_begin);
+      args.b = packed + b.start(block, panel_begin);
       args.steps = b.steps_of(block);
-      add_tiles(s, b.first_term(block), sums, stride, args);
+      add_tile(s, 0, int(s.n), b.first_term(block), sums, stride, args);
     }
     return;
   }
@@ -57,7 +56,6 @@ static void add_packed(const Section<T>& s, int64_t hidden, int64_t panel_begin,
   for (int64_t begin = 0; begin < panels; begin += at_once) {
     const int64_t end = min_of(panels, begin + at_once);
     for_each_tile(s.n, [&](int64_t first, int rows) {
-      for (int r = 0; r < rows; ++r) args.a[r] = s.a + (first + r) * s.a_stride;
       args.steps = b.steps();
       const Lines next_rows = {(const char*)(s.a + (first + rows) * s.a_stride),
                                min_of<int64_t>(s.n - first - rows, kMaxRows),
@@ -66,10 +64,8 @@ static void add_packed(const Section<T>& s, int64_t hidden, int64_t panel_begin,
       spread(ahead, rows, end - begin, args);
       args.panels = b.blocks() == 1 ? end - begin : 1;
       for (int64_t panel = begin; panel < end; panel += args.panels) {
-        static_cast<PanelOfB<T>&>(args) = packed_panel(s.packed, b, panel_begin + panel);
-        for (int r = 0; r < rows; ++r)
-          args.c[r] = sums + s.tokens[first + r] * stride + panel * kColumns<T>;
-        run_tile<T, kRowPointers>(rows, args);
+        static_cast<PanelOfB<T>&>(args) = packed_panel(packed, b, panel_begin + panel);
+        add_tile(s, first, rows, 0, sums + panel * kColumns<T>, stride, args);
       }
     });
   }
@@ -124,11 +120,7 @@ class UnpackedColumns {
       const int64_t half = next.section.more ? next_steps / 2 : next_steps;
       Ahead ahead = {lines(next, from, min_of(to, half)), lines(next, max_of(from, half), to)};
       spread(ahead, rows, args.panels, args);
-      for (int r = 0; r < rows; ++r) {
-        args.a[r] = s.a + (first + r) * s.a_stride;
-        args.c[r] = sums_ + s.tokens[first + r] * stride + (current_.panel - begin_) * kColumns<T>;
-      }
-      run_tile<T, kRowPointers>(rows, args);
+      add_tile(s, first, rows, 0, sums_ + (current_.panel - begin_) * kColumns<T>, stride, args);
       pack(next, from, to);
     });
     current_ = next;
@@ -137,7 +129,7 @@ class UnpackedColumns {
     return s.more && i >= s.k / 2 ? s.more + (i - s.k / 2) * hidden_ : s.matrix + i * hidden_;
   }
   void pack(const Piece& p, int64_t step_begin, int64_t step_end) const {
-    const Section<T> s = p.section;
+    const Section<T>& s = p.section;
     pack_columns([&](int64_t i) { return row(s, i); }, s.k, step_begin, step_end,
                  p.panel * kColumns<T>, hidden_, p.panels, p.b);
   }

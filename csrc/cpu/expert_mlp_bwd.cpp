@@ -10,7 +10,6 @@
 namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
 namespace {
 
-constexpr int64_t kScratchBytes = 512 << 10;  // a thread's panels packed on the fly
 constexpr int64_t kGroupBytes = 192 << 20;
 constexpr int64_t kStreamBytes = 8 << 20;  // weight gradients beyond this do not stay in L3 anyway
 

@@ -251,7 +251,6 @@ struct Backward {
       section.a_stride = row_stride(size(e));
       section.k = size(e);
       section.matrix = weight(p.gate_proj, e);
-      section.packed = nullptr;
       const T* up = weight(p.up_proj, e);
       if (up_start(e) == size(e)) {  // dG and dU lie side by side: one K of twice the length
         section.k *= 2;

@@ -18,7 +18,6 @@ namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
 namespace {
 
 constexpr int64_t kTokenBlock = 768;
-constexpr int64_t kScratchBytes = 512 << 10;  // a thread's panels packed on the fly
 
 template <class T>
 struct Forward {
@@ -124,13 +123,13 @@ struct Forward {
       section.a = activated + a_start[e];
       section.a_stride = padded_size(size(e));
       section.k = size(e);
-      section.matrix =
-          (const T*)p.down_proj_t + (p.packed ? 0 : p.expert_offsets[e] * p.hidden_size);
-      section.packed = p.packed ? packed_expert(e) + layout.down_start(size(e)) : nullptr;
-      if (p.packed)
-        add_packed(section, p.hidden_size, begin, end, chunk_sums);
-      else
+      if (p.packed) {
+        add_packed(section, packed_expert(e) + layout.down_start(size(e)), p.hidden_size, begin,
+                   end, chunk_sums);
+      } else {
+        section.matrix = (const T*)p.down_proj_t + p.expert_offsets[e] * p.hidden_size;
         unpacked.add(section);
+      }
     }
     unpacked.finish();
     write_columns(chunk_sums, p.num_tokens, p.hidden_size, begin, end, (T*)p.y);

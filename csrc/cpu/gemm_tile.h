@@ -22,7 +22,7 @@ struct Lines {
   int64_t rows = 0, run = 0, stride = 0;
   int64_t count() const { return rows * run; }
 };
-// What to bring into L2 while tiles multiply, so many lines for every run of steps.
+// What to bring into L2 while tiles multiply, TileArgs::ahead_lines of them for every run of steps.
 struct Ahead {
   Lines now, then = {};
   int64_t row = 0, line = 0;
