@@ -5,6 +5,8 @@
 
 namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
 
+constexpr int64_t kStreamedB = 384
+                               << 10;  // packed panels that an expert's tiles go through at once
 constexpr int64_t kScratchBytes = 512 << 10;  // a thread's panels packed on the fly, in two halves
 
 // One expert's contribution: n rows of A, K = k > 0, times the k rows of a row-major [k, H] matrix (null
@@ -50,18 +52,23 @@ static void add_packed(const Section<T>& s, const T* packed, int64_t hidden, int
     return;
   }
   // A few panels at a time stay in L2, and a tile's rows of A in L1, while the next tile's come into L2:
-  // all rows of a large expert would not stay there beside the sums.
+  // all rows of a large expert would not stay there beside the sums. Where they are one panel, all tiles
+  // go by it while the next panel comes.
   constexpr int64_t kBytesOfA = sizeof(AType<T>);
+  args.steps = b.steps();
   const int64_t at_once = max_of<int64_t>(1, kStreamedB / (b.panel() * int64_t(sizeof(T))));
   for (int64_t begin = 0; begin < panels; begin += at_once) {
     const int64_t end = min_of(panels, begin + at_once);
+    Ahead ahead = ahead_in_packed(packed, b, panel_begin + begin);
+    spread(ahead, s.n, 1, args);
     for_each_tile(s.n, [&](int64_t first, int rows) {
-      args.steps = b.steps();
-      const Lines next_rows = {(const char*)(s.a + (first + rows) * s.a_stride),
-                               min_of<int64_t>(s.n - first - rows, kMaxRows),
-                               ceil_div(s.k * kBytesOfA, 64), s.a_stride * kBytesOfA};
-      Ahead ahead = {next_rows};
-      spread(ahead, rows, end - begin, args);
+      if (at_once > 1) {
+        const Lines next_rows = {(const char*)(s.a + (first + rows) * s.a_stride),
+                                 min_of<int64_t>(s.n - first - rows, kMaxRows),
+                                 ceil_div(s.k * kBytesOfA, 64), s.a_stride * kBytesOfA};
+        ahead = {next_rows};
+        spread(ahead, rows, end - begin, args);
+      }
       args.panels = b.blocks() == 1 ? end - begin : 1;
       for (int64_t panel = begin; panel < end; panel += args.panels) {
         static_cast<PanelOfB<T>&>(args) = packed_panel(packed, b, panel_begin + panel);

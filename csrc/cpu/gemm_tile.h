@@ -24,21 +24,29 @@ struct Lines {
 };
 // What to bring into L2 while tiles multiply, TileArgs::ahead_lines of them for every run of steps.
 struct Ahead {
-  Lines now, then = {};
-  int64_t row = 0, line = 0;
+  Lines now, then = {};        // rows that are not begun
+  const char* next = nullptr;  // in the row that is
+  int64_t left = 0;
 
   DSMOE_INLINE void fetch(Ahead& ahead, int64_t lines) {
-    for (; lines > 0; --lines) {
-      if (ahead.row == ahead.now.rows) {
-        if (ahead.then.count() == 0) return;
-        ahead.now = ahead.then;
-        ahead.then = {};
-        ahead.row = 0;
+    while (lines > 0) {
+      if (ahead.left == 0) {
+        if (ahead.now.rows == 0) {
+          if (ahead.then.rows == 0) return;
+          ahead.now = ahead.then;
+          ahead.then = {};
+        }
+        ahead.next = ahead.now.at;
+        ahead.left = ahead.now.run;
+        ahead.now.at += ahead.now.stride;
+        --ahead.now.rows;
       }
-      __builtin_prefetch(ahead.now.at + ahead.row * ahead.now.stride + ahead.line * 64, 0, 2);
-      if (++ahead.line < ahead.now.run) continue;
-      ahead.line = 0;
-      ++ahead.row;
+      const int64_t count = lines < ahead.left ? lines : ahead.left;
+      const char* next = ahead.next;
+      ahead.next += 64 * count;
+      ahead.left -= count;
+      lines -= count;
+      for (; next != ahead.next; next += 64) __builtin_prefetch(next, 0, 2);
     }
   }
 };

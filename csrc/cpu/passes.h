@@ -25,8 +25,6 @@ constexpr int64_t kGroupBudget =
 // Items a thread draws in a pass: the last one may leave others waiting. Of packed weights more would
 // be shorter streams, which the prefetchers follow badly (16 of them at T = 1 on two threads: 1.5 x).
 constexpr int64_t kDraws = 16, kPackedDraws = 4;
-constexpr int64_t kStreamedB =
-    256 << 10;  // B that stays in L2 while the tiles of an expert go through it
 
 // Rows that a tile walks along side by side must not lie a multiple of a page apart: all their lines
 // would fall into one set of the first-level cache, which has as many ways, and tiles of 12 rows
