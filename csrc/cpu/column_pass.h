@@ -175,7 +175,8 @@ static void write_columns(const CType<T>* sums, int64_t num_tokens, int64_t hidd
 }
 
 // How many chunks to cut the columns into: the sums of all tokens stay in half of L2, and threads
-// find several to draw that come out even (18 panels for two threads: six chunks, not eight).
+// find several to draw that come out even (18 panels for two threads: six chunks, not eight). A few tokens
+// wait for the weights alone, which come faster in long runs: as few chunks as come out even (two).
 template <class T>
 static int64_t column_chunks(int64_t num_tokens, int64_t hidden, int threads) {
   const int64_t panels = ceil_div(hidden, kColumns<T>);
@@ -186,7 +187,8 @@ static int64_t column_chunks(int64_t num_tokens, int64_t hidden, int threads) {
   for (int64_t chunks = least; chunks <= min_of(panels, max_of<int64_t>(least, 4 * threads));
        ++chunks) {
     const int64_t share = ceil_div(chunks, threads) * ceil_div(panels, chunks);  // of the busiest
-    if (share <= best_share) best = chunks, best_share = share;
+    const bool is_better = num_tokens <= kMaxRows ? share < best_share : share <= best_share;
+    if (is_better) best = chunks, best_share = share;
   }
   return best;
 }
