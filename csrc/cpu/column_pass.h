@@ -5,8 +5,7 @@
 
 namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
 
-constexpr int64_t kStreamedB = 384
-                               << 10;  // packed panels that an expert's tiles go through at once
+constexpr int64_t kStreamedB = 384 << 10;     // packed panels that go by at once
 constexpr int64_t kScratchBytes = 512 << 10;  // a thread's panels packed on the fly, in two halves
 
 // One expert's contribution: n rows of A, K = k > 0, times the k rows of a row-major [k, H] matrix (null
@@ -34,6 +33,14 @@ static void add_tile(const Section<T>& s, int64_t first, int rows, int64_t term,
   run_tile<T, kRowPointers>(rows, args);
 }
 
+// The rows of A of the tile that begins at row `first`.
+template <class T>
+static Lines tile_rows(const Section<T>& s, int64_t first) {
+  constexpr int64_t kBytes = sizeof(AType<T>);
+  return {(const char*)(s.a + first * s.a_stride), min_of<int64_t>(s.n - first, kMaxRows),
+          ceil_div(s.k * kBytes, 64), s.a_stride * kBytes};
+}
+
 // sums[t][0 .. (panel_end - panel_begin) * kColumns) += section, for these panels of the packed matrix.
 template <class T>
 static void add_packed(const Section<T>& s, const T* packed, int64_t hidden, int64_t panel_begin,
@@ -54,7 +61,6 @@ static void add_packed(const Section<T>& s, const T* packed, int64_t hidden, int
   // A few panels at a time stay in L2, and a tile's rows of A in L1, while the next tile's come into L2:
   // all rows of a large expert would not stay there beside the sums. Where they are one panel, all tiles
   // go by it while the next panel comes.
-  constexpr int64_t kBytesOfA = sizeof(AType<T>);
   args.steps = b.steps();
   const int64_t at_once = max_of<int64_t>(1, kStreamedB / (b.panel() * int64_t(sizeof(T))));
   for (int64_t begin = 0; begin < panels; begin += at_once) {
@@ -63,10 +69,7 @@ static void add_packed(const Section<T>& s, const T* packed, int64_t hidden, int
     spread(ahead, s.n, 1, args);
     for_each_tile(s.n, [&](int64_t first, int rows) {
       if (at_once > 1) {
-        const Lines next_rows = {(const char*)(s.a + (first + rows) * s.a_stride),
-                                 min_of<int64_t>(s.n - first - rows, kMaxRows),
-                                 ceil_div(s.k * kBytesOfA, 64), s.a_stride * kBytesOfA};
-        ahead = {next_rows};
+        ahead = {tile_rows(s, first + rows)};
         spread(ahead, rows, end - begin, args);
       }
       args.panels = b.blocks() == 1 ? end - begin : 1;

@@ -41,7 +41,7 @@ struct Ahead {
         ahead.now.at += ahead.now.stride;
         --ahead.now.rows;
       }
-      const int64_t count = lines < ahead.left ? lines : ahead.left;
+      const int64_t count = min_of(lines, ahead.left);
       const char* next = ahead.next;
       ahead.next += 64 * count;
       ahead.left -= count;
