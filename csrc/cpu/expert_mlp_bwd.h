@@ -79,9 +79,6 @@ struct Backward {
   const T* weight(const void* matrix, int e) const {
     return (const T*)matrix + p.expert_offsets[e] * p.hidden_size;
   }
-  C gate(int e, int32_t token) const {
-    return ((const C*)p.gates)[int64_t(token) * p.num_experts + e];
-  }
   const T* inner(int e, bool is_extra, int64_t row) const {
     if (is_extra) return inner_extra + starts[e].inner_extra + row * 2 * size(e);
     if (p.activations) return (const T*)p.activations + starts[e].saved + row * 2 * size(e);
@@ -113,9 +110,9 @@ struct Backward {
   }
   static Vec<C> load_part(const T* from, int64_t valid) {
     if (valid >= kL) return load(from);
-    Vec<C> v = {};
-    for (int i = 0; i < valid; ++i) v[i] = widen(from[i]);
-    return v;
+    T part[kL] = {};
+    memcpy(part, from, size_t(valid) * sizeof(T));
+    return load(part);
   }
 
   // -------------------------------------------------------------------------------------- dA, and
@@ -151,63 +148,70 @@ struct Backward {
   struct InnerGrad {
     Vec<C> dg, du, h;
   };
-  InnerGrad inner_grad_row(int e, int64_t panel, int half, bool is_extra, int64_t row,
-                           const C* da_row, Vec<C>& share) {
-    const int64_t column = panel * kN + half * kL, valid = size(e) - column;
-    const T* from = inner(e, is_extra, row) + column;
-    const Vec<C> g = load_part(from, valid), u = load_part(from + size(e), valid),
-                 da = load(da_row + half * kL);
+  // share += a dA; the rest is 0 beyond valid neurons, where infinite gates leave NaN.
+  DSMOE_INLINE InnerGrad inner_grad_row(Vec<C> g, Vec<C> u, Vec<C> da, C gate, int64_t valid,
+                                        Vec<C>& share) {
     const Vec<C> sig = sigmoid(g), silu = g * sig, a = silu * u;
     share += a * da;
-    InnerGrad out = {};
-    if (is_extra) return out;
-    const Vec<C> gate_v = splat(gate(e, active.of(e)[row])), gated = gate_v * da;
-    out.dg = gated * u * sig * (1 + g * (1 - sig));
-    out.du = gated * silu;
-    out.h = gate_v * a;
-    for (int i = int(valid); i < kL; ++i)
-      out.dg[i] = out.du[i] = out.h[i] = 0;  // infinite gates left NaN there
-    return out;
+    const Vec<C> gate_v = splat(gate), gated = gate_v * da;
+    return {first_lanes<C>(gated * u * sig * (1 + g * (1 - sig)), valid),
+            first_lanes<C>(gated * silu, valid), first_lanes<C>(gate_v * a, valid)};
   }
 
+  // Pointers and strides are read once: as far as the compiler knows a store may change any member.
   void inner_grad(int e, int64_t panel, bool is_extra, int64_t first, int count,
                   const C (*da)[kColumns<T>]) {
-    const int64_t S = size(e), padded = padded_size(S), panels = ceil_div(S, kN);
+    const int64_t S = size(e), padded = padded_size(S), panels = ceil_div(S, kN), up = up_start(e);
     const bool keeps = !is_extra && (b.dx || wants_weights);
+    const bool keeps_rows = keeps && (!kPaired || b.dx),
+               keeps_pairs = keeps && kPaired && wants_weights;
+    const int64_t stride = row_stride(S), stride_of_pairs = pair_stride(S), E = p.num_experts;
+    const C* gates = (const C*)p.gates + e;
+    const int32_t* tokens = (is_extra ? extra : active).of(e) + first;
     Vec<C> share[kMaxRows + 1] = {};
     for (int half = 0; half < 2 && panel * kN + half * kL < S; ++half) {
-      const int64_t column = panel * kN + half * kL;
+      const int64_t column = panel * kN + half * kL, valid = S - column;
+      const T* from = inner(e, is_extra, first) + column;
+      A* out = keeps_rows ? rows + starts[e].rows + first * stride + column : nullptr;
+      A* pair_out = keeps_pairs
+                        ? row_pairs + starts[e].row_pairs + first / 2 * stride_of_pairs + column * 2
+                        : nullptr;
       for (int r = 0; r < count; r += 2) {  // first is even: rows r and r + 1 are a pair
         const auto row = [&](int i) {
-          return inner_grad_row(e, panel, half, is_extra, first + r + i, da[r + i], share[r + i]);
+          return inner_grad_row(load_part(from + i * 2 * S, valid),
+                                load_part(from + i * 2 * S + S, valid), load(da[i] + half * kL),
+                                gates[int64_t(tokens[i]) * E], valid, share[i]);
         };
-        const InnerGrad v[2] = {row(0), r + 1 < count ? row(1) : InnerGrad{}};
-        if (!keeps) continue;
-        if (kPaired && wants_weights) store_row_pair(e, (first + r) / 2, padded, column, v);
-        if (kPaired && !b.dx) continue;
+        const InnerGrad v[2] = {row(r), r + 1 < count ? row(r + 1) : InnerGrad{}};
+        if (keeps_pairs) {
+          store_row_pair(pair_out, padded, v);
+          pair_out += stride_of_pairs;
+        }
+        if (!keeps_rows) continue;
         // Without pairs the rows serve the weights too, in steps of kPair: an odd last row gets a
         // row of zeros after it.
-        const int written = kPaired ? min_of(2, count - r) : kPair == 2 ? 2 : min_of(2, count - r);
-        for (int i = 0; i < written; ++i) {
-          A* out = rows + starts[e].rows + (first + r + i) * row_stride(S) + column;
+        const int written = kPair == 2 && !kPaired ? 2 : min_of(2, count - r);
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i, out += stride) {
+          if (i == written) break;
           store(out, v[i].dg);
-          store(out + up_start(e), v[i].du);
+          store(out + up, v[i].du);
           if (!kPaired) store(out + 2 * padded, v[i].h);
         }
       }
     }
     if (!b.dgates) return;
+    C* to = (is_extra ? shares_extra + starts[e].shares_extra
+                      : shares_active + starts[e].shares_active) +
+            panel;
     for (int r = 0; r < count; ++r) {
       C sum = 0;
       for (int i = 0; i < kL; ++i) sum += share[r][i];
-      (is_extra ? shares_extra + starts[e].shares_extra
-                : shares_active + starts[e].shares_active)[(first + r) * panels + panel] = sum;
+      to[(first + r) * panels] = sum;
     }
   }
-  void store_row_pair(int e, int64_t pair, int64_t padded, int64_t column,
-                      const InnerGrad (&v)[2]) {
+  DSMOE_INLINE void store_row_pair(A* out, int64_t padded, const InnerGrad (&v)[2]) {
     if constexpr (kPaired) {
-      A* out = row_pairs + starts[e].row_pairs + pair * pair_stride(size(e)) + column * 2;
       store_pair(out, v[0].dg, v[1].dg);
       store_pair(out + padded * 2, v[0].du, v[1].du);
       store_pair(out + padded * 4, v[0].h, v[1].h);

@@ -89,22 +89,24 @@ struct Forward {
               });
   }
 
-  // a = gate silu(g) u, and g, u themselves if the backward will want them.
+  // a = gate silu(g) u, and g, u themselves if the backward will want them. Pointers and strides are read
+  // once: as far as the compiler knows a store may change any member.
   void swiglu(int e, int64_t panel, int64_t first, int rows, const C* sums, int64_t sums_stride) {
-    const int64_t stride = padded_size(size(e)), S = size(e);
-    const int valid = int(min_of<int64_t>(S - panel * kLanes<T>, kLanes<T>));
-    const C* gates = (const C*)p.gates;
-    for (int r = 0; r < rows; ++r, sums += sums_stride) {
+    const int64_t stride = padded_size(size(e)), S = size(e), E = p.num_experts;
+    const int64_t column = panel * kLanes<T>, valid = S - column;
+    const C* gates = (const C*)p.gates + e;
+    const int32_t* tokens = pairs.of(e) + first;
+    A* a = activated + a_start[e] + first * stride + column;
+    T* saved =
+        p.activations ? (T*)p.activations + saved_start[e] + first * 2 * S + column : nullptr;
+    for (int r = 0; r < rows; ++r, sums += sums_stride, a += stride) {
       const Vec<C> g = load(sums), u = load(sums + kLanes<T>);
-      const C gate = gates[int64_t(pairs.of(e)[first + r]) * p.num_experts + e];
-      A* a = activated + a_start[e] + (first + r) * stride + panel * kLanes<T>;
-      store(a, g * sigmoid(g) * u * splat(gate));
-      for (int i = valid; i < kLanes<T>; ++i)
-        a[i] = A{};  // an infinite gate would leave NaN in the padding
-      if (!p.activations) continue;
-      T* saved = (T*)p.activations + saved_start[e] + (first + r) * 2 * S + panel * kLanes<T>;
+      // of an infinite gate NaN would be left in the padding
+      store(a, first_lanes<C>(g * sigmoid(g) * u * splat(gates[int64_t(tokens[r]) * E]), valid));
+      if (!saved) continue;
       store_kept(saved, g, valid);
       store_kept(saved + S, u, valid);
+      saved += 2 * S;
     }
   }
 

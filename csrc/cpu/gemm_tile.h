@@ -171,13 +171,19 @@ DSMOE_INLINE void tile_run(Vec<CType<T>> (&acc)[kSets<R, W>][R][W], const AType<
     tile_step<T, R, O, W>(acc[0], to, lda, i, b, second);
 }
 
-template <class T>
-DSMOE_INLINE void store_result(const TileArgs<T>& args, int row, int64_t panel,
-                               const Vec<CType<T>>* sum) {
-  T* out = args.out + row * args.out_stride + panel * kColumns<T>;
-  const int64_t width = args.out_width - panel * kColumns<T>;
-  if (width >= kColumns<T>) return store_both(out, sum[0], sum[1], args.stream);
-  for (int i = 0; i < width; ++i) narrow(sum[i / kLanes<T>][i % kLanes<T>], out[i]);
+// Rounds a panel's sums to rows of out, of which `width` columns exist.
+template <class T, int R>
+DSMOE_INLINE void store_results(const Vec<CType<T>> (&sums)[R][2], T* out, int64_t stride,
+                                int64_t width, bool stream) {
+  T rows[R][kColumns<T>];
+  const bool is_whole = width >= kColumns<T>;
+  T* to = is_whole ? out : rows[0];
+  const int64_t to_stride = is_whole ? stride : kColumns<T>;
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+    store_both(to + r * to_stride, sums[r][0], sums[r][1], stream && is_whole);
+  for (int r = 0; !is_whole && r < R; ++r)
+    memcpy(out + r * stride, rows[r], size_t(width) * sizeof(T));
 }
 
 template <class T, int R, AOrder O, int W>
@@ -213,6 +219,11 @@ __attribute__((noinline)) static void tile(const TileArgs<T>& args) {
                                3);
         }
     }
+    if (O == kStepMajor && !args.stream) {  // these stores would wait for their lines, too
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+        __builtin_prefetch(args.out + r * args.out_stride + panel * kColumns<T>, 1, 3);
+    }
     for (int64_t s = 0; s < steps; s += kRun) {
       const int64_t count = min_of<int64_t>(kRun, steps - s);
       if (args.ahead) Ahead::fetch(*args.ahead, args.ahead_lines);
@@ -221,21 +232,23 @@ __attribute__((noinline)) static void tile(const TileArgs<T>& args) {
       if ((s + kRun) % kBlockSteps == 0)
         b += s + kRun + kBlockSteps <= steps ? args.skip : args.last_skip;
     }
+#pragma GCC unroll 4
+    for (int k = 1; k < kS; ++k)
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      Vec<C> sum[W];
+      for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int w = 0; w < W; ++w) {
-        sum[w] = acc[0][r][w];
+        for (int w = 0; w < W; ++w) acc[0][r][w] += acc[k][r][w];
+    if constexpr (O == kStepMajor) {
+      store_results(acc[0], args.out + panel * kColumns<T>, args.out_stride,
+                    args.out_width - panel * kColumns<T>, args.stream);
+    } else {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int k = 1; k < kS; ++k) sum[w] += acc[k][r][w];
-        if constexpr (O == kRowPointers) {
+        for (int w = 0; w < W; ++w) {
           C* c = args.c[r] + (panel + w / 2 * args.second) * kColumns<T> + w % 2 * kLanes<T>;
-          if (args.accumulate) sum[w] += load(c);
-          store(c, sum[w]);
+          store(c, args.accumulate ? acc[0][r][w] + load(c) : acc[0][r][w]);
         }
-      }
-      if constexpr (O == kStepMajor) store_result<T>(args, r, panel, sum);
     }
   }
 }

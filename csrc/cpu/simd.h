@@ -335,6 +335,15 @@ struct Compute<bf16> {  // the same pairs in memory, widened with one shift or m
 };
 #endif
 
+// v's lanes below count; 0, whatever was there, in the others.
+template <class C>
+DSMOE_INLINE Vec<C> first_lanes(Vec<C> v, int64_t count) {
+  constexpr int kLanesOfV = kVecBytes / int(sizeof(C));
+  if (count >= kLanesOfV) return v;
+  static constexpr C kIndex[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return load(kIndex) < splat(C(count)) ? v : Vec<C>{};
+}
+
 template <class T>
 using CType = typename Compute<T>::C;
 template <class T>
