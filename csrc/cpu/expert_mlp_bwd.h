@@ -148,7 +148,7 @@ struct Backward {
   struct InnerGrad {
     Vec<C> dg, du, h;
   };
-  // share += a dA; the rest is 0 beyond valid neurons, where infinite gates leave NaN.
+  // share += a dA. dg, du and h are 0 in lanes from valid on: there an infinite gate leaves NaN.
   DSMOE_INLINE InnerGrad inner_grad_row(Vec<C> g, Vec<C> u, Vec<C> da, C gate, int64_t valid,
                                         Vec<C>& share) {
     const Vec<C> sig = sigmoid(g), silu = g * sig, a = silu * u;
@@ -189,7 +189,7 @@ struct Backward {
         }
         if (!keeps_rows) continue;
         // Without pairs the rows serve the weights too, in steps of kPair: an odd last row gets a
-        // row of zeros after it.
+        // row of zeros after it. Unrolled, v stays in registers.
         const int written = kPair == 2 && !kPaired ? 2 : min_of(2, count - r);
 #pragma GCC unroll 2
         for (int i = 0; i < 2; ++i, out += stride) {

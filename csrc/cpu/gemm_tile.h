@@ -171,19 +171,21 @@ DSMOE_INLINE void tile_run(Vec<CType<T>> (&acc)[kSets<R, W>][R][W], const AType<
     tile_step<T, R, O, W>(acc[0], to, lda, i, b, second);
 }
 
-// Rounds a panel's sums to rows of out, of which `width` columns exist.
+// Rounds a panel's sums to rows of out, of which `width` columns exist. A partial panel goes through a
+// buffer: lanes picked by a variable would keep the sums of every panel in memory.
 template <class T, int R>
 DSMOE_INLINE void store_results(const Vec<CType<T>> (&sums)[R][2], T* out, int64_t stride,
                                 int64_t width, bool stream) {
-  T rows[R][kColumns<T>];
+  T rows[R * kColumns<T>];
   const bool is_whole = width >= kColumns<T>;
-  T* to = is_whole ? out : rows[0];
+  T* to = is_whole ? out : rows;
   const int64_t to_stride = is_whole ? stride : kColumns<T>;
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
     store_both(to + r * to_stride, sums[r][0], sums[r][1], stream && is_whole);
-  for (int r = 0; !is_whole && r < R; ++r)
-    memcpy(out + r * stride, rows[r], size_t(width) * sizeof(T));
+  if (is_whole) return;
+  for (int r = 0; r < R; ++r)
+    memcpy(out + r * stride, rows + r * kColumns<T>, size_t(width) * sizeof(T));
 }
 
 template <class T, int R, AOrder O, int W>
