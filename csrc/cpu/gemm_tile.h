@@ -224,7 +224,8 @@ __attribute__((noinline)) static void tile(const TileArgs<T>& args) {
     if (O == kStepMajor && !args.stream) {  // these stores would wait for their lines, too
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r)
-        __builtin_prefetch(args.out + r * args.out_stride + panel * kColumns<T>, 1, 3);
+        for (int i = 0; i < kColumns<T>; i += 64 / int(sizeof(T)))
+          __builtin_prefetch(args.out + r * args.out_stride + panel * kColumns<T> + i, 1, 3);
     }
     for (int64_t s = 0; s < steps; s += kRun) {
       const int64_t count = min_of<int64_t>(kRun, steps - s);

@@ -335,15 +335,6 @@ struct Compute<bf16> {  // the same pairs in memory, widened with one shift or m
 };
 #endif
 
-// v's lanes below count; 0, whatever was there, in the others.
-template <class C>
-DSMOE_INLINE Vec<C> first_lanes(Vec<C> v, int64_t count) {
-  constexpr int kLanesOfV = kVecBytes / int(sizeof(C));
-  if (count >= kLanesOfV) return v;
-  static constexpr C kIndex[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return load(kIndex) < splat(C(count)) ? v : Vec<C>{};
-}
-
 template <class T>
 using CType = typename Compute<T>::C;
 template <class T>
@@ -352,6 +343,14 @@ template <class T>
 constexpr int kLanes = kVecBytes / int(sizeof(CType<T>));  // columns per register
 template <class T>
 constexpr int kColumns = 2 * kLanes<T>;  // columns per panel: every tile is two registers wide
+
+// v's lanes below count; 0, whatever was there, in the others.
+template <class C>
+DSMOE_INLINE Vec<C> first_lanes(Vec<C> v, int64_t count) {
+  if (count >= kLanes<C>) return v;
+  static constexpr C kIndex[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return load(kIndex) < splat(C(count)) ? v : Vec<C>{};
+}
 
 // A pair of bf16 rows as dwords, for operands that are interleaved along K.
 DSMOE_INLINE void store_pair(bf16* p, Vec<float> first, Vec<float> second) {
