@@ -5,6 +5,7 @@
 
 #include "binding/cuda_limits.h"
 #include "binding/device.h"
+#include "binding/direct_empty.h"
 #include "binding/kept_memory.h"
 #include "binding/ops.h"
 
@@ -65,8 +66,8 @@ void forward(const ExpertMlpParams& p, const Tensor& where) {
   run(
       where, [&](const cpu::Team& team) { check_status(cpu::expert_mlp(p, team)); },
       [&](cuda::Stream stream) {
-        const Tensor workspace = torch::stable::new_empty(
-            where, {cuda::expert_mlp_workspace_bytes(p)}, ScalarType::Byte);
+        const Tensor workspace =
+            direct_empty(where, {cuda::expert_mlp_workspace_bytes(p)}, ScalarType::Byte);
         check_status(cuda::expert_mlp(p, workspace.data_ptr(), stream));
       });
 }
@@ -83,7 +84,7 @@ std::tuple<Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& gates, cons
   const Tensor down = checked_weight(down_proj_t, "down_proj_t", x, gate_proj);
   const Inputs in = check_inputs(x, gates, expert_offsets, gate.size(1), gate.size(0));
   ExpertMlpParams p = params(in, gate.size(0));
-  Tensor y = torch::stable::new_empty(in.x, {p.num_tokens, p.hidden_size});
+  Tensor y = direct_empty(in.x, {p.num_tokens, p.hidden_size});
   const int64_t kept = save_activations ? 2 * p.num_tokens * p.intermediate_size : 0;
   Tensor activations = kept_empty(in.x, {kept});
   p.gate_proj = gate.data_ptr();
@@ -130,8 +131,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
   p.dy_stride = row_stride(dy);
   p.dy = dy.data_ptr();
   const auto output = [](bool wanted, const Tensor& like, void*& pointer) {
-    Tensor out = wanted ? kept_empty(like, {like.size(0), like.size(1)})
-                        : torch::stable::new_empty(like, {0});
+    Tensor out = wanted ? kept_empty(like, {like.size(0), like.size(1)}) : direct_empty(like, {0});
     pointer = wanted ? out.data_ptr() : nullptr;
     return out;
   };
@@ -142,8 +142,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
   run(
       in.x, [&](const cpu::Team& team) { check_status(cpu::expert_mlp_backward(p, team)); },
       [&](cuda::Stream stream) {
-        const Tensor workspace = torch::stable::new_empty(
-            in.x, {cuda::expert_mlp_backward_workspace_bytes(p)}, ScalarType::Byte);
+        const Tensor workspace =
+            direct_empty(in.x, {cuda::expert_mlp_backward_workspace_bytes(p)}, ScalarType::Byte);
         check_status(cuda::expert_mlp_backward(p, workspace.data_ptr(), stream));
       });
   return out;
@@ -208,8 +208,8 @@ Tensor pack_weights(const Tensor& gate_proj, const Tensor& up_proj, const Tensor
   p.down_proj_t = down.data_ptr();
   p.expert_offsets = static_cast<const int32_t*>(offsets.data_ptr());
   const int64_t bytes = cpu::packed_bytes(p);
-  Tensor packed = torch::stable::new_empty(gate, {bytes + static_cast<int64_t>(sizeof(Stamp))},
-                                           ScalarType::Byte);
+  Tensor packed =
+      direct_empty(gate, {bytes + static_cast<int64_t>(sizeof(Stamp))}, ScalarType::Byte);
   p.packed = packed.data_ptr();
   check_status(cpu::pack_weights(p, torch_team()));
   Stamp stamp{{}, p.dtype};
@@ -233,7 +233,7 @@ Tensor expert_mlp_packed(const Tensor& x, const Tensor& gates, const Tensor& pac
   layout.num_experts = p.num_experts;
   layout.expert_offsets = p.expert_offsets;
   p.packed = checked_packed(packed, layout);
-  Tensor y = torch::stable::new_empty(in.x, {p.num_tokens, p.hidden_size});
+  Tensor y = direct_empty(in.x, {p.num_tokens, p.hidden_size});
   p.y = y.data_ptr();
   forward(p, in.x);
   return y;

@@ -12,8 +12,8 @@
 #include <atomic>
 #include <cstdlib>
 #include <fstream>
-#include <vector>
 
+#include "binding/direct_empty.h"
 #include "cpu/team.h"
 
 // In torch's stable ABI from 2.11 on; null in 2.10, which this library loads in as well.
@@ -118,19 +118,17 @@ Block* acquire(size_t bytes) {
 Tensor kept_empty(const Tensor& like, std::initializer_list<int64_t> shape) {
   size_t bytes = static_cast<size_t>(dtype_size(kernel_dtype(like, "like")));
   for (int64_t size : shape) bytes *= static_cast<size_t>(size);
-  if (!torch_from_blob || !like.is_cpu() || bytes < kSmallest)
-    return torch::stable::new_empty(like, shape);
+  if (!torch_from_blob || !like.is_cpu() || bytes < kSmallest) return direct_empty(like, shape);
   Block* block = acquire((bytes + sizeof(Block) + kPage - 1) / kPage * kPage);
   check(block != nullptr, "out of memory: ", bytes, " bytes.");
-  std::vector<int64_t> strides(shape.size(), 1);
-  for (size_t d = shape.size() - 1; d > 0; --d) strides[d - 1] = strides[d] * shape.begin()[d];
   int32_t dtype = 0;
   aoti_torch_get_dtype(like.get(), &dtype);
   AtenTensorHandle tensor = nullptr;
   const AOTITorchError error = torch_from_blob(
-      block + 1, static_cast<int64_t>(shape.size()), shape.begin(), strides.data(), 0, dtype,
-      aoti_torch_device_type_cpu(), like.get_device_index(), &tensor, aoti_torch_layout_strided(),
-      nullptr, 0, [](void* data, void*) { keep(static_cast<Block*>(data) - 1); }, nullptr);
+      block + 1, static_cast<int64_t>(shape.size()), shape.begin(), dense_strides(shape).data(), 0,
+      dtype, aoti_torch_device_type_cpu(), like.get_device_index(), &tensor,
+      aoti_torch_layout_strided(), nullptr, 0,
+      [](void* data, void*) { keep(static_cast<Block*>(data) - 1); }, nullptr);
   if (error) keep(block);
   check(!error, "torch could not make a tensor of ", bytes, " bytes.");
   return Tensor(tensor);

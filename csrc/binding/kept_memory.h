@@ -5,7 +5,7 @@
 
 namespace dsmoe::binding {
 
-// Like new_empty. On the CPU, blocks from 1 MiB on are mapped by huge pages and, once torch lets go
+// Like direct_empty. On the CPU, blocks from 1 MiB on are mapped by huge pages and, once torch lets go
 // of them, kept for the next tensor of the same size: at most an eighth of the memory (or
 // DSMOE_KEPT_BYTES) and 256 blocks in all, beyond which the oldest are unmapped. Such a tensor cannot
 // be resized in place.

@@ -3,6 +3,7 @@
 
 #include "binding/cuda_limits.h"
 #include "binding/device.h"
+#include "binding/direct_empty.h"
 
 namespace dsmoe::binding {
 namespace {
@@ -25,9 +26,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> permute(const Tensor& gates_in) {
   check(p.capacity < std::numeric_limits<int32_t>::max(), "gates has ", p.capacity,
         " entries, more than the 2^31 - 1 that int32 lists can count; split the tokens.");
   const Tensor gates = as_contiguous(gates_in);
-  const auto int_tensor = [&](int64_t n) {
-    return torch::stable::new_empty(gates, {n}, ScalarType::Int);
-  };
+  const auto int_tensor = [&](int64_t n) { return direct_empty(gates, {n}, ScalarType::Int); };
   Tensor pair_offsets = int_tensor(p.num_experts + 1), token_idx = int_tensor(p.capacity);
   Tensor token_offsets = int_tensor(p.num_tokens + 1), slot_idx = int_tensor(p.capacity);
   p.gates = gates.data_ptr();
@@ -39,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> permute(const Tensor& gates_in) {
       gates, [&](const cpu::Team& team) { cpu::permute(p, team); },
       [&](cuda::Stream stream) {
         const Tensor workspace =
-            torch::stable::new_empty(gates, {cuda::permute_workspace_bytes(p)}, ScalarType::Byte);
+            direct_empty(gates, {cuda::permute_workspace_bytes(p)}, ScalarType::Byte);
         check_status(cuda::permute(p, workspace.data_ptr(), stream));
       });
   return {pair_offsets, token_idx, token_offsets, slot_idx};

@@ -1,6 +1,7 @@
 // dsmoe::route and its backward: check, allocate, fill Params, call the device's kernel.
 #include "binding/cuda_limits.h"
 #include "binding/device.h"
+#include "binding/direct_empty.h"
 #include "binding/ops.h"
 
 namespace dsmoe::binding {
@@ -70,7 +71,7 @@ Tensor route_backward(const Tensor& dgates_in, std::optional<Tensor> dscores_in,
     dscores = as_contiguous(*dscores_in);
     p.dscores = dscores->data_ptr();
   }
-  Tensor dlogits = torch::stable::empty_like(scores);
+  Tensor dlogits = direct_empty(scores, {scores.size(0), scores.size(1)});
   p.dgates = dgates.data_ptr();
   p.dlogits = dlogits.data_ptr();
   run(
@@ -92,8 +93,8 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits_in, const Tensor& threshol
   const Tensor logits = as_contiguous(logits_in);
   const Tensor offsets = checked_offsets(offsets_in, offsets_in.size(0) - 1, -1);
   RouteParams p = route_params(logits, offsets, options);
-  Tensor gates = torch::stable::new_empty(logits, {p.num_tokens, p.num_experts});
-  Tensor scores = torch::stable::empty_like(logits);
+  Tensor gates = direct_empty(logits, {p.num_tokens, p.num_experts});
+  Tensor scores = direct_empty(logits, {p.num_tokens, logits.size(1)});
   p.threshold = static_cast<const float*>(threshold.data_ptr());
   p.gates = gates.data_ptr();
   p.scores = scores.data_ptr();

@@ -2,6 +2,7 @@
 // no kernel for the backward: torch's matrix products make it.
 #include "binding/cuda_limits.h"
 #include "binding/device.h"
+#include "binding/direct_empty.h"
 #include "binding/ops.h"
 
 namespace dsmoe::binding {
@@ -41,7 +42,7 @@ std::tuple<Tensor, Tensor> router_backward(const Tensor& dlogits_in, const Tenso
   const Tensor x = with_dense_rows(x_in), weight = aligned(as_contiguous(weight_in)),
                dlogits = as_contiguous(dlogits_in);
   // whatever is not wanted comes back with 0 elements
-  Tensor dx = torch::stable::new_empty(x, {0}), dweight = torch::stable::new_empty(weight, {0});
+  Tensor dx = direct_empty(x, {0}), dweight = direct_empty(weight, {0});
   run(
       x,
       [&](const cpu::Team&) {
@@ -54,15 +55,15 @@ std::tuple<Tensor, Tensor> router_backward(const Tensor& dlogits_in, const Tenso
         p.forward = router_params(x, weight);
         p.dlogits = dlogits.data_ptr();
         if (wants_dx) {
-          dx = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+          dx = direct_empty(x, {x.size(0), x.size(1)});
           p.dx = dx.data_ptr();
         }
         if (wants_dweight) {
-          dweight = torch::stable::new_empty(weight, {weight.size(0), weight.size(1)});
+          dweight = direct_empty(weight, {weight.size(0), weight.size(1)});
           p.dweight = dweight.data_ptr();
         }
-        const Tensor workspace = torch::stable::new_empty(
-            x, {cuda::router_backward_workspace_bytes(p)}, ScalarType::Byte);
+        const Tensor workspace =
+            direct_empty(x, {cuda::router_backward_workspace_bytes(p)}, ScalarType::Byte);
         check_status(cuda::router_backward(p, workspace.data_ptr(), stream));
       });
   return {dx, dweight};
@@ -79,7 +80,7 @@ Tensor router(const Tensor& x_in, const Tensor& weight_in, const std::optional<T
   const Tensor x = with_dense_rows(x_in), weight = aligned(as_contiguous(weight_in));
   std::optional<Tensor> bias;
   if (bias_in) bias = as_contiguous(*bias_in);
-  Tensor logits = torch::stable::new_empty(weight, {x.size(0), weight.size(0)});
+  Tensor logits = direct_empty(weight, {x.size(0), weight.size(0)});
   RouterParams p = router_params(x, weight);
   p.bias = bias ? bias->data_ptr() : nullptr;
   p.logits = logits.data_ptr();

@@ -3,10 +3,10 @@
 // that kernels may touch. The bindings are compiled unchanged and linked with this file; they call torch through
 // the C functions of its stable ABI, some of which are here instead.
 #include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
 
 #include <cstdint>
-#include <cstring>
 
 namespace {
 
@@ -76,12 +76,21 @@ void* dlopen(const char*, int) noexcept {
   return nullptr;
 }
 
+// -- new tensors, on CUDA as the bindings believe --
+AOTITorchError aoti_torch_empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides,
+                                        int32_t dtype, int32_t, int32_t, AtenTensorHandle* tensor) {
+  if (const auto error = TORCHS(aoti_torch_empty_strided)(dims, sizes, strides, dtype,
+                                                          aoti_torch_device_type_cpu(), 0, tensor))
+    return error;
+  report(*tensor, true);
+  return 0;
+}
+
 // -- what the bindings let torch compute: every one of these returns one tensor --
 AOTITorchError torch_call_dispatcher(const char* op, const char* overload, StableIValue* stack,
                                      uint64_t version) {
   if (const auto error = TORCHS(torch_call_dispatcher)(op, overload, stack, version)) return error;
-  const bool is_empty = !std::strcmp(op, "aten::new_empty") || !std::strcmp(op, "aten::empty_like");
-  report(reinterpret_cast<AtenTensorHandle>(stack[0]), is_empty);
+  report(reinterpret_cast<AtenTensorHandle>(stack[0]), false);
   return 0;
 }
 
