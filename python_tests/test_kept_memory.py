@@ -1,4 +1,5 @@
-"""Memory of gradients and activations that is kept between calls (csrc/binding/kept_memory.cpp)."""
+"""Memory of gradients and activations, kept between calls, and of packed weights
+(csrc/binding/kept_memory.cpp)."""
 
 import os
 import resource
@@ -61,6 +62,17 @@ def test_gradients_accumulate(inputs):
         dsmoe_ext.sparse_ffn(x, gates, *weights, offsets).sum().backward()
     for weight, g in zip(weights, once, strict=True):
         torch.testing.assert_close(weight.grad, 3 * g)
+
+
+@keeps_memory
+def test_packed_weights_are_mapped_by_huge_pages_and_given_back(inputs):
+    _, _, weights, offsets = inputs
+    before = resident_bytes()
+    packed = dsmoe_ext.pack_weights(*weights, offsets)
+    assert packed.data.data_ptr() % (2 << 20) < 4096
+    assert resident_bytes() - before > 2.5 * WEIGHT_BYTES
+    del packed
+    assert resident_bytes() - before < WEIGHT_BYTES / 2
 
 
 @keeps_memory

@@ -208,8 +208,7 @@ Tensor pack_weights(const Tensor& gate_proj, const Tensor& up_proj, const Tensor
   p.down_proj_t = down.data_ptr();
   p.expert_offsets = static_cast<const int32_t*>(offsets.data_ptr());
   const int64_t bytes = cpu::packed_bytes(p);
-  Tensor packed =
-      direct_empty(gate, {bytes + static_cast<int64_t>(sizeof(Stamp))}, ScalarType::Byte);
+  Tensor packed = mapped_bytes(gate, bytes + static_cast<int64_t>(sizeof(Stamp)));
   p.packed = packed.data_ptr();
   check_status(cpu::pack_weights(p, torch_team()));
   Stamp stamp{{}, p.dtype};

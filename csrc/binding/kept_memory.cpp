@@ -73,19 +73,20 @@ Block* map(size_t bytes) {
   return block;
 }
 
+void unmap(Block* block) {
+  munmap(block, block->bytes);
+}
+
 void drop(Block* block) {
   if (!block) return;
   kept_bytes.fetch_sub(block->bytes);
-  munmap(block, block->bytes);
+  unmap(block);
 }
 
 // A ring: the newest block takes the place of the oldest, and more of the oldest go if there are too
 // many bytes.
 void keep(Block* block) {
-  if (block->bytes > most_bytes()) {
-    munmap(block, block->bytes);
-    return;
-  }
+  if (block->bytes > most_bytes()) return unmap(block);
   kept_bytes.fetch_add(block->bytes);
   const size_t at = newest.fetch_add(1) + 1;
   drop(slots[at % kSlots].exchange(block));
@@ -113,25 +114,40 @@ Block* acquire(size_t bytes) {
   return map(bytes);
 }
 
+bool is_mapped(const Tensor& like, size_t bytes) {
+  return torch_from_blob && like.is_cpu() && bytes >= kSmallest;
+}
+
+// A tensor in a block for so many bytes, which goes to `release` once torch lets go of it.
+template <Block* (*make)(size_t), void (*release)(Block*)>
+Tensor tensor_in_block(size_t bytes, DenseShape shape, int32_t dtype) {
+  Block* block = make((bytes + sizeof(Block) + kPage - 1) / kPage * kPage);
+  check(block != nullptr, "out of memory: ", bytes, " bytes.");
+  AtenTensorHandle tensor = nullptr;
+  const AOTITorchError error = torch_from_blob(
+      block + 1, static_cast<int64_t>(shape.size()), shape.begin(), dense_strides(shape).data(), 0,
+      dtype, aoti_torch_device_type_cpu(), -1, &tensor, aoti_torch_layout_strided(), nullptr, 0,
+      [](void* data, void*) { release(static_cast<Block*>(data) - 1); }, nullptr);
+  if (error) release(block);
+  check(!error, "torch could not make a tensor of ", bytes, " bytes.");
+  return Tensor(tensor);
+}
+
 }  // namespace
 
 Tensor kept_empty(const Tensor& like, std::initializer_list<int64_t> shape) {
   size_t bytes = static_cast<size_t>(dtype_size(kernel_dtype(like, "like")));
   for (int64_t size : shape) bytes *= static_cast<size_t>(size);
-  if (!torch_from_blob || !like.is_cpu() || bytes < kSmallest) return direct_empty(like, shape);
-  Block* block = acquire((bytes + sizeof(Block) + kPage - 1) / kPage * kPage);
-  check(block != nullptr, "out of memory: ", bytes, " bytes.");
+  if (!is_mapped(like, bytes)) return direct_empty(like, shape);
   int32_t dtype = 0;
   aoti_torch_get_dtype(like.get(), &dtype);
-  AtenTensorHandle tensor = nullptr;
-  const AOTITorchError error = torch_from_blob(
-      block + 1, static_cast<int64_t>(shape.size()), shape.begin(), dense_strides(shape).data(), 0,
-      dtype, aoti_torch_device_type_cpu(), like.get_device_index(), &tensor,
-      aoti_torch_layout_strided(), nullptr, 0,
-      [](void* data, void*) { keep(static_cast<Block*>(data) - 1); }, nullptr);
-  if (error) keep(block);
-  check(!error, "torch could not make a tensor of ", bytes, " bytes.");
-  return Tensor(tensor);
+  return tensor_in_block<acquire, keep>(bytes, shape, dtype);
+}
+
+Tensor mapped_bytes(const Tensor& like, int64_t bytes) {
+  if (!is_mapped(like, static_cast<size_t>(bytes)))
+    return direct_empty(like, {bytes}, ScalarType::Byte);
+  return tensor_in_block<map, unmap>(static_cast<size_t>(bytes), {bytes}, aoti_torch_dtype_uint8());
 }
 
 }  // namespace dsmoe::binding

@@ -1,4 +1,4 @@
-// Tensors whose memory stays here between calls instead of going back to the system.
+// Tensors in memory that is mapped by huge pages here; some of it stays here between calls.
 #pragma once
 
 #include "binding/checks.h"
@@ -10,5 +10,9 @@ namespace dsmoe::binding {
 // DSMOE_KEPT_BYTES) and 256 blocks in all, beyond which the oldest are unmapped. Such a tensor cannot
 // be resized in place.
 Tensor kept_empty(const Tensor& like, std::initializer_list<int64_t> shape);
+
+// uint8 [bytes], beside `like`: mapped in the same way, but given back to the system. malloc's memory is partly in
+// small pages where it was used before, whatever it is advised then.
+Tensor mapped_bytes(const Tensor& like, int64_t bytes);
 
 }  // namespace dsmoe::binding
