@@ -1,4 +1,4 @@
-// What torch::stable::new_empty does, but not by way of the dispatcher, which looks the op up by its name: a
+// What torch::stable::new_empty does, but not as a boxed call of an op that the dispatcher looks up by its name: a
 // microsecond, 4 to 18 where other work has emptied the caches, of ops that take some tens and make
 // several tensors.
 #pragma once
@@ -21,14 +21,15 @@ inline std::array<int64_t, 2> dense_strides(DenseShape shape) {
 // Uninitialized, of one or two dimensions, on the device of `like` and, unless told, of its dtype.
 inline Tensor direct_empty(const Tensor& like, DenseShape shape,
                            std::optional<ScalarType> dtype = {}) {
+  check(shape.size() <= 2, "direct_empty makes tensors of one or two dimensions.");
   int32_t code = 0, device = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &code));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &code));
   if (dtype) code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle tensor = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(shape.size()), shape.begin(), dense_strides(shape).data(), code, device,
-      like.get_device_index(), &tensor));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(),
+                                                  dense_strides(shape).data(), code, device,
+                                                  like.get_device_index(), &tensor));
   return Tensor(tensor);
 }
 

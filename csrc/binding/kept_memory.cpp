@@ -94,6 +94,14 @@ void keep(Block* block) {
     drop(slots[(at + i) % kSlots].exchange(nullptr));
 }
 
+// A new block, if need be in place of all that are kept.
+Block* map_in_need(size_t bytes) {
+  Block* block = map(bytes);
+  if (block) return block;
+  for (auto& slot : slots) drop(slot.exchange(nullptr));
+  return map(bytes);
+}
+
 // The newest kept block of that size, or a new one. A block is looked at by whoever holds it alone.
 Block* acquire(size_t bytes) {
   const size_t at = newest.load() + kSlots;
@@ -108,13 +116,10 @@ Block* acquire(size_t bytes) {
     Block* none = nullptr;
     if (!slot.compare_exchange_strong(none, block)) drop(block);
   }
-  Block* block = map(bytes);
-  if (block) return block;
-  for (auto& slot : slots) drop(slot.exchange(nullptr));  // unused memory of other sizes
-  return map(bytes);
+  return map_in_need(bytes);
 }
 
-bool is_mapped(const Tensor& like, size_t bytes) {
+bool should_map(const Tensor& like, size_t bytes) {
   return torch_from_blob && like.is_cpu() && bytes >= kSmallest;
 }
 
@@ -124,30 +129,30 @@ Tensor tensor_in_block(size_t bytes, DenseShape shape, int32_t dtype) {
   Block* block = make((bytes + sizeof(Block) + kPage - 1) / kPage * kPage);
   check(block != nullptr, "out of memory: ", bytes, " bytes.");
   AtenTensorHandle tensor = nullptr;
-  const AOTITorchError error = torch_from_blob(
+  // Should this fail the block is lost: it may have been released with the tensor that torch had begun.
+  TORCH_ERROR_CODE_CHECK(torch_from_blob(
       block + 1, static_cast<int64_t>(shape.size()), shape.begin(), dense_strides(shape).data(), 0,
       dtype, aoti_torch_device_type_cpu(), -1, &tensor, aoti_torch_layout_strided(), nullptr, 0,
-      [](void* data, void*) { release(static_cast<Block*>(data) - 1); }, nullptr);
-  if (error) release(block);
-  check(!error, "torch could not make a tensor of ", bytes, " bytes.");
+      [](void* data, void*) { release(static_cast<Block*>(data) - 1); }, nullptr));
   return Tensor(tensor);
 }
 
 }  // namespace
 
-Tensor kept_empty(const Tensor& like, std::initializer_list<int64_t> shape) {
+Tensor kept_empty(const Tensor& like, DenseShape shape) {
   size_t bytes = static_cast<size_t>(dtype_size(kernel_dtype(like, "like")));
   for (int64_t size : shape) bytes *= static_cast<size_t>(size);
-  if (!is_mapped(like, bytes)) return direct_empty(like, shape);
+  if (!should_map(like, bytes)) return direct_empty(like, shape);
   int32_t dtype = 0;
-  aoti_torch_get_dtype(like.get(), &dtype);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   return tensor_in_block<acquire, keep>(bytes, shape, dtype);
 }
 
 Tensor mapped_bytes(const Tensor& like, int64_t bytes) {
-  if (!is_mapped(like, static_cast<size_t>(bytes)))
+  if (!should_map(like, static_cast<size_t>(bytes)))
     return direct_empty(like, {bytes}, ScalarType::Byte);
-  return tensor_in_block<map, unmap>(static_cast<size_t>(bytes), {bytes}, aoti_torch_dtype_uint8());
+  return tensor_in_block<map_in_need, unmap>(static_cast<size_t>(bytes), {bytes},
+                                             aoti_torch_dtype_uint8());
 }
 
 }  // namespace dsmoe::binding
