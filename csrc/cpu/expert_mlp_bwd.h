@@ -158,6 +158,17 @@ struct Backward {
             first_lanes<C>(gated * silu, valid), first_lanes<C>(gate_v * a, valid)};
   }
 
+  // In halves onto each other: one lane after another is a chain of 16 additions.
+  DSMOE_INLINE C sum_of_lanes(Vec<C> v) {
+    C lanes[kL];
+    memcpy(lanes, &v, sizeof v);
+#pragma GCC unroll 4
+    for (int half = kL / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    return lanes[0];
+  }
+
   // Pointers and strides are read once: as far as the compiler knows a store may change any member.
   void inner_grad(int e, int64_t panel, bool is_extra, int64_t first, int count,
                   const C (*da)[kColumns<T>]) {
@@ -204,11 +215,7 @@ struct Backward {
     C* to = (is_extra ? shares_extra + starts[e].shares_extra
                       : shares_active + starts[e].shares_active) +
             panel;
-    for (int r = 0; r < count; ++r) {
-      C sum = 0;
-      for (int i = 0; i < kL; ++i) sum += share[r][i];
-      to[(first + r) * panels] = sum;
-    }
+    for (int r = 0; r < count; ++r) to[(first + r) * panels] = sum_of_lanes(share[r]);
   }
   DSMOE_INLINE void store_row_pair(A* out, int64_t padded, const InnerGrad (&v)[2]) {
     if constexpr (kPaired) {
