@@ -60,8 +60,18 @@ struct Forward {
                         return gate_up_few(e, b, begin, end, low, int(high - low));
                       for (int64_t panel = begin; panel < end; ++panel)
                         gate_up_panel(e, panel, low, high, packed_panel(packed_expert(e), b, panel),
-                                      ahead_in_packed(packed_expert(e), b, panel));
+                                      ahead_of(item, e, b, panel));
                     });
+  }
+  // The next panel, or the first one of the item's next expert: behind an expert's last panel lie its
+  // weights for the other pass.
+  Ahead ahead_of(const RowItem& item, int e, const PackedPanels<T>& b, int64_t panel) const {
+    if (panel + 1 < b.panels) return ahead_in_packed(packed_expert(e), b, panel);
+    for (++e; e < item.expert_end; ++e)
+      if (pairs.count(e))
+        return ahead_in_packed(packed_expert(e), PackedLayout<T>{p.hidden_size}.gate_up(size(e)),
+                               -1);
+    return {};
   }
   void gate_up_few(int e, const PackedPanels<T>& b, int64_t begin, int64_t end, int64_t low,
                    int rows) {
