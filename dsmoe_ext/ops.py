@@ -215,7 +215,10 @@ def sparse_ffn(
     wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gates, *weights))
     save = save_activations and wants_grad
     tf32 = x.is_cuda and _allows_tf32()
-    return _ops.expert_mlp(x, gates, *weights, expert_offsets, grad_weight, save, tf32)[0]
+    inputs = (x, gates, *weights, expert_offsets, grad_weight, save, tf32)
+    if wants_grad and not torch.compiler.is_compiling():
+        return _SparseFFN.apply(*inputs)
+    return _ops.expert_mlp(*inputs)[0]
 
 
 @torch.compiler.assume_constant_result  # Dynamo cannot trace the setting
@@ -262,6 +265,21 @@ def _expert_mlp_backward(ctx, dy, dactivations):
 torch.library.register_autograd(
     "dsmoe::expert_mlp", _expert_mlp_backward, setup_context=_expert_mlp_setup_context
 )
+
+
+class _SparseFFN(torch.autograd.Function):
+    """The registered op's autograd with less Python around it: 0.1 ms of a call that takes 6 at T =
+    128, H 576, I 1536. torch.compile wants the op itself."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _ops.expert_mlp(*inputs)
+        _expert_mlp_setup_context(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _expert_mlp_backward(ctx, dy, None)
 
 
 def _sparse_ffn_packed(x: Tensor, gates: Tensor, packed: PackedWeights) -> Tensor:
