@@ -64,7 +64,7 @@ struct Forward {
                     });
   }
   // The next panel, or the first one of the item's next expert: behind an expert's last panel lie its
-  // weights for the other pass.
+  // weights for the other pass. (What follows panel -1 is panel 0.)
   Ahead ahead_of(const RowItem& item, int e, const PackedPanels<T>& b, int64_t panel) const {
     if (panel + 1 < b.panels) return ahead_in_packed(packed_expert(e), b, panel);
     for (++e; e < item.expert_end; ++e)
