@@ -32,7 +32,7 @@ from decisive_shapes import (
 )
 
 from dsmoe_ext import reference
-from dsmoe_ext.testing import random_case
+from dsmoe_ext.testing import error_bounds, random_case
 
 
 def permute(tokens, experts, active):
@@ -91,9 +91,9 @@ def inputs_of(tokens, hidden, sizes, active, dtype=torch.bfloat16, exact_ste=Fal
 
 def expert_mlp(*shape, multiprocessors=1, arch="80", **options):
     inputs = functools.cache(lambda: inputs_of(*shape, **options))
-    expected = functools.cache(lambda: test_expert_mlp.expect(inputs()))
+    bounds = functools.cache(lambda: error_bounds(inputs()))
     return lambda make: test_expert_mlp.check(
-        inputs(), make(multiprocessors=multiprocessors, arch=arch), expected()
+        inputs(), make(multiprocessors=multiprocessors, arch=arch), bounds()
     )
 
 
@@ -111,11 +111,11 @@ def saved_on_hopper(*shape):
 
 def expert_mlp_backward(*shape, save_activations=False, multiprocessors=1, arch="80", **options):
     inputs = functools.cache(lambda: inputs_of(*shape, **options))
-    expected = functools.cache(lambda: test_expert_mlp_backward.expect(inputs()))
+    bounds = functools.cache(lambda: error_bounds(inputs()))
     return lambda make: test_expert_mlp_backward.check(
         inputs(),
         make(multiprocessors=multiprocessors, arch=arch),
-        expected(),
+        bounds(),
         save_activations=save_activations,
     )
 

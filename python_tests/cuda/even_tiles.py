@@ -9,7 +9,7 @@ import torch
 from machine_code import readable
 from ops_under_test import ON_GPU
 
-from dsmoe_ext.testing import random_case
+from dsmoe_ext.testing import error_bounds, random_case
 
 # A lane counts every 32nd expert: lanes 0 to 3 four of the 100, in an unrolled loop, others three.
 # Sizes are the least and the largest of their kernels and tiles.
@@ -61,22 +61,17 @@ def check_boxes(ops, *kernels):
 
 def check_forward(make, multiprocessors):
     ops = make(arch="90a", multiprocessors=multiprocessors)
-    test_expert_mlp.check(setting(), ops, forward_expected())
+    test_expert_mlp.check(setting(), ops, bounds())
     check_boxes(ops, *(kernel for kernel in TILES if kernel.startswith("gate_up")))
 
 
 def check_backward(make, multiprocessors, saved):
     ops = make(arch="90a", multiprocessors=multiprocessors, macros=())  # in one pass
-    test_expert_mlp_backward.check(setting(), ops, backward_expected(), save_activations=saved)
+    test_expert_mlp_backward.check(setting(), ops, bounds(), save_activations=saved)
     kinds = ("neurons",) if saved else ("recompute", "neurons")
     check_boxes(ops, *(kernel for kernel in TILES if kernel.startswith(kinds)))
 
 
 @functools.cache
-def forward_expected():
-    return test_expert_mlp.expect(setting())
-
-
-@functools.cache
-def backward_expected():
-    return test_expert_mlp_backward.expect(setting())
+def bounds():
+    return error_bounds(setting())

@@ -7,7 +7,7 @@ from ops_under_test import Ops, interpreter_only
 from ptx import Counters
 
 from dsmoe_ext import reference
-from dsmoe_ext.testing import magnitudes, random_case
+from dsmoe_ext.testing import error_bounds, random_case
 
 EDGES = {  # name: (T, H, sizes, active)
     "no token": (0, 16, [8, 8], 0.5),
@@ -54,23 +54,9 @@ def fine_experts(tokens):
     return case
 
 
-def expect(case):
-    """The result in float64, and the largest error that rule 5 of design.md allows."""
-    exact = reference.sparse_ffn(*case.to(torch.float64).inputs())
-    eps = torch.finfo(case.x.dtype).eps
-    if case.x.dtype == torch.float32:
-        return exact, 8 * eps * magnitudes(case)["y"]
-    torchs = (reference.sparse_ffn(*case.inputs()).double() - exact).abs()
-    return exact, 2 * largest(torchs) + eps * largest(exact.abs())
-
-
-def largest(tensor):
-    return tensor.max() if tensor.numel() else 0.0
-
-
-def check(case, ops, expected=None):
-    exact, allowed = expected or expect(case)
-    assert ((ops.sparse_ffn(*case.inputs()).double() - exact).abs() <= allowed).all()
+def check(case, ops, bounds=None):
+    exact, bound = (bounds or error_bounds(case))["y"]
+    assert ((ops.sparse_ffn(*case.inputs()).double() - exact).abs() <= bound).all()
 
 
 def check_saved(case, ops):
