@@ -65,7 +65,7 @@ static void add_packed(const Section<T>& s, const T* packed, int64_t hidden, int
   const int64_t at_once = max_of<int64_t>(1, kStreamedB / (b.panel() * int64_t(sizeof(T))));
   for (int64_t begin = 0; begin < panels; begin += at_once) {
     const int64_t end = min_of(panels, begin + at_once);
-    Ahead ahead = ahead_in_packed(packed, b, panel_begin + begin);
+    Ahead ahead = ahead_in_packed(packed, b, panel_begin + begin + 1);
     spread(ahead, s.n, 1, args);
     for_each_tile(s.n, [&](int64_t first, int rows) {
       if (at_once > 1) {

@@ -158,7 +158,7 @@ struct Backward {
             first_lanes<C>(gated * silu, valid), first_lanes<C>(gate_v * a, valid)};
   }
 
-  // In halves onto each other: one lane after another is a chain of 16 additions.
+  // In halves onto each other: one lane after another is a chain of kL additions.
   DSMOE_INLINE C sum_of_lanes(Vec<C> v) {
     C lanes[kL];
     memcpy(lanes, &v, sizeof v);

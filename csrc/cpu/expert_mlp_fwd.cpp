@@ -53,24 +53,24 @@ struct Forward {
   }
 
   void gate_up(const RowItem& item) {
-    for_each_expert(item, shape, pairs,
-                    [&](int e, int64_t begin, int64_t end, int64_t low, int64_t high) {
-                      const PackedPanels<T> b = PackedLayout<T>{p.hidden_size}.gate_up(size(e));
-                      if (high - low <= kMaxRows)
-                        return gate_up_few(e, b, begin, end, low, int(high - low));
-                      for (int64_t panel = begin; panel < end; ++panel)
-                        gate_up_panel(e, panel, low, high, packed_panel(packed_expert(e), b, panel),
-                                      ahead_of(item, e, b, panel));
-                    });
+    for_each_expert(
+        item, shape, pairs,
+        [&](int e, int64_t begin, int64_t end, int64_t low, int64_t high, bool goes_on) {
+          const PackedPanels<T> b = PackedLayout<T>{p.hidden_size}.gate_up(size(e));
+          if (high - low <= kMaxRows) return gate_up_few(e, b, begin, end, low, int(high - low));
+          for (int64_t panel = begin; panel < end; ++panel)
+            gate_up_panel(e, panel, low, high, packed_panel(packed_expert(e), b, panel),
+                          panel + 1 < end ? ahead_in_packed(packed_expert(e), b, panel + 1)
+                          : goes_on       ? first_panel_after(item, e)
+                                          : Ahead{});
+        });
   }
-  // The next panel, or the first one of the item's next expert: behind an expert's last panel lie its
-  // weights for the other pass. (What follows panel -1 is panel 0.)
-  Ahead ahead_of(const RowItem& item, int e, const PackedPanels<T>& b, int64_t panel) const {
-    if (panel + 1 < b.panels) return ahead_in_packed(packed_expert(e), b, panel);
+  // Of the item's next expert: behind an expert's last panel lie its weights for the other pass.
+  Ahead first_panel_after(const RowItem& item, int e) const {
     for (++e; e < item.expert_end; ++e)
       if (pairs.count(e))
         return ahead_in_packed(packed_expert(e), PackedLayout<T>{p.hidden_size}.gate_up(size(e)),
-                               -1);
+                               0);
     return {};
   }
   void gate_up_few(int e, const PackedPanels<T>& b, int64_t begin, int64_t end, int64_t low,

@@ -150,14 +150,13 @@ DSMOE_INLINE void spread(Ahead& ahead, int64_t rows, int64_t panels, TileArgs<T>
   args.ahead = lines > 0 ? &ahead : nullptr;
   args.ahead_lines = ceil_div(lines, max_of<int64_t>(turns, 1));
 }
-// What follows a panel of packed weights: all of its whole blocks.
+// A panel of packed weights: all of its whole blocks.
 template <class T>
 DSMOE_INLINE Ahead ahead_in_packed(const T* packed, const PackedPanels<T>& b, int64_t panel) {
   constexpr int64_t kBytes = sizeof(T);
-  const char* next = (const char*)(packed + b.start(0, panel + 1));
-  if (b.whole_blocks() == 0) return {{next, 1, b.steps() * b.kStep * kBytes / 64}};
-  return {
-      {next, b.whole_blocks(), b.block_size() * kBytes / 64, b.panels * b.block_size() * kBytes}};
+  const char* at = (const char*)(packed + b.start(0, panel));
+  if (b.whole_blocks() == 0) return {{at, 1, b.steps() * b.kStep * kBytes / 64}};
+  return {{at, b.whole_blocks(), b.block_size() * kBytes / 64, b.panels * b.block_size() * kBytes}};
 }
 // What follows `rows` rows that were packed on the fly: as many of the same matrices.
 template <class T>

@@ -69,7 +69,8 @@ struct RowShape {
   return items;
 }
 
-// f(expert, first panel, last panel, first row, last row) for the experts of an item.
+// f(expert, first panel, last panel, first row, last row, whether the item goes on behind the expert) for
+// the experts of an item.
 template <class F>
 DSMOE_INLINE void for_each_expert(const RowItem& item, const RowShape& s, const Pairs& pairs, F f) {
   int64_t first = 0;
@@ -82,14 +83,14 @@ DSMOE_INLINE void for_each_expert(const RowItem& item, const RowShape& s, const 
     const int64_t low = item.token_begin == 0 ? 0 : pairs.position(e, item.token_begin);
     const int64_t high =
         item.token_end == s.num_tokens ? pairs.count(e) : pairs.position(e, item.token_end);
-    if (low < high) f(e, begin, end, low, high);
+    if (low < high) f(e, begin, end, low, high, first < item.panel_end);
   }
 }
 // f(expert, panel, first row, last row) for the panels of an item.
 template <class F>
 DSMOE_INLINE void for_each_panel(const RowItem& item, const RowShape& s, const Pairs& pairs, F f) {
   for_each_expert(item, s, pairs,
-                  [&](int e, int64_t begin, int64_t end, int64_t low, int64_t high) {
+                  [&](int e, int64_t begin, int64_t end, int64_t low, int64_t high, bool) {
                     for (int64_t panel = begin; panel < end; ++panel) f(e, panel, low, high);
                   });
 }
