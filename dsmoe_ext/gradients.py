@@ -1,5 +1,7 @@
 """For backward ops that make only those gradients that are wanted."""
 
+import torch
+
 
 def only_wanted(gradients, wanted):
     """None in place of those that are not."""
@@ -12,3 +14,13 @@ def empty_gradients(inputs, wanted):
         t.new_empty(t.shape if is_wanted else 0)
         for t, is_wanted in zip(inputs, wanted, strict=True)
     )
+
+
+def refuse_create_graph(name: str) -> None:
+    """For the backward of an op whose backward kernel has no derivative: a second derivative would
+    lack its terms, and nobody would notice."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name} can be differentiated once only: call backward() or torch.autograd.grad() "
+            "without create_graph=True."
+        )

@@ -84,6 +84,16 @@ def test_sampled_grad_weight(dtype, seed):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sums_of_one_sign(dtype, seed):
+    """They grow with every term, and with them what an accumulator of half type would lose."""
+    case = random_case(seed, 20, 512, [512], active=1.0, dtype=dtype)
+    for tensor in (case.x, case.gate_proj, case.up_proj, case.down_proj_t, case.dy):
+        tensor.abs_()
+    check_case(dsmoe_ext.sparse_ffn, case)
+
+
+@pytest.mark.quick
 def test_one_expert_takes_all(seed):
     case = random_case(seed, 200, 40, [16] * 5, active=0.0)
     case.gates[:, 3] = 0.7
@@ -283,6 +293,10 @@ BAD = {
     "offsets too small": (dict(expert_offsets=offsets_of([2, 3])), "expert_offsets ends at 5, but"),
     "offsets descend": (dict(expert_offsets=torch.tensor([0, 7, 6]).int()), "never descend"),
     "offsets of int64": (dict(expert_offsets=offsets_of([2, 4]).long()), "must be int32"),
+    "half grad_weight": (
+        dict(grad_weight=torch.ones(4, 2).half()),
+        "grad_weight must have the dtype of gates",
+    ),
     "grad_weight shape": (dict(grad_weight=torch.ones(4, 3)), "grad_weight must have shape"),
 }
 
@@ -301,6 +315,14 @@ def test_bad_input(name):
     )
     with pytest.raises(RuntimeError, match=message):
         dsmoe_ext.sparse_ffn(**{**arguments, **change}).sum().backward()
+
+
+@pytest.mark.quick
+def test_no_second_derivative(seed):
+    x, *rest = random_case(seed, 4, 8, [2, 4]).inputs()
+    y = dsmoe_ext.sparse_ffn(x.requires_grad_(), *rest)
+    with pytest.raises(RuntimeError, match="sparse_ffn can be differentiated once only"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
 @pytest.mark.quick

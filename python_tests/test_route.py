@@ -100,6 +100,13 @@ def test_top_p_of_one_keeps_every_expert(seed):
     assert torch.equal(gates != 0, scores != 0)
 
 
+def test_no_second_derivative():
+    logits = torch.zeros(2, 3, requires_grad=True)
+    gates = dsmoe_ext.route(logits, 0.4, offsets_of([2, 2, 2])).gates
+    with pytest.raises(RuntimeError, match="route can be differentiated once only"):
+        torch.autograd.grad(gates.sum(), logits, create_graph=True)
+
+
 @pytest.mark.parametrize("method", reference.METHODS)
 def test_nan_logits_show_in_the_gates(method):
     logits = torch.tensor([[float("nan"), 1.0, -1.0], [2.0, 1.0, -1.0]])

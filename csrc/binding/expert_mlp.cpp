@@ -123,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
   p.forward.allow_tf32 = allow_tf32;
   std::optional<Tensor> grad_weight;
   if (grad_weight_in) {
-    check_like(*grad_weight_in, "grad_weight", in.gates);
+    check_like(*grad_weight_in, "grad_weight", in.gates, "gates");
     check_shape(*grad_weight_in, "grad_weight", {in.gates.size(0), in.gates.size(1)});
     grad_weight = as_contiguous(*grad_weight_in);
     p.grad_weight = grad_weight->data_ptr();
