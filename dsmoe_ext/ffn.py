@@ -273,7 +273,11 @@ class DSMoEFFN(nn.Module):
     # ------------------------------------------------------------ packing
 
     def pack(self) -> "DSMoEFFN":
-        """Packs the weights for inference without gradients; train(), loading and moves undo it."""
+        """Packs a copy of the weights for inference without gradients.
+
+        train(), loading and moves undo it. Weights that are changed in place in eval mode (by an
+        optimizer, an average of models) want to be packed again.
+        """
         if self.training:
             raise RuntimeError("pack() is for inference; call eval() first")
         weights = (self.gate_proj.detach(), self.up_proj.detach(), self.down_proj_t.detach())
@@ -287,7 +291,7 @@ class DSMoEFFN(nn.Module):
 
     def _apply(self, fn, recurse=True):
         self._packed = None
-        threshold = without_half_casts(fn)(self.threshold)
+        threshold = without_half_casts(fn)(self.threshold).float()
         super()._apply(fn, recurse)
         self.threshold = threshold
         return self

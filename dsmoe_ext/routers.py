@@ -19,11 +19,13 @@ def at_least_float32(dtype: torch.dtype | None) -> torch.dtype:
 
 
 def without_half_casts(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """What Module._apply is given, with its device moves but without casts to half types."""
+    """What Module._apply is given, with its device moves, but float32 in place of half types."""
 
     def moved(tensor: Tensor) -> Tensor:
         out = fn(tensor)
-        return tensor.to(out.device) if out.is_floating_point() and out.itemsize < 4 else out
+        if out.is_floating_point() and out.itemsize < 4:
+            return tensor.to(out.device, torch.float32)
+        return out
 
     return moved
 

@@ -173,7 +173,18 @@ def test_router_and_threshold_stay_float32(seed):
     assert ffn.router.weight.dtype == ffn.threshold.dtype == torch.float32
     assert torch.equal(ffn.threshold, tau)
     assert ffn(torch.randn(4, 24, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    assert random_ffn().double().router.weight.dtype == torch.float64
+
+
+def test_router_of_float64(seed):
+    ffn = random_ffn(threshold=0.1234567).double().eval()
+    assert ffn.router.weight.dtype == torch.float64 and ffn.threshold.dtype == torch.float32
+    x = torch.randn(4, 24, dtype=torch.float64)
+    with torch.no_grad():
+        y = ffn(x)
+        torch.testing.assert_close(ffn.pack()(x), y)
+    ffn.to(torch.bfloat16)
+    assert ffn.router.weight.dtype == torch.float32
+    assert ffn(x.bfloat16()).dtype == torch.bfloat16
 
 
 class Lowrank(torch.nn.Module):
