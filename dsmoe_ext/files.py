@@ -41,13 +41,17 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def check_output(target: Path, overwrite: bool = False) -> None:
-    """Refuses, before any work is done, an output that could not be written at the end."""
+def check_output(target: Path, overwrite: bool = False, *sources: str | Path | None) -> None:
+    """Refuses, before any work is done, an output that could not be written at the end, or in which
+    one of the `sources` that the work reads would be lost."""
     target = Path(target)
     if target.is_file():
         raise UserError(f"{target} is a file; give a directory to write to")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise UserError(f"{target} exists and is not empty; choose another or add --overwrite")
+    for source in sources:
+        if source and target.resolve() in Path(source).resolve().parents:
+            raise UserError(f"{target} holds {source}, which is read; choose another output")
     parent = target.absolute().parent
     while not parent.exists():
         parent = parent.parent

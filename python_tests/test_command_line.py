@@ -179,6 +179,13 @@ def test_train_and_train_again(shared, tmp_path):
     assert "not empty" in fails("train", shared / "sparse", out, *options)
     again = dsmoe("train", shared / "sparse", out, *options, "--resume")
     assert again.exit_code == 0 and "nothing to do" in again.stderr
+    assert "finished run of 6 steps" in fails(
+        "train", shared / "sparse", out, *options, "--steps", 9, "--resume"
+    )
+    assert "is read for" in fails("train", out, out, *options, "--overwrite")
+    missing = ("--data", tmp_path / "missing.txt", "--overwrite")
+    assert "missing.txt" in fails("train", shared / "sparse", out, *options, *missing)
+    assert (out / "config.json").exists()
     more = ("--overwrite", "--teacher", shared / "dense", "--ste", "sampled")
     run("train", shared / "sparse", out, *options, *more, "--sparsity-weight", 0)
     assert json.loads((out / "config.json").read_text())["ste"] == "sampled"
@@ -267,6 +274,11 @@ def test_outputs_that_cannot_be(shared, tmp_path, monkeypatch):
     assert (taken / "mine").read_text() == "precious"
     assert "is a file" in fails("convert", shared / "dense", taken / "mine")
     assert "not a directory" in fails("convert", shared / "dense", taken / "mine" / "below")
+    run("convert", shared / "dense", taken / "model", "--experts", 4)
+    for command in ("convert", "calibrate", "merge", "train"):
+        message = fails(command, taken / "model", taken, "--overwrite")
+        assert "which is read" in message
+    assert (taken / "model" / "config.json").exists()
     run("convert", shared / "dense", taken, "--experts", 4, "--overwrite")
     assert not (taken / "mine").exists() and (taken / "config.json").exists()
     monkeypatch.setattr("shutil.disk_usage", lambda path: os.terminal_size((0, 0)) and _Usage())

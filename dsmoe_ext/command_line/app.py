@@ -101,7 +101,7 @@ def convert(
     from ..loading import load_model, save_model
 
     sizes = numbers(expert_sizes, int, "--expert-sizes")
-    check_output(out, overwrite)
+    check_output(out, overwrite, model)
     with console.stage("Loading"):
         dense, tokenizer = load_model(model, dtype=dtype.value, only="llama")
     from ..convert import convert_llama
@@ -149,7 +149,7 @@ def calibrate(
     from ..files import check_output
     from ..loading import load_model, save_model
 
-    check_output(out, overwrite)
+    check_output(out, overwrite, model)
     with console.stage("Loading"):
         loaded, tokenizer = load_model(model, dtype=dtype.value, device=device)
     windows = _tokenizer_and_windows(model, tokenizer, data, window)
@@ -186,7 +186,7 @@ def merge(
     from ..files import check_output
     from ..loading import load_model, save_model
 
-    check_output(out, overwrite)
+    check_output(out, overwrite, model)
     with console.stage("Loading"):
         loaded, tokenizer = load_model(model, dtype=dtype.value, only="dsmoe_llama")
     from ..convert import merge_to_llama

@@ -36,7 +36,7 @@ def run_training(
     if _is_done(out, settings, resume):
         console.say(f"{out} is finished ({settings.steps} steps); nothing to do")
         return
-    _prepare(out, resume, overwrite)
+    _check_run(out, resume, overwrite, (model, teacher, data))
     with console.stage("Loading"):
         loaded, tokenizer = load_model(model, dtype="fp32", device=device)
         need_tokenizer(tokenizer, model)
@@ -49,6 +49,8 @@ def run_training(
     windows = windows_of(tokenizer, read_text(data), window)
     # Weights and AdamW's two moments in fp32, once more while a checkpoint replaces the one before.
     check_space(out, model_bytes(loaded) * (7 if checkpoint_every else 1))
+    if overwrite and not resume and out.is_dir():  # all that could be refused has been read
+        _empty(out)
     first = find_checkpoints(out)[-1][0] if resume and find_checkpoints(out) else 0
     if first:
         console.say(f"resuming after step {first}")
@@ -127,11 +129,17 @@ def save_into(model, tokenizer, out: Path) -> None:
 
 def _is_done(out: Path, settings: TrainSettings, resume: bool) -> bool:
     rows = read_log(out / "train.jsonl") if resume else []
-    finished = (out / "config.json").is_file() and not find_checkpoints(out)
-    return finished and bool(rows) and rows[-1]["step"] == settings.steps
+    if not rows or not (out / "config.json").is_file() or find_checkpoints(out):
+        return False
+    if rows[-1]["step"] != settings.steps:
+        raise UserError(
+            f"{out} is a finished run of {rows[-1]['step']} steps; train it further as the "
+            "model of another run, or give --overwrite instead of --resume to start again"
+        )
+    return True
 
 
-def _prepare(out: Path, resume: bool, overwrite: bool) -> None:
+def _check_run(out: Path, resume: bool, overwrite: bool, sources: tuple) -> None:
     found = find_checkpoints(out)
     if resume:
         if out.is_dir() and any(out.iterdir()) and not found and not (out / "train.jsonl").exists():
@@ -143,6 +151,15 @@ def _prepare(out: Path, resume: bool, overwrite: bool) -> None:
             f"{out} holds an unfinished run (step {found[-1][0]}); "
             "add --resume to go on, or --overwrite to start again"
         )
-    check_output(out, overwrite)
-    if out.is_dir() and overwrite:
-        shutil.rmtree(out)
+    check_output(out, overwrite, *sources)
+    if overwrite and out.resolve() in [Path(source).resolve() for source in sources if source]:
+        raise UserError(f"{out} is read for the training; choose another output")
+
+
+def _empty(folder: Path) -> None:
+    """The folder stays: it may be a link."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
