@@ -60,10 +60,12 @@ class LinearRouter(nn.Linear):
         return self.logits(x)
 
     def logits(self, x: Tensor) -> Tensor:
-        weight = self.weight
+        weight, bias = self.weight, self.bias
+        if weight.itemsize < 4:  # FSDP2's mixed precision hands out copies in a half type
+            weight, bias = weight.float(), None if bias is None else bias.float()
         if weight.dtype == torch.float64 or x.dtype == torch.float64:
             x = x.to(weight.dtype)
-        return router_logits(x, weight, self.bias)
+        return router_logits(x, weight, bias)
 
     def _apply(self, fn, recurse=True):
         return super()._apply(without_half_casts(fn), recurse)

@@ -55,3 +55,16 @@ def test_float32_throughout(kind, dtype, seed):
     assert torch.equal(logits, router(x)) and logits.dtype == torch.float32
     assert torch.equal(router(x.to(dtype)), router(x.to(dtype).float()))
     assert {p.dtype for p in router.double().parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_that_others_cast(kind, bias, seed):
+    """As FSDP2 does with MixedPrecisionPolicy(param_dtype=...): the logits are float32 still."""
+    router = ROUTERS[kind](12, 5, bias=bias)
+    router.start_at(None)
+    x = torch.randn(7, 12).bfloat16()
+    cast = {name: p.detach().bfloat16() for name, p in router.named_parameters()}
+    logits = torch.func.functional_call(router, cast, x)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, router(x), rtol=0.05, atol=0.05)
