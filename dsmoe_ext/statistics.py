@@ -25,7 +25,8 @@ class ActivityCounter(nn.Module):
         # Loaders build modules on the meta device and then fill in parameters and buffers alone.
         on_cpu = device is None or torch.device(device).type == "meta"
         device = "cpu" if on_cpu else device
-        self.counts = torch.zeros(2, num_experts + 1, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # or no later forward could add to it
+            self.counts = torch.zeros(2, num_experts + 1, dtype=torch.int64, device=device)
         self._pending: list[tuple[Tensor, Tensor | None, bool]] = []
         self._last_read: Tensor | None = None
 
@@ -41,7 +42,7 @@ class ActivityCounter(nn.Module):
 
     def _count(self, gates: Tensor, token_mask: Tensor | None, training: bool) -> None:
         if self.counts.device != gates.device:
-            with torch.inference_mode(False):  # or no later forward with gradients could add to it
+            with torch.inference_mode(False):  # as above
                 self.counts = self.counts.to(gates.device)
         used = gates != 0
         tokens = gates.shape[0]

@@ -127,3 +127,11 @@ def test_copies_and_moves_lose_nothing(seed):
     with torch.inference_mode():
         ffn(torch.randn(3, 24))
     assert dsmoe_ext.active_fraction(ffn).num_tokens == 5
+
+
+def test_layer_made_in_inference_mode(seed):
+    with torch.inference_mode():
+        ffn = random_ffn().eval()
+    with torch.no_grad():
+        ffn(torch.randn(2, 24))
+    assert dsmoe_ext.active_fraction(ffn).num_tokens == 2
