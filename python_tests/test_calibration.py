@@ -161,7 +161,7 @@ def test_flat_tokens_and_half_precision(seed):
     flat = torch.cat([text.flatten(), text[0, :5]])  # a remainder is left out
     sparse = calibrate(model, flat, window=64)
     assert sparse.dtype == torch.bfloat16
-    assert torch.equal(logits(sparse, text), logits(calibrate(model, text), text))
+    assert torch.equal(logits(sparse, text), logits(calibrate(model, text.to(torch.uint16)), text))
     assert abs(measured_active(sparse, text).mean - 0.5) <= 0.03
 
 
@@ -176,6 +176,7 @@ def test_training_mode_is_kept(seed):
         (torch.zeros(4, 64), {}, "must be integers"),
         (torch.zeros(2, 4, 64, dtype=torch.int64), {}, "shape"),
         (torch.full((4, 64), 97), {}, "0 to 96, got 97"),
+        (torch.zeros(4, 64).int(), {"window": 0}, "window must be at least 1"),
         (None, {"target_active": 0.25}, "counts the shared part"),
         (None, {"target_active": 1.1}, "1 at most"),
         (None, {"shared": 0.99}, "less than one expert"),

@@ -201,6 +201,9 @@ def _check_windows(token_ids, dense, window: int) -> Tensor:
         raise ValueError(
             f"token_ids must be integers of shape [n] or [N,L], got {ids.dtype} {list(ids.shape)}"
         )
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    ids = ids.long()  # token files often hold uint16, which torch can hardly compute with
     if ids.dim() == 1:
         ids = ids[: len(ids) // window * window].view(-1, window)
     needed = dense.config.hidden_size + 1
