@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from dsmoe_ext.command_line.app import app
 from dsmoe_ext.training.data import builtin_text
 from dsmoe_ext.training.log import read_log
-from dsmoe_ext.training.tiny import byte_tokenizer, save_tiny_llama, tiny_llama
+from dsmoe_ext.training.tiny import save_tiny_llama, tiny_llama
 
 COMMANDS = ("convert", "calibrate", "merge", "eval", "generate", "train", "demo")
 MAIN = [sys.executable, "-c", "from dsmoe_ext.command_line.app import main; main()"]
@@ -179,12 +179,11 @@ def test_train_and_train_again(shared, tmp_path):
     assert "not empty" in fails("train", shared / "sparse", out, *options)
     again = dsmoe("train", shared / "sparse", out, *options, "--resume")
     assert again.exit_code == 0 and "nothing to do" in again.stderr
-    assert "finished run of 6 steps" in fails(
-        "train", shared / "sparse", out, *options, "--steps", 9, "--resume"
-    )
+    longer = (*options, "--steps", 9, "--resume")
+    assert "finished run of 6 steps" in fails("train", shared / "sparse", out, *longer)
     assert "is read for" in fails("train", out, out, *options, "--overwrite")
-    missing = ("--data", tmp_path / "missing.txt", "--overwrite")
-    assert "missing.txt" in fails("train", shared / "sparse", out, *options, *missing)
+    missing = ("--data", "missing.txt", "--overwrite")
+    assert "missing.txt" in fails("train", shared / "sparse", out, *missing)
     assert (out / "config.json").exists()
     more = ("--overwrite", "--teacher", shared / "dense", "--ste", "sampled")
     run("train", shared / "sparse", out, *options, *more, "--sparsity-weight", 0)
@@ -276,8 +275,7 @@ def test_outputs_that_cannot_be(shared, tmp_path, monkeypatch):
     assert "not a directory" in fails("convert", shared / "dense", taken / "mine" / "below")
     run("convert", shared / "dense", taken / "model", "--experts", 4)
     for command in ("convert", "calibrate", "merge", "train"):
-        message = fails(command, taken / "model", taken, "--overwrite")
-        assert "which is read" in message
+        assert "which is read" in fails(command, taken / "model", taken, "--overwrite")
     assert (taken / "model" / "config.json").exists()
     run("convert", shared / "dense", taken, "--experts", 4, "--overwrite")
     assert not (taken / "mine").exists() and (taken / "config.json").exists()
@@ -396,9 +394,3 @@ def test_diagnosis(tmp_path):
     assert result.returncode == 0, result.stderr
     for word in ("dsmoe_ext", "python", "torch", "transformers", "self-test     ok"):
         assert word in result.stdout
-
-
-def test_byte_tokenizer_round_trip():
-    tokenizer = byte_tokenizer()
-    text = "Größe: 3 → 4\n"
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text

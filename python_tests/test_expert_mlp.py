@@ -318,6 +318,17 @@ def test_bad_input(name):
 
 
 @pytest.mark.quick
+def test_trace_with_gradients_can_be_saved(seed, tmp_path):
+    x, gates, *weights = random_case(seed, 4, 8, [2, 4]).inputs()
+    layer = torch.nn.Module()
+    layer.forward = lambda x: dsmoe_ext.sparse_ffn(x, gates, *weights)
+    x.requires_grad_()
+    traced = torch.jit.trace(layer, x, check_trace=False)
+    torch.jit.save(traced, tmp_path / "layer.pt")
+    assert torch.equal(torch.jit.load(tmp_path / "layer.pt")(x), layer(x))
+
+
+@pytest.mark.quick
 def test_no_second_derivative(seed):
     x, *rest = random_case(seed, 4, 8, [2, 4]).inputs()
     y = dsmoe_ext.sparse_ffn(x.requires_grad_(), *rest)

@@ -345,3 +345,9 @@ def test_full_disks_are_recognised():
     text = "I/O error: No space left on device (os error 28)"
     assert is_out_of_space(RuntimeError(text))
     assert not is_out_of_space(OSError(errno.EACCES, "Permission denied"))
+
+
+def test_byte_tokenizer_round_trip():
+    tokenizer = byte_tokenizer()
+    text = "Größe: 3 → 4\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
