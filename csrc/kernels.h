@@ -183,7 +183,7 @@ Status pack_weights(const PackParams& params, const Team& team);
 
 // The Python module calls these from outside the ops library, hence visible.
 #define DSMOE_VISIBLE [[gnu::visibility("default")]]
-// The instruction set in use: "portable", "avx2", "avx512" or "avx512_bf16".
+// The instruction set in use: "portable", "avx2", "avx512", "avx512_bf16" or "amx_bf16".
 DSMOE_VISIBLE const char* isa();
 // All that this build and this machine have, best first, null at the end.
 DSMOE_VISIBLE const char* const* isas();

@@ -25,19 +25,23 @@ void plan(Backward<T>& w, int threads) {
                      kLanes<T>,
                      w.steps() * kPair * kN * element,
                      H * int64_t(sizeof(AType<T>)),
-                     false};
+                     false,
+                     row_unit<T>};
   w.grad_shape = w.gate_up_shape;
   w.grad_shape.width = kN;
   const auto fill = [&](typename Backward<T>::Pass& pass, const RowShape& shape,
                         const Pairs& pairs) {
-    pass.count = plan_rows(shape, pairs, threads, pass.items);
+    pass.count = plan_rows(shape, pairs, threads, pass.items, pass.most_rows);
+    w.blocks_size = max_of(w.blocks_size, blocked_size(pass.most_rows, H));
   };
+  w.blocks_size = 0;
   if (w.wants_inner || w.wants_weights) {
     if (!p.activations) fill(w.recompute_active, w.gate_up_shape, w.active);
     fill(w.grad_active, w.grad_shape, w.active);
   }
   fill(w.recompute_extra, w.gate_up_shape, w.extra);
   fill(w.grad_extra, w.grad_shape, w.extra);
+  if (!w.uses_tiles) w.blocks_size = 0;
   w.chunks = column_chunks<T>(p.num_tokens, H, threads);
   w.weight_pieces =
       threads == 1 ? 1
@@ -66,8 +70,11 @@ typename Backward<T>::Starts place(const Backward<T>& w, typename Backward<T>::S
     }
     if (!w.p.activations) next.inner_active += n * 2 * S;
     next.inner_extra += m * 2 * S;
-    if (!w.kPaired || w.b.dx) next.rows += round_up(n, 2) * w.row_stride(S);
-    if (w.kPaired && w.wants_weights) next.row_pairs += ceil_div(n, 2) * w.pair_stride(S);
+    const bool blocked = w.in_blocks(e);
+    if (!w.kPaired || w.b.dx)
+      next.rows += blocked ? blocked_size(n, w.row_terms(e)) : round_up(n, 2) * w.row_stride(S);
+    if (w.kPaired && w.wants_weights)
+      next.row_pairs += blocked ? 3 * blocked_size(S, n) : ceil_div(n, 2) * w.pair_stride(S);
     if (w.b.dgates) next.shares_active += n * panels, next.shares_extra += m * panels;
   }
   return next;
@@ -78,12 +85,19 @@ Status backward_group(Backward<T>& w, const Team& team) {
   const int threads = team.max_size;
   const ExpertMlpParams& p = w.p;
   w.recompute_active = w.recompute_extra = w.grad_active = w.grad_extra = {};
+  w.uses_vectors = w.uses_tiles = false;
+  for (int e = w.expert_begin; e < w.expert_end; ++e)
+    for (int kind = 0; kind < 2; ++kind) {
+      const int64_t count = (kind ? w.extra : w.active).count(e);
+      w.uses_tiles = w.uses_tiles || in_tiles<T>(count);
+      w.uses_vectors = w.uses_vectors || (count && !in_tiles<T>(count));
+    }
   plan(w, threads);
   const auto sizes = place(w, nullptr);
   const int64_t copy = p.num_tokens * copy_stride<T>(p.hidden_size);
-  const bool copies_x = (w.recompute_active.count || w.recompute_extra.count) &&
+  const bool copies_x = w.uses_vectors && (w.recompute_active.count || w.recompute_extra.count) &&
                         needs_copy<T>(p.hidden_size, p.x_stride, p.num_tokens);
-  const bool copies_dy = w.wants_inner && needs_copy<T>(p.hidden_size, w.b.dy_stride, p.num_tokens);
+  const bool copies_dy = w.uses_vectors && w.wants_inner && needs_copy<T>(p.hidden_size, w.b.dy_stride, p.num_tokens);
   void* memory = allocate([&](Arena& arena) {
     arena.take(w.sync, 1);
     arena.take(w.recompute_active.items, w.recompute_active.count);
@@ -101,6 +115,7 @@ Status backward_group(Backward<T>& w, const Team& team) {
     arena.take(w.sums, w.sums_size * threads);
     arena.take(w.scratch, w.scratch_size * threads);
     arena.take(w.weight_steps, w.weight_steps_size * threads);
+    arena.take(w.blocks, w.blocks_size * threads);
   });
   if (!memory) return Status::kWorkspaceTooSmall;
   if (!copies_x) w.x_copy = nullptr;

@@ -44,7 +44,7 @@ struct Backward {
   RowShape gate_up_shape = {}, grad_shape = {};
   struct Pass {
     RowItem* items = nullptr;
-    int64_t count = 0;
+    int64_t count = 0, most_rows = 0;
   } recompute_active = {}, recompute_extra = {}, grad_active = {}, grad_extra = {};
   int64_t chunks = 0, weight_pieces = 0;
   struct Sync {
@@ -55,6 +55,8 @@ struct Backward {
   }* sync = nullptr;
   A *x_copy = nullptr, *dy_copy = nullptr;            // [T, H padded]   null: read in place
   T *inner_active = nullptr, *inner_extra = nullptr;  // per expert [n_e, 2 S]: g | u
+  // Of experts in tiles (tile_block.h) rows are blocks, and instead of row pairs there are blocks with K = n_e,
+  // [3][S / 32][n_e / 32]...
   A* rows = nullptr;       // per expert [n_e, row_parts, S padded]: dG | dU (| h)
   A* row_pairs = nullptr;  // per expert [n_e / 2, 3, S padded, 2]: dG | dU | h
   C *shares_active = nullptr,
@@ -66,7 +68,9 @@ struct Backward {
   C* sums = nullptr;          // per thread
   T* scratch = nullptr;       // per thread
   A* weight_steps = nullptr;  // per thread: one tile's A of the weight pass
-  int64_t sums_size = 0, scratch_size = 0, weight_steps_size = 0;
+  T* blocks = nullptr;        // per thread: gathered rows of x or dy
+  int64_t sums_size = 0, scratch_size = 0, weight_steps_size = 0, blocks_size = 0;
+  bool uses_vectors = false, uses_tiles = false;  // by any expert
 
   static constexpr int64_t kRowParts = kPaired ? 2 : 3;
   static int64_t padded_size(int64_t size) { return round_up(size, kN); }
@@ -75,6 +79,9 @@ struct Backward {
   int64_t size(int e) const { return p.expert_offsets[e + 1] - p.expert_offsets[e]; }
   // Where dU begins in a row: right after dG if no register of dG reaches over it.
   int64_t up_start(int e) const { return size(e) % kL == 0 ? size(e) : padded_size(size(e)); }
+  bool in_blocks(int e) const { return in_tiles<T>(active.count(e)); }
+  // K of a row of dG and dU in blocks.
+  int64_t row_terms(int e) const { return 2 * up_start(e); }
   int64_t steps() const { return ceil_div(p.hidden_size, kPair); }
   const T* weight(const void* matrix, int e) const {
     return (const T*)matrix + p.expert_offsets[e] * p.hidden_size;
@@ -88,16 +95,19 @@ struct Backward {
   // ------------------------------------------------------------------------------------------ g, u
   // where not kept
 
-  void recompute(const RowItem& item, bool is_extra, T* panel) {
+  void recompute(const RowItem& item, bool is_extra, T* panel, T* thread_blocks) {
     const Pairs& pairs = is_extra ? extra : active;
-    for_each_panel(item, gate_up_shape, pairs, [&](int e, int64_t i, int64_t low, int64_t high) {
+    const RowMatrix<T> x = {(const T*)p.x, p.x_stride, p.hidden_size, x_copy ? x_copy : (const A*)p.x,
+                            x_copy ? copy_stride<T>(p.hidden_size) : p.x_stride};
+    const auto gather = [&](int e, int64_t low, int64_t high) {
+      return x.gather(pairs.of(e), pairs.count(e), low, high, thread_blocks);
+    };
+    for_each_panel(item, gate_up_shape, pairs, gather, [&](int e, int64_t i, const GatheredRows<T>& a) {
       const int64_t row = i * kL, valid = size(e) - row, S = size(e);
       const T *gate = weight(p.gate_proj, e) + row * p.hidden_size,
               *up = weight(p.up_proj, e) + row * p.hidden_size;
       pack_rows(gate, valid, up, valid, p.hidden_size, p.hidden_size, panel);
-      row_panel(x_copy ? x_copy : (const A*)p.x,
-                x_copy ? copy_stride<T>(p.hidden_size) : p.x_stride, pairs.of(e), low, high,
-                PanelOfB<T>{panel, steps()},
+      row_panel(a, PanelOfB<T>{panel, steps()},
                 ahead_in_rows(gate, up, min_of(valid, kL), p.hidden_size),
                 [&](int64_t first, int count, const C(*tile_sums)[kColumns<T>]) {
                   for (int r = 0; r < count; ++r) {
@@ -118,29 +128,35 @@ struct Backward {
   // -------------------------------------------------------------------------------------- dA, and
   // all that needs it
 
-  void grad(const RowItem& item, bool is_extra, T* panel) {
+  void grad(const RowItem& item, bool is_extra, T* panel, T* thread_blocks) {
     const Pairs& pairs = is_extra ? extra : active;
-    for_each_panel(item, grad_shape, pairs, [&](int e, int64_t i, int64_t low, int64_t high) {
+    const RowMatrix<T> dy = {(const T*)b.dy, b.dy_stride, p.hidden_size,
+                             dy_copy ? dy_copy : (const A*)b.dy,
+                             dy_copy ? copy_stride<T>(p.hidden_size) : b.dy_stride};
+    const auto gather = [&](int e, int64_t low, int64_t high) {
+      if (!wants_inner) return GatheredRows<T>{low, high, pairs.of(e), nullptr, 0};
+      return dy.gather(pairs.of(e), pairs.count(e), low, high, thread_blocks);
+    };
+    for_each_panel(item, grad_shape, pairs, gather, [&](int e, int64_t i, const GatheredRows<T>& a) {
       const int64_t row = i * kN, valid = size(e) - row;
       const T* down = weight(p.down_proj_t, e) + row * p.hidden_size;
       const auto epilogue = [&](int64_t first, int count, const C(*tile_sums)[kColumns<T>]) {
         inner_grad(e, i, is_extra, first, count, tile_sums);
       };
       if (!wants_inner) {  // only dWd: h needs no dA
-        alignas(64) const C zeros[kMaxRows][kColumns<T>] = {};
+        alignas(64) const C zeros[kMostRows<T>][kColumns<T>] = {};
         return for_each_tile(
-            high - low, [&](int64_t begin, int count) { epilogue(low + begin, count, zeros); });
+            a.high - a.low, in_tiles<T>(pairs.count(e)),
+            [&](int64_t begin, int count) { epilogue(a.low + begin, count, zeros); });
       }
-      const int64_t H = p.hidden_size, stride = dy_copy ? copy_stride<T>(H) : b.dy_stride;
-      const A* a = dy_copy ? dy_copy : (const A*)b.dy;
+      const int64_t H = p.hidden_size;
       const Ahead ahead = ahead_in_rows(down, (const T*)nullptr, min_of(valid, kN), H);
-      if (valid > kL) {
+      if (valid > kL || a.blocks) {
         pack_rows(down, valid, down + kL * H, valid - kL, H, H, panel);
-        row_panel(a, stride, pairs.of(e), low, high, PanelOfB<T>{panel, steps()}, ahead, epilogue);
+        row_panel(a, PanelOfB<T>{panel, steps()}, ahead, epilogue);
       } else {
         pack_rows_half<T, 1>(down, H, int(valid), H, panel);
-        row_panel<T, 1>(a, stride, pairs.of(e), low, high, PanelOfB<T>{panel, steps()}, ahead,
-                        epilogue);
+        row_panel<T, 1>(a, PanelOfB<T>{panel, steps()}, ahead, epilogue);
       }
     });
   }
@@ -169,6 +185,25 @@ struct Backward {
     return lanes[0];
   }
 
+  // dG, dU and h of 16 neurons and up to 16 pairs of rows: the rows of a tile whose K are tokens.
+  struct PairsOfHalf {
+    alignas(64) A pairs[kHasTiles<T> ? 3 * kTileSteps * kL * 2 : 1];
+    A* start(int count) {
+      if (count < kBlockRows) memset(pairs, 0, sizeof pairs);
+      return pairs;
+    }
+    void transpose(A* out, int64_t part_size) const {
+      if constexpr (kHasTiles<T>) {
+        for (int part = 0; part < 3; ++part) {
+          const uint32_t* from[kTileSteps];
+          for (int i = 0; i < kTileSteps; ++i)
+            from[i] = (const uint32_t*)(pairs + (part * kTileSteps + i) * 2 * kL);
+          transpose_block(from, 0, (uint32_t*)(out + part * part_size), kTileSteps);
+        }
+      }
+    }
+  };
+
   // Pointers and strides are read once: as far as the compiler knows a store may change any member.
   void inner_grad(int e, int64_t panel, bool is_extra, int64_t first, int count,
                   const C (*da)[kColumns<T>]) {
@@ -176,17 +211,34 @@ struct Backward {
     const bool keeps = !is_extra && (b.dx || wants_weights);
     const bool keeps_rows = keeps && (!kPaired || b.dx),
                keeps_pairs = keeps && kPaired && wants_weights;
-    const int64_t stride = row_stride(S), stride_of_pairs = pair_stride(S), E = p.num_experts;
+    const bool blocked = !is_extra && in_blocks(e);
+    const int64_t terms = row_terms(e), n = blocked ? active.count(e) : 0;
+    const int64_t stride = blocked ? kTileTerms : row_stride(S), stride_of_pairs = pair_stride(S),
+                  E = p.num_experts;
     const C* gates = (const C*)p.gates + e;
     const int32_t* tokens = (is_extra ? extra : active).of(e) + first;
-    Vec<C> share[kMaxRows + 1] = {};
-    for (int half = 0; half < 2 && panel * kN + half * kL < S; ++half) {
+    Vec<C> share[kMostRows<T> + 1] = {};
+    for (int half = 0; half < 2; ++half) {
       const int64_t column = panel * kN + half * kL, valid = S - column;
+      A *out = nullptr, *out_up = nullptr, *pair_out = nullptr;
+      if (keeps_rows) {
+        A* const all = rows + starts[e].rows;
+        out = all + (blocked ? blocked_at(first, column, terms) : first * stride + column);
+        out_up = blocked ? all + blocked_at(first, up + column, terms) : out + up;
+      }
+      if (valid <= 0) {  // what tiles take for neurons
+        for (int r = 0; blocked && keeps_rows && up != S && r < count; ++r) {
+          store(out + r * stride, Vec<C>{});
+          store(out_up + r * stride, Vec<C>{});
+        }
+        break;
+      }
       const T* from = inner(e, is_extra, first) + column;
-      A* out = keeps_rows ? rows + starts[e].rows + first * stride + column : nullptr;
-      A* pair_out = keeps_pairs
-                        ? row_pairs + starts[e].row_pairs + first / 2 * stride_of_pairs + column * 2
-                        : nullptr;
+      PairsOfHalf pairs_of_half;
+      if (keeps_pairs) {
+        pair_out = row_pairs + starts[e].row_pairs + first / 2 * stride_of_pairs + column * 2;
+        if (blocked) pair_out = pairs_of_half.start(count);
+      }
       for (int r = 0; r < count; r += 2) {  // first is even: rows r and r + 1 are a pair
         const auto row = [&](int i) {
           return inner_grad_row(load_part(from + i * 2 * S, valid),
@@ -195,21 +247,24 @@ struct Backward {
         };
         const InnerGrad v[2] = {row(r), r + 1 < count ? row(r + 1) : InnerGrad{}};
         if (keeps_pairs) {
-          store_row_pair(pair_out, padded, v);
-          pair_out += stride_of_pairs;
+          store_row_pair(pair_out, blocked ? kTileSteps * kL : padded, v);
+          pair_out += blocked ? 2 * kL : stride_of_pairs;
         }
         if (!keeps_rows) continue;
         // Without pairs the rows serve the weights too, in steps of kPair: an odd last row gets a
         // row of zeros after it. Unrolled, v stays in registers.
         const int written = kPair == 2 && !kPaired ? 2 : min_of(2, count - r);
 #pragma GCC unroll 2
-        for (int i = 0; i < 2; ++i, out += stride) {
+        for (int i = 0; i < 2; ++i, out += stride, out_up += stride) {
           if (i == written) break;
           store(out, v[i].dg);
-          store(out + up, v[i].du);
+          store(out_up, v[i].du);
           if (!kPaired) store(out + 2 * padded, v[i].h);
         }
       }
+      if (keeps_pairs && blocked)
+        pairs_of_half.transpose(row_pairs + starts[e].row_pairs + blocked_at(column, first, n),
+                                blocked_size(S, n));
     }
     if (!b.dgates) return;
     C* to = (is_extra ? shares_extra + starts[e].shares_extra
@@ -259,7 +314,8 @@ struct Backward {
       section.tokens = active.of(e);
       section.n = active.count(e);
       section.a = rows + starts[e].rows;
-      section.a_stride = row_stride(size(e));
+      section.in_blocks = in_blocks(e);
+      section.a_stride = section.in_blocks ? block_size(row_terms(e)) : row_stride(size(e));
       section.k = size(e);
       section.matrix = weight(p.gate_proj, e);
       const T* up = weight(p.up_proj, e);
@@ -269,7 +325,7 @@ struct Backward {
       }
       columns.add(section);
       if (section.more) continue;
-      section.a += up_start(e);
+      section.a += section.in_blocks ? block_size(up_start(e)) : up_start(e);
       section.matrix = up;
       columns.add(section);
     }
@@ -323,12 +379,17 @@ struct Backward {
     args.accumulate = false;
     args.a_copy = thread_steps;
     args.lda = kPaired ? pair_stride(S) : row_stride(S);
-    const int64_t part_start = part == 1 ? up_start(e) : part * padded;
-    const A* a = kPaired ? row_pairs + starts[e].row_pairs + part * padded * 2
-                         : rows + starts[e].rows + part_start;
     args.out_stride = p.hidden_size;
     args.out_width = width;
     args.stream = streams_weights;
+    if constexpr (kHasTiles<T>) {
+      if (in_blocks(e))
+        return weight_blocks(S, row_pairs + starts[e].row_pairs + part * blocked_size(S, n),
+                             block_size(n), panels, out, args);
+    }
+    const int64_t part_start = part == 1 ? up_start(e) : part * padded;
+    const A* a = kPaired ? row_pairs + starts[e].row_pairs + part * padded * 2
+                         : rows + starts[e].rows + part_start;
     for_each_tile(S, [&](int64_t i, int count) {
       args.a[0] = a + i * (kPaired ? 2 : 1);
       args.out = out + i * p.hidden_size;
@@ -336,9 +397,24 @@ struct Backward {
     });
   }
 
+  void weight_blocks(int64_t S, const A* a, int64_t a_block, int64_t panels, T* out, TileArgs<T>& args) {
+    alignas(64) C block[kMostRows<T>][kN];
+    const T* packed = args.b;
+    for_each_tile(S, true, [&](int64_t i, int count) {
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        args.b = packed + panel * args.steps * PackedPanels<T>::kStep;
+        multiply_block(args, a + i / kBlockRows * a_block, count, block[0]);
+        round_rows(block[0], count, out + i * args.out_stride + panel * kN, args.out_stride,
+                   args.out_width - panel * kN, args.stream);
+      }
+    });
+  }
+
   void run(int thread, int team_size) {
     C* thread_sums = sums + thread * sums_size;
     T* thread_scratch = scratch + thread * scratch_size;
+    T* thread_blocks = blocks + thread * blocks_size;
+    const TileState tiles(uses_tiles);
     const int64_t t0 = p.num_tokens * thread / team_size,
                   t1 = p.num_tokens * (thread + 1) / team_size;
     if (x_copy) copy_rows((const T*)p.x, p.x_stride, p.hidden_size, t0, t1, x_copy);
@@ -347,14 +423,14 @@ struct Backward {
       memset((C*)b.dgates + t0 * p.num_experts, 0, size_t((t1 - t0) * p.num_experts) * sizeof(C));
     barrier_wait(sync->barrier, team_size);
     for (int64_t i; (i = draw(sync->recompute_active.next)) < recompute_active.count;)
-      recompute(recompute_active.items[i], false, thread_scratch);
+      recompute(recompute_active.items[i], false, thread_scratch, thread_blocks);
     for (int64_t i; (i = draw(sync->recompute_extra.next)) < recompute_extra.count;)
-      recompute(recompute_extra.items[i], true, thread_scratch);
+      recompute(recompute_extra.items[i], true, thread_scratch, thread_blocks);
     barrier_wait(sync->barrier, team_size);
     for (int64_t i; (i = draw(sync->grad_active.next)) < grad_active.count;)
-      grad(grad_active.items[i], false, thread_scratch);
+      grad(grad_active.items[i], false, thread_scratch, thread_blocks);
     for (int64_t i; (i = draw(sync->grad_extra.next)) < grad_extra.count;)
-      grad(grad_extra.items[i], true, thread_scratch);
+      grad(grad_extra.items[i], true, thread_scratch, thread_blocks);
     barrier_wait(sync->barrier, team_size);
     if (b.dgates)
       for (int e = expert_begin + thread; e < expert_end; e += team_size) write_dgates(e);

@@ -34,32 +34,46 @@ struct Forward {
     alignas(64) int64_t next_item;
     alignas(64) int64_t next_chunk;
   }* sync = nullptr;
-  A* x_copy = nullptr;              // [T, H padded]   only if x cannot be read in place
-  A* activated = nullptr;           // per expert [n_e, S padded]
+  bool uses_vectors = false, uses_tiles = false;  // by any expert
+  A* x_copy = nullptr;              // [T, H padded]   only if vectors cannot read x in place
+  A* activated = nullptr;           // per expert [n_e, S padded], or blocks of tiles
   int64_t* a_start = nullptr;       // [E]     of each expert in activated
   int64_t* packed_start = nullptr;  // [E]     of each expert in p.packed
   int64_t* saved_start = nullptr;   // [E]     of each expert's next pair in p.activations
   C* sums = nullptr;                // per thread [T, columns of a chunk]
   T* scratch = nullptr;             // per thread
-  int64_t sums_size = 0, scratch_size = 0;
+  T* blocks = nullptr;              // per thread: gathered rows of x
+  int64_t sums_size = 0, scratch_size = 0, blocks_size = 0;
 
   static int64_t padded_size(int64_t size) { return unaliased<A>(round_up(size, kLanes<T>)); }
   int64_t size(int e) const { return p.expert_offsets[e + 1] - p.expert_offsets[e]; }
-  bool copies_x() const { return needs_copy<T>(p.hidden_size, p.x_stride, p.num_tokens); }
+  bool copies_x() const {
+    return uses_vectors && needs_copy<T>(p.hidden_size, p.x_stride, p.num_tokens);
+  }
+  bool in_blocks(int e) const { return in_tiles<T>(pairs.count(e)); }
+  int64_t activated_size(int e) const {
+    return in_blocks(e) ? blocked_size(pairs.count(e), size(e)) : pairs.count(e) * padded_size(size(e));
+  }
   const A* x() const { return copies_x() ? x_copy : (const A*)p.x; }
   int64_t x_stride() const { return copies_x() ? copy_stride<T>(p.hidden_size) : p.x_stride; }
   const T* packed_expert(int e) const {
     return p.packed ? (const T*)p.packed + packed_start[e] : nullptr;
   }
 
-  void gate_up(const RowItem& item) {
+  GatheredRows<T> gather(int e, int64_t low, int64_t high, T* thread_blocks) const {
+    return RowMatrix<T>{(const T*)p.x, p.x_stride, p.hidden_size, x(), x_stride()}.gather(
+        pairs.of(e), pairs.count(e), low, high, thread_blocks);
+  }
+  void gate_up(const RowItem& item, T* thread_blocks) {
     for_each_expert(
         item, shape, pairs,
         [&](int e, int64_t begin, int64_t end, int64_t low, int64_t high, bool goes_on) {
           const PackedPanels<T> b = PackedLayout<T>{p.hidden_size}.gate_up(size(e));
-          if (high - low <= kMaxRows) return gate_up_few(e, b, begin, end, low, int(high - low));
+          if (high - low <= kMaxRows && !in_blocks(e))
+            return gate_up_few(e, b, begin, end, low, int(high - low));
+          const GatheredRows<T> rows = gather(e, low, high, thread_blocks);
           for (int64_t panel = begin; panel < end; ++panel)
-            gate_up_panel(e, panel, low, high, packed_panel(packed_expert(e), b, panel),
+            gate_up_panel(e, panel, rows, packed_panel(packed_expert(e), b, panel),
                           panel + 1 < end ? ahead_in_packed(packed_expert(e), b, panel + 1)
                           : goes_on       ? first_panel_after(item, e)
                                           : Ahead{});
@@ -80,39 +94,44 @@ struct Forward {
                swiglu(e, panel, low, rows, sums, stride);
              });
   }
-  void gate_up_unpacked(const RowItem& item, T* panel_scratch) {
+  void gate_up_unpacked(const RowItem& item, T* panel_scratch, T* thread_blocks) {
     const int64_t H = p.hidden_size;
-    for_each_panel(item, shape, pairs, [&](int e, int64_t panel, int64_t low, int64_t high) {
+    const auto gather_rows = [&](int e, int64_t low, int64_t high) {
+      return gather(e, low, high, thread_blocks);
+    };
+    for_each_panel(item, shape, pairs, gather_rows, [&](int e, int64_t panel, const GatheredRows<T>& rows) {
       const int64_t row = p.expert_offsets[e] + panel * kLanes<T>,
                     valid = size(e) - panel * kLanes<T>;
       const T *gate = (const T*)p.gate_proj + row * H, *up = (const T*)p.up_proj + row * H;
       pack_rows(gate, valid, up, valid, H, H, panel_scratch);
-      gate_up_panel(e, panel, low, high, PanelOfB<T>{panel_scratch, ceil_div(H, Compute<T>::kPair)},
+      gate_up_panel(e, panel, rows, PanelOfB<T>{panel_scratch, ceil_div(H, Compute<T>::kPair)},
                     ahead_in_rows(gate, up, min_of<int64_t>(valid, kLanes<T>), H));
     });
   }
-  void gate_up_panel(int e, int64_t panel, int64_t low, int64_t high, const PanelOfB<T>& b,
-                     Ahead ahead) {
-    row_panel(x(), x_stride(), pairs.of(e), low, high, b, ahead,
-              [&](int64_t first, int rows, const C(*sums)[kColumns<T>]) {
-                swiglu(e, panel, first, rows, sums[0], kColumns<T>);
-              });
+  void gate_up_panel(int e, int64_t panel, const GatheredRows<T>& a, const PanelOfB<T>& b, Ahead ahead) {
+    row_panel(a, b, ahead, [&](int64_t first, int rows, const C(*sums)[kColumns<T>]) {
+      swiglu(e, panel, first, rows, sums[0], kColumns<T>);
+    });
   }
 
   // a = gate silu(g) u, and g, u themselves if the backward will want them. Pointers and strides are read
   // once: as far as the compiler knows a store may change any member.
   void swiglu(int e, int64_t panel, int64_t first, int rows, const C* sums, int64_t sums_stride) {
-    const int64_t stride = padded_size(size(e)), S = size(e), E = p.num_experts;
+    const int64_t S = size(e), E = p.num_experts, stride = in_blocks(e) ? kTileTerms : padded_size(S);
     const int64_t column = panel * kLanes<T>, valid = S - column;
     const C* gates = (const C*)p.gates + e;
     const int32_t* tokens = pairs.of(e) + first;
-    A* a = activated + a_start[e] + first * stride + column;
+    A* a = activated + a_start[e] +
+           (in_blocks(e) ? blocked_at(first, column, S) : first * stride + column);
+    // the other half of the last tile of an odd number of panels
+    const bool pads = in_blocks(e) && valid <= kLanes<T> && column % kTileTerms == 0;
     T* saved =
         p.activations ? (T*)p.activations + saved_start[e] + first * 2 * S + column : nullptr;
     for (int r = 0; r < rows; ++r, sums += sums_stride, a += stride) {
       const Vec<C> g = load(sums), u = load(sums + kLanes<T>);
       // of an infinite gate NaN would be left in the padding
       store(a, first_lanes<C>(g * sigmoid(g) * u * splat(gates[int64_t(tokens[r]) * E]), valid));
+      if (pads) store(a + kLanes<T>, Vec<C>{});
       if (!saved) continue;
       store_kept(saved, g, valid);
       store_kept(saved + S, u, valid);
@@ -133,7 +152,8 @@ struct Forward {
       section.tokens = pairs.of(e);
       section.n = pairs.count(e);
       section.a = activated + a_start[e];
-      section.a_stride = padded_size(size(e));
+      section.in_blocks = in_blocks(e);
+      section.a_stride = in_blocks(e) ? block_size(size(e)) : padded_size(size(e));
       section.k = size(e);
       if (p.packed) {
         add_packed(section, packed_expert(e) + layout.down_start(size(e)), p.hidden_size, begin,
@@ -150,13 +170,16 @@ struct Forward {
   void run(int thread, int team_size) {
     C* thread_sums = sums + thread * sums_size;
     T* thread_scratch = scratch + thread * scratch_size;
+    T* thread_blocks = blocks + thread * blocks_size;
+    const TileState tiles(uses_tiles);
     if (copies_x()) {
       copy_rows((const T*)p.x, p.x_stride, p.hidden_size, p.num_tokens * thread / team_size,
                 p.num_tokens * (thread + 1) / team_size, x_copy);
       barrier_wait(sync->barrier, team_size);
     }
     for (int64_t i; (i = draw(sync->next_item)) < num_items;)
-      p.packed ? gate_up(items[i]) : gate_up_unpacked(items[i], thread_scratch);
+      p.packed ? gate_up(items[i], thread_blocks)
+               : gate_up_unpacked(items[i], thread_scratch, thread_blocks);
     barrier_wait(sync->barrier, team_size);
     for (int64_t i; (i = draw(sync->next_chunk)) < chunks;) down(i, thread_sums, thread_scratch);
   }
@@ -191,20 +214,25 @@ Status forward_block(const ExpertMlpParams& p, int64_t* saved_start, const Team&
              kLanes<T>,
              layout.hidden_panel() * int64_t(sizeof(T)),
              p.hidden_size * int64_t(sizeof(AType<T>)),
-             p.packed != nullptr};
-  f.num_items = plan_rows(f.shape, f.pairs, int(f.threads), nullptr);
+             p.packed != nullptr,
+             row_unit<T>};
+  int64_t most_rows = 0;
+  f.num_items = plan_rows(f.shape, f.pairs, int(f.threads), nullptr, most_rows);
   f.chunks = column_chunks<T>(p.num_tokens, p.hidden_size, int(f.threads));
   f.sums_size =
       p.num_tokens * ceil_div(ceil_div(p.hidden_size, kColumns<T>), f.chunks) * kColumns<T>;
   f.scratch_size = 0;
   int64_t a_size = 0;
   for (int e = 0; e < p.num_experts; ++e) {
-    a_size += f.pairs.count(e) * f.padded_size(f.size(e));
+    a_size += f.activated_size(e);
+    f.uses_tiles = f.uses_tiles || f.in_blocks(e);
+    f.uses_vectors = f.uses_vectors || (f.pairs.count(e) && !f.in_blocks(e));
     if (!p.packed) f.scratch_size = max_of(f.scratch_size, 2 * layout.down(f.size(e)).panel());
   }
   if (!p.packed)
     f.scratch_size =
         max_of(max_of(f.scratch_size, layout.hidden_panel()), kScratchBytes / int64_t(sizeof(T)));
+  if (f.uses_tiles) f.blocks_size = blocked_size(most_rows, p.hidden_size);
   void* memory = allocate([&](Arena& arena) {
     arena.take(f.sync, 1);
     arena.take(f.items, f.num_items);
@@ -214,18 +242,19 @@ Status forward_block(const ExpertMlpParams& p, int64_t* saved_start, const Team&
     arena.take(f.activated, a_size);
     arena.take(f.sums, f.sums_size * f.threads);
     arena.take(f.scratch, f.scratch_size * f.threads);
+    arena.take(f.blocks, f.blocks_size * f.threads);
   });
   if (!memory) {
     workspace_release(lists);
     return Status::kWorkspaceTooSmall;
   }
   *f.sync = {};
-  plan_rows(f.shape, f.pairs, int(f.threads), f.items);
+  plan_rows(f.shape, f.pairs, int(f.threads), f.items, most_rows);
   int64_t a_next = 0, packed_next = 0;
   for (int e = 0; e < p.num_experts; ++e) {
     f.a_start[e] = a_next;
     f.packed_start[e] = packed_next;
-    a_next += f.pairs.count(e) * f.padded_size(f.size(e));
+    a_next += f.activated_size(e);
     packed_next += layout.expert(f.size(e));
   }
   run_team(

@@ -17,7 +17,12 @@
 #include "cpu/team.h"
 
 #ifdef __x86_64__
+#include <cpuid.h>
 #include <immintrin.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace dsmoe::cpu {
@@ -101,6 +106,25 @@ double fma_portable(float* sink) {
   return 2.0 * kSteps * kAccumulators * 32;
 }
 
+// Four sums, and operands that stay where they are, whatever they are.
+[[gnu::target("amx-tile,amx-bf16")]] double dot_amx_bf16(float* sink) {
+  alignas(64) static constexpr struct {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } kConfig;
+  asm volatile("ldtilecfg %0" ::"m"(kConfig));
+  for (int64_t i = 0; i < kSteps / 16; ++i) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_release();
+  *sink = 0;
+  return 2.0 * (kSteps / 16) * 4 * 16 * 16 * 32;
+}
+
 // Two streams, as AVX2's kernels read the weights of a row or two: the prefetchers follow both further
 // than one (Zen 3: 25 instead of 21 GB/s). Summed in eight chains, which keep up with memory.
 [[gnu::target("avx2")]] double read_avx2(const char* data, size_t bytes) {
@@ -157,6 +181,21 @@ double arithmetic_rate(int threads, Kernel kernel) {
 
 }  // namespace
 
+bool has_amx_bf16() {
+#if defined(__x86_64__) && defined(__linux__)
+  static const bool has = [] {
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // CPUID 7.0, edx
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return has;
+#else
+  return false;
+#endif
+}
+
 Peaks measure_peaks(int threads) {
   threads = std::max(threads, 1);
   Kernel fma = fma_portable, dot = nullptr;
@@ -168,6 +207,7 @@ Peaks measure_peaks(int threads) {
   }
   if (__builtin_cpu_supports("avx512f")) fma = fma_avx512;
   if (__builtin_cpu_supports("avx512bf16")) dot = dot_avx512_bf16;
+  if (has_amx_bf16()) dot = dot_amx_bf16;
 #endif
   // Huge pages, as under packed weights: with small ones the walks through page tables are measured.
   const std::unique_ptr<char, void (*)(void*)> buffer(

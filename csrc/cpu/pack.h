@@ -50,7 +50,7 @@ DSMOE_INLINE void transpose_block(const uint32_t* const* rows, int64_t j0, uint3
     _mm512_storeu_si512(dst + (i + 12) * stride, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
   }
 }
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(DSMOE_EMULATE_AMX)
 constexpr int kBlock = 8;
 DSMOE_INLINE void transpose_block(const uint32_t* const* rows, int64_t j0, uint32_t* dst,
                                   int64_t stride) {
@@ -78,11 +78,11 @@ DSMOE_INLINE void transpose_block(const uint32_t* const* rows, int64_t j0, uint3
   }
 }
 #else
-constexpr int kBlock = 4;
+constexpr int kBlock = kVecBytes / 4;
 DSMOE_INLINE void transpose_block(const uint32_t* const* rows, int64_t j0, uint32_t* dst,
                                   int64_t stride) {
-  for (int i = 0; i < 4; ++i)
-    for (int j = 0; j < 4; ++j) memcpy(dst + j * stride + i, rows[i] + j0 + j, 4);
+  for (int i = 0; i < kBlock; ++i)
+    for (int j = 0; j < kBlock; ++j) memcpy(dst + j * stride + i, rows[i] + j0 + j, 4);
 }
 #endif
 

@@ -15,6 +15,7 @@
 #include "gemm_tile.h"
 #include "pack.h"
 #include "team.h"
+#include "tile_block.h"
 
 namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
 
@@ -88,9 +89,9 @@ struct Pairs {
   int32_t* tokens;   // [A]
   int64_t count(int e) const { return offsets[e + 1] - offsets[e]; }
   const int32_t* of(int e) const { return tokens + offsets[e]; }
-  // First pair of e whose token is not below token, rounded down to even (bf16 pairs stay
-  // together).
-  int64_t position(int e, int64_t token) const {
+  // First pair of e whose token is not below token, rounded down to whole units (bf16 pairs, blocks of
+  // tiles).
+  int64_t position(int e, int64_t token, int64_t unit) const {
     const int32_t* list = of(e);
     int64_t low = 0, high = count(e);
     while (low < high) {
@@ -100,7 +101,7 @@ struct Pairs {
       else
         high = middle;
     }
-    return low & ~int64_t{1};
+    return low / unit * unit;
   }
 };
 
@@ -144,9 +145,10 @@ DSMOE_INLINE void* list_pairs(int64_t num_tokens, int num_experts, int expert_be
 
 // Spreads a prefetch over `panels` panels of tiles of `rows` rows.
 template <class T>
-DSMOE_INLINE void spread(Ahead& ahead, int64_t rows, int64_t panels, TileArgs<T>& args) {
+DSMOE_INLINE void spread(Ahead& ahead, int64_t rows, int64_t panels, TileArgs<T>& args,
+                         int64_t rows_at_once = kMaxRows) {
   const int64_t lines = ahead.now.count() + ahead.then.count();
-  const int64_t turns = ceil_div(rows, kMaxRows) * panels * ceil_div(args.steps, kRun);
+  const int64_t turns = ceil_div(rows, rows_at_once) * panels * ceil_div(args.steps, kRun);
   args.ahead = lines > 0 ? &ahead : nullptr;
   args.ahead_lines = ceil_div(lines, max_of<int64_t>(turns, 1));
 }

@@ -19,26 +19,28 @@ struct RowShape {
   int64_t panel_bytes;
   int64_t row_bytes;  // of a row of A
   bool is_packed;     // else a panel is packed anew for every item: prefer few, tall items
+  int64_t (*unit)(int64_t rows);  // row_unit of the dtype
   int64_t panels(int e) const { return ceil_div(expert_offsets[e + 1] - expert_offsets[e], width); }
 };
 
 // Cuts the pass into items for threads to draw; with out == nullptr only counts them. A group of
 // experts shares the rows of a token block, which stay in L2, while the group's weights are reread
 // from L3 for every block. One large expert is a group of its own, and its block then holds only
-// its own tokens.
+// its own tokens. most_rows: no item has more of one expert.
 [[maybe_unused]] static int64_t plan_rows(const RowShape& s, const Pairs& pairs, int threads,
-                                          RowItem* out) {
+                                          RowItem* out, int64_t& most_rows) {
   int64_t items = 0, total_cost = 0;
   for (int e = 0; e < s.num_experts; ++e)
     total_cost += pairs.count(e) ? s.panels(e) * (pairs.count(e) + 4) : 0;
   for (int begin = 0; begin < s.num_experts;) {
     int end = begin;
-    int64_t panels = 0, rows = 0, cost = 0, active = 0;
+    int64_t panels = 0, rows = 0, cost = 0, active = 0, most = 0;
     for (; end < s.num_experts; ++end) {
       if (pairs.count(end) == 0) continue;
       if (panels && (panels + s.panels(end)) * s.panel_bytes > kGroupBudget) break;
       panels += s.panels(end);
       rows += pairs.count(end);
+      most = max_of(most, pairs.count(end));
       cost += s.panels(end) * (pairs.count(end) + 4);
       ++active;
     }
@@ -54,6 +56,7 @@ struct RowShape {
       const int64_t wanted =
           threads == 1 ? 1 : ceil_div(cost * draws, max_of<int64_t>(total_cost * blocks, 1));
       const int64_t pieces = min_of(panels, wanted);
+      most_rows = max_of(most_rows, min_of(most, ceil_div(s.num_tokens, blocks) + kBlockRows));
       for (int64_t b = 0; b < blocks; ++b)
         for (int64_t i = 0; i < pieces; ++i, ++items)
           if (out)
@@ -80,36 +83,74 @@ DSMOE_INLINE void for_each_expert(const RowItem& item, const RowShape& s, const 
     const int64_t end = min_of(item.panel_end, first + panels) - first;
     first += panels;
     if (begin >= end) continue;
-    const int64_t low = item.token_begin == 0 ? 0 : pairs.position(e, item.token_begin);
+    const int64_t unit = s.unit(pairs.count(e));
+    const int64_t low = item.token_begin == 0 ? 0 : pairs.position(e, item.token_begin, unit);
     const int64_t high =
-        item.token_end == s.num_tokens ? pairs.count(e) : pairs.position(e, item.token_end);
+        item.token_end == s.num_tokens ? pairs.count(e) : pairs.position(e, item.token_end, unit);
     if (low < high) f(e, begin, end, low, high, first < item.panel_end);
   }
 }
-// f(expert, panel, first row, last row) for the panels of an item.
-template <class F>
-DSMOE_INLINE void for_each_panel(const RowItem& item, const RowShape& s, const Pairs& pairs, F f) {
+
+// An expert's rows of x or dy in an item.
+template <class T>
+struct GatheredRows {
+  int64_t low, high;
+  const int32_t* tokens;  // of row 0
+  const AType<T>* a;
+  int64_t a_stride;
+  int64_t block_size = 0;             // in tiles only
+  const AType<T>* blocks = nullptr;  // of row low on; null: rows are read where they lie
+};
+// f(expert, panel, rows) for the panels of an item; gather(expert, first row, last row) is asked for the rows
+// once for all panels.
+template <class G, class F>
+DSMOE_INLINE void for_each_panel(const RowItem& item, const RowShape& s, const Pairs& pairs, G gather,
+                                 F f) {
   for_each_expert(item, s, pairs,
                   [&](int e, int64_t begin, int64_t end, int64_t low, int64_t high, bool) {
-                    for (int64_t panel = begin; panel < end; ++panel) f(e, panel, low, high);
+                    const auto rows = gather(e, low, high);
+                    for (int64_t panel = begin; panel < end; ++panel) f(e, panel, rows);
                   });
 }
+
+// A matrix whose rows tiles multiply: x or dy as the caller has it, and as vectors read it (needs_copy).
+template <class T>
+struct RowMatrix {
+  const T* rows;
+  int64_t stride, terms;
+  const AType<T>* readable;
+  int64_t readable_stride;
+  GatheredRows<T> gather(const int32_t* tokens, int64_t count, int64_t low, int64_t high,
+                         [[maybe_unused]] T* room) const {
+    GatheredRows<T> out{low, high, tokens, readable, readable_stride};
+    if constexpr (kHasTiles<T>) {
+      if (!in_tiles<T>(count)) return out;
+      gather_blocks(rows, stride, terms, tokens + low, high - low, room);
+      out.blocks = room;
+      out.block_size = block_size(terms);
+    }
+    return out;
+  }
+};
 
 // One panel: tiles of gathered rows of A times B into a buffer, which epilogue(first row, rows,
 // buffer) consumes.
 template <class T, int W = 2, class F>
-DSMOE_INLINE void row_panel(const AType<T>* a, int64_t a_stride, const int32_t* tokens, int64_t low,
-                            int64_t high, const PanelOfB<T>& b, Ahead ahead, F epilogue) {
-  alignas(64) CType<T> buffer[kMaxRows][kColumns<T>];
+DSMOE_INLINE void row_panel(const GatheredRows<T>& a, const PanelOfB<T>& b, Ahead ahead, F epilogue) {
+  alignas(64) CType<T> buffer[kMostRows<T>][kColumns<T>];
   TileArgs<T> args;
   static_cast<PanelOfB<T>&>(args) = b;
   args.accumulate = false;
   for (int r = 0; r < kMaxRows; ++r) args.c[r] = buffer[r];
-  spread(ahead, high - low, 1, args);
-  for_each_tile(high - low, [&](int64_t begin, int rows) {
-    for (int r = 0; r < rows; ++r) args.a[r] = a + tokens[low + begin + r] * a_stride;
-    run_tile<T, kRowPointers, W>(rows, args);
-    epilogue(low + begin, rows, buffer);
+  spread(ahead, a.high - a.low, 1, args, a.blocks ? kBlockRows : kMaxRows);
+  for_each_tile(a.high - a.low, a.blocks, [&](int64_t begin, int rows) {
+    if (a.blocks) {
+      multiply_block(args, a.blocks + begin / kBlockRows * a.block_size, rows, buffer[0]);
+    } else {
+      for (int r = 0; r < rows; ++r) args.a[r] = a.a + a.tokens[a.low + begin + r] * a.a_stride;
+      run_tile<T, kRowPointers, W>(rows, args);
+    }
+    epilogue(a.low + begin, rows, buffer);
   });
 }
 

@@ -27,7 +27,7 @@ namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
 // kMaxRows x 2 registers of sums, 2 of B and 1 broadcast of A must fit the register file: 12 x 2 +
 // 3 of 32 zmm (12 rather than 14, because every row also needs a general register for its pointer),
 // 6 x 2 + 3 of 16 ymm or xmm.
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(DSMOE_EMULATE_AMX)
 constexpr int kVecBytes = 64, kMaxRows = 12;
 #elif defined(__AVX2__)
 constexpr int kVecBytes = 32, kMaxRows = 6;
@@ -172,17 +172,22 @@ DSMOE_INLINE void store_low_halves(void* p, VecU32 v) {
 #else
 DSMOE_INLINE VecU32 widen_u16(const void* p) {
   uint16_t h[kVecBytes / 4];
+  VecU32 v;
   memcpy(h, p, sizeof h);
-  return VecU32{h[0], h[1], h[2], h[3]};
+  for (int i = 0; i < kVecBytes / 4; ++i) v[i] = h[i];
+  return v;
 }
 DSMOE_INLINE Vec<float> load(const fp16* p) {
-  return Vec<float>{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
+  Vec<float> v;
+  for (int i = 0; i < kVecBytes / 4; ++i) v[i] = widen(p[i]);
+  return v;
 }
 DSMOE_INLINE void store(fp16* p, Vec<float> v) {
-  for (int i = 0; i < 4; ++i) narrow(v[i], p[i]);
+  for (int i = 0; i < kVecBytes / 4; ++i) narrow(v[i], p[i]);
 }
 DSMOE_INLINE void store_low_halves(void* p, VecU32 v) {
-  const uint16_t h[4] = {uint16_t(v[0]), uint16_t(v[1]), uint16_t(v[2]), uint16_t(v[3])};
+  uint16_t h[kVecBytes / 4];
+  for (int i = 0; i < kVecBytes / 4; ++i) h[i] = uint16_t(v[i]);
   memcpy(p, h, sizeof h);
 }
 #endif
@@ -225,7 +230,9 @@ DSMOE_INLINE Vec<float> splat(
 #elif defined(__AVX2__)
   return (Vec<float>)_mm256_set1_ps(a);
 #else
-  return Vec<float>{a, a, a, a};
+  Vec<float> v;
+  for (int i = 0; i < kVecBytes / 4; ++i) v[i] = a;
+  return v;
 #endif
 }
 DSMOE_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
@@ -317,6 +324,24 @@ struct Compute<bf16> {  // vdpbf16ps multiplies pairs
   }
   DSMOE_INLINE Vec<float> mac(__m512i a, B b, Vec<float> c) {
     return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+  }
+};
+#elif defined(DSMOE_EMULATE_AMX)
+template <>
+struct Compute<bf16> {  // the same on plain vectors: beside tiles A is bf16
+  using C = float;
+  using A = bf16;
+  using B = VecU32;
+  static constexpr int kPair = 2, kSub = 1;
+  DSMOE_INLINE B load_b(const bf16* p, int) { return load_raw<VecU32>(p); }
+  DSMOE_INLINE VecU32 bcast(const A* p) {
+    uint32_t pair;
+    memcpy(&pair, p, 4);
+    return VecU32{} + pair;
+  }
+  DSMOE_INLINE Vec<float> mac(VecU32 a, B b, Vec<float> c) {
+    c = fma((Vec<float>)(a & 0xffff0000u), (Vec<float>)(b & 0xffff0000u), c);
+    return fma((Vec<float>)(a << 16), (Vec<float>)(b << 16), c);
   }
 };
 #else
