@@ -80,11 +80,8 @@ struct alignas(64) TileConfig {
 // configured anew, which would clear all of them. Static: a compiler may drop stores to a local one,
 // of which it sees no reader.
 DSMOE_INLINE const TileConfig& full_tiles() {
-  static constexpr TileConfig kFull = {1,
-                                       0,
-                                       {},
-                                       {64, 64, 64, 64, 64, 64, 64, 64},
-                                       {16, 16, 16, 16, 16, 16, 16, 16}};
+  static constexpr TileConfig kFull = {
+      1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
   return kFull;
 }
 // Tiles of a thread, configured while it multiplies. Released after it, they cost no context switch 8 KiB;

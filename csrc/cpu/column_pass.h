@@ -34,7 +34,8 @@ static void add_block(const Section<T>& s, int64_t first, int rows, CType<T>* su
     multiply_block(args, a, rows, block[0]);
     for (int r = 0; r < rows; ++r) {
       CType<T>* to = sums + s.tokens[first + r] * stride;
-      for (int i = 0; i < kColumns<T>; i += kLanes<T>) store(to + i, load(to + i) + load(block[r] + i));
+      for (int i = 0; i < kColumns<T>; i += kLanes<T>)
+        store(to + i, load(to + i) + load(block[r] + i));
     }
   }
 }

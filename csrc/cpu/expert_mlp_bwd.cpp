@@ -97,7 +97,8 @@ Status backward_group(Backward<T>& w, const Team& team) {
   const int64_t copy = p.num_tokens * copy_stride<T>(p.hidden_size);
   const bool copies_x = w.uses_vectors && (w.recompute_active.count || w.recompute_extra.count) &&
                         needs_copy<T>(p.hidden_size, p.x_stride, p.num_tokens);
-  const bool copies_dy = w.uses_vectors && w.wants_inner && needs_copy<T>(p.hidden_size, w.b.dy_stride, p.num_tokens);
+  const bool copies_dy =
+      w.uses_vectors && w.wants_inner && needs_copy<T>(p.hidden_size, w.b.dy_stride, p.num_tokens);
   void* memory = allocate([&](Arena& arena) {
     arena.take(w.sync, 1);
     arena.take(w.recompute_active.items, w.recompute_active.count);

@@ -55,8 +55,8 @@ struct Backward {
   }* sync = nullptr;
   A *x_copy = nullptr, *dy_copy = nullptr;            // [T, H padded]   null: read in place
   T *inner_active = nullptr, *inner_extra = nullptr;  // per expert [n_e, 2 S]: g | u
-  // Of experts in tiles (tile_block.h) rows are blocks, and instead of row pairs there are blocks with K = n_e,
-  // [3][S / 32][n_e / 32]...
+  // Of experts in tiles (tile_block.h) rows are blocks, and instead of row pairs there are blocks of neurons
+  // with K = n_e, [3][S / 32][n_e / 32][2][16][32]: the weight pass multiplies them with gathered x or dy.
   A* rows = nullptr;       // per expert [n_e, row_parts, S padded]: dG | dU (| h)
   A* row_pairs = nullptr;  // per expert [n_e / 2, 3, S padded, 2]: dG | dU | h
   C *shares_active = nullptr,
@@ -97,26 +97,28 @@ struct Backward {
 
   void recompute(const RowItem& item, bool is_extra, T* panel, T* thread_blocks) {
     const Pairs& pairs = is_extra ? extra : active;
-    const RowMatrix<T> x = {(const T*)p.x, p.x_stride, p.hidden_size, x_copy ? x_copy : (const A*)p.x,
+    const RowMatrix<T> x = {(const T*)p.x, p.x_stride, p.hidden_size,
+                            x_copy ? x_copy : (const A*)p.x,
                             x_copy ? copy_stride<T>(p.hidden_size) : p.x_stride};
     const auto gather = [&](int e, int64_t low, int64_t high) {
       return x.gather(pairs.of(e), pairs.count(e), low, high, thread_blocks);
     };
-    for_each_panel(item, gate_up_shape, pairs, gather, [&](int e, int64_t i, const GatheredRows<T>& a) {
-      const int64_t row = i * kL, valid = size(e) - row, S = size(e);
-      const T *gate = weight(p.gate_proj, e) + row * p.hidden_size,
-              *up = weight(p.up_proj, e) + row * p.hidden_size;
-      pack_rows(gate, valid, up, valid, p.hidden_size, p.hidden_size, panel);
-      row_panel(a, PanelOfB<T>{panel, steps()},
-                ahead_in_rows(gate, up, min_of(valid, kL), p.hidden_size),
-                [&](int64_t first, int count, const C(*tile_sums)[kColumns<T>]) {
-                  for (int r = 0; r < count; ++r) {
-                    T* out = const_cast<T*>(inner(e, is_extra, first + r)) + row;
-                    store_kept(out, load(tile_sums[r]), valid);
-                    store_kept(out + S, load(tile_sums[r] + kL), valid);
-                  }
-                });
-    });
+    for_each_panel(item, gate_up_shape, pairs, gather,
+                   [&](int e, int64_t i, const GatheredRows<T>& a) {
+                     const int64_t row = i * kL, valid = size(e) - row, S = size(e);
+                     const T *gate = weight(p.gate_proj, e) + row * p.hidden_size,
+                             *up = weight(p.up_proj, e) + row * p.hidden_size;
+                     pack_rows(gate, valid, up, valid, p.hidden_size, p.hidden_size, panel);
+                     row_panel(a, PanelOfB<T>{panel, steps()},
+                               ahead_in_rows(gate, up, min_of(valid, kL), p.hidden_size),
+                               [&](int64_t first, int count, const C(*tile_sums)[kColumns<T>]) {
+                                 for (int r = 0; r < count; ++r) {
+                                   T* out = const_cast<T*>(inner(e, is_extra, first + r)) + row;
+                                   store_kept(out, load(tile_sums[r]), valid);
+                                   store_kept(out + S, load(tile_sums[r] + kL), valid);
+                                 }
+                               });
+                   });
   }
   static Vec<C> load_part(const T* from, int64_t valid) {
     if (valid >= kL) return load(from);
@@ -137,28 +139,29 @@ struct Backward {
       if (!wants_inner) return GatheredRows<T>{low, high, pairs.of(e), nullptr, 0};
       return dy.gather(pairs.of(e), pairs.count(e), low, high, thread_blocks);
     };
-    for_each_panel(item, grad_shape, pairs, gather, [&](int e, int64_t i, const GatheredRows<T>& a) {
-      const int64_t row = i * kN, valid = size(e) - row;
-      const T* down = weight(p.down_proj_t, e) + row * p.hidden_size;
-      const auto epilogue = [&](int64_t first, int count, const C(*tile_sums)[kColumns<T>]) {
-        inner_grad(e, i, is_extra, first, count, tile_sums);
-      };
-      if (!wants_inner) {  // only dWd: h needs no dA
-        alignas(64) const C zeros[kMostRows<T>][kColumns<T>] = {};
-        return for_each_tile(
-            a.high - a.low, in_tiles<T>(pairs.count(e)),
-            [&](int64_t begin, int count) { epilogue(a.low + begin, count, zeros); });
-      }
-      const int64_t H = p.hidden_size;
-      const Ahead ahead = ahead_in_rows(down, (const T*)nullptr, min_of(valid, kN), H);
-      if (valid > kL || a.blocks) {
-        pack_rows(down, valid, down + kL * H, valid - kL, H, H, panel);
-        row_panel(a, PanelOfB<T>{panel, steps()}, ahead, epilogue);
-      } else {
-        pack_rows_half<T, 1>(down, H, int(valid), H, panel);
-        row_panel<T, 1>(a, PanelOfB<T>{panel, steps()}, ahead, epilogue);
-      }
-    });
+    for_each_panel(
+        item, grad_shape, pairs, gather, [&](int e, int64_t i, const GatheredRows<T>& a) {
+          const int64_t row = i * kN, valid = size(e) - row;
+          const T* down = weight(p.down_proj_t, e) + row * p.hidden_size;
+          const auto epilogue = [&](int64_t first, int count, const C(*tile_sums)[kColumns<T>]) {
+            inner_grad(e, i, is_extra, first, count, tile_sums);
+          };
+          if (!wants_inner) {  // only dWd: h needs no dA
+            alignas(64) const C zeros[kMostRows<T>][kColumns<T>] = {};
+            return for_each_tile(
+                a.high - a.low, in_tiles<T>(pairs.count(e)),
+                [&](int64_t begin, int count) { epilogue(a.low + begin, count, zeros); });
+          }
+          const int64_t H = p.hidden_size;
+          const Ahead ahead = ahead_in_rows(down, (const T*)nullptr, min_of(valid, kN), H);
+          if (valid > kL || a.blocks) {
+            pack_rows(down, valid, down + kL * H, valid - kL, H, H, panel);
+            row_panel(a, PanelOfB<T>{panel, steps()}, ahead, epilogue);
+          } else {
+            pack_rows_half<T, 1>(down, H, int(valid), H, panel);
+            row_panel<T, 1>(a, PanelOfB<T>{panel, steps()}, ahead, epilogue);
+          }
+        });
   }
 
   struct InnerGrad {
@@ -397,7 +400,8 @@ struct Backward {
     });
   }
 
-  void weight_blocks(int64_t S, const A* a, int64_t a_block, int64_t panels, T* out, TileArgs<T>& args) {
+  void weight_blocks(int64_t S, const A* a, int64_t a_block, int64_t panels, T* out,
+                     TileArgs<T>& args) {
     alignas(64) C block[kMostRows<T>][kN];
     const T* packed = args.b;
     for_each_tile(S, true, [&](int64_t i, int count) {

@@ -52,7 +52,8 @@ struct Forward {
   }
   bool in_blocks(int e) const { return in_tiles<T>(pairs.count(e)); }
   int64_t activated_size(int e) const {
-    return in_blocks(e) ? blocked_size(pairs.count(e), size(e)) : pairs.count(e) * padded_size(size(e));
+    return in_blocks(e) ? blocked_size(pairs.count(e), size(e))
+                        : pairs.count(e) * padded_size(size(e));
   }
   const A* x() const { return copies_x() ? x_copy : (const A*)p.x; }
   int64_t x_stride() const { return copies_x() ? copy_stride<T>(p.hidden_size) : p.x_stride; }
@@ -99,16 +100,18 @@ struct Forward {
     const auto gather_rows = [&](int e, int64_t low, int64_t high) {
       return gather(e, low, high, thread_blocks);
     };
-    for_each_panel(item, shape, pairs, gather_rows, [&](int e, int64_t panel, const GatheredRows<T>& rows) {
-      const int64_t row = p.expert_offsets[e] + panel * kLanes<T>,
-                    valid = size(e) - panel * kLanes<T>;
-      const T *gate = (const T*)p.gate_proj + row * H, *up = (const T*)p.up_proj + row * H;
-      pack_rows(gate, valid, up, valid, H, H, panel_scratch);
-      gate_up_panel(e, panel, rows, PanelOfB<T>{panel_scratch, ceil_div(H, Compute<T>::kPair)},
-                    ahead_in_rows(gate, up, min_of<int64_t>(valid, kLanes<T>), H));
-    });
+    for_each_panel(
+        item, shape, pairs, gather_rows, [&](int e, int64_t panel, const GatheredRows<T>& rows) {
+          const int64_t row = p.expert_offsets[e] + panel * kLanes<T>,
+                        valid = size(e) - panel * kLanes<T>;
+          const T *gate = (const T*)p.gate_proj + row * H, *up = (const T*)p.up_proj + row * H;
+          pack_rows(gate, valid, up, valid, H, H, panel_scratch);
+          gate_up_panel(e, panel, rows, PanelOfB<T>{panel_scratch, ceil_div(H, Compute<T>::kPair)},
+                        ahead_in_rows(gate, up, min_of<int64_t>(valid, kLanes<T>), H));
+        });
   }
-  void gate_up_panel(int e, int64_t panel, const GatheredRows<T>& a, const PanelOfB<T>& b, Ahead ahead) {
+  void gate_up_panel(int e, int64_t panel, const GatheredRows<T>& a, const PanelOfB<T>& b,
+                     Ahead ahead) {
     row_panel(a, b, ahead, [&](int64_t first, int rows, const C(*sums)[kColumns<T>]) {
       swiglu(e, panel, first, rows, sums[0], kColumns<T>);
     });
@@ -117,7 +120,8 @@ struct Forward {
   // a = gate silu(g) u, and g, u themselves if the backward will want them. Pointers and strides are read
   // once: as far as the compiler knows a store may change any member.
   void swiglu(int e, int64_t panel, int64_t first, int rows, const C* sums, int64_t sums_stride) {
-    const int64_t S = size(e), E = p.num_experts, stride = in_blocks(e) ? kTileTerms : padded_size(S);
+    const int64_t S = size(e), E = p.num_experts,
+                  stride = in_blocks(e) ? kTileTerms : padded_size(S);
     const int64_t column = panel * kLanes<T>, valid = S - column;
     const C* gates = (const C*)p.gates + e;
     const int32_t* tokens = pairs.of(e) + first;

@@ -10,6 +10,7 @@
 // per cycle.
 #pragma once
 
+#include "amx.h"
 #include "packed_layout.h"
 
 namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
@@ -82,19 +83,29 @@ constexpr int kRun = 16;  // steps between two looks ahead, whose code stays out
 static_assert(kBlockSteps % kRun == 0);
 
 // How far a tile looks ahead in B, in bytes: for L1, and for L2 (AVX2 at T = 64, B in L2: 12 %
-// slower with both).
+// slower with both). Cores with AMX: far enough for L1 is far enough (below).
+#ifdef DSMOE_AMX
+constexpr int64_t kNear = 4096, kFar = 0;
+#else
 constexpr int64_t kNear = 2048, kFar = kVecBytes == 64 ? 14 << 10 : 0;
+#endif
 
 // Whether it does so at all. While the instructions of some twenty lines of B fit the core's window,
 // their misses overlap by themselves and the hardware's prefetchers keep up; asking too costs a
 // fifth. Ten instructions a line: measured on Zen 3 in fp32 and bf16, on Zen 4 in fp32 and bf16 with
-// dot products.
+// dot products. Emerald Rapids' prefetchers do not keep up: one token took 1.26 ms with asking and 1.84
+// without (bf16, H 2048, I 5632, half active).
+#ifdef DSMOE_AMX
+constexpr bool kAsksAlways = true;
+#else
+constexpr bool kAsksAlways = false;
+#endif
 template <class T, int R, int W>
 constexpr int kStepInstructions = Compute<T>::kSub * (Compute<T>::kSub * W + R * (1 + W));
 template <class T, int W>
 constexpr int kStepBytes = int(sizeof(T)) * Compute<T>::kPair * W * kLanes<T>;
 template <class T, int R, int W>
-constexpr bool kLooksAhead = 64 * kStepInstructions<T, R, W> > 10 * kStepBytes<T, W>;
+constexpr bool kLooksAhead = kAsksAlways || 64 * kStepInstructions<T, R, W> > 10 * kStepBytes<T, W>;
 
 // Up to so many rows take two panels at a time (W = 4). With wide vectors that gains nothing (Zen 4: within
 // 3 % of one stream, either way).

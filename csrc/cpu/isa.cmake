@@ -17,6 +17,7 @@ if(DSMOE_TESTS)  # the tiles of amx_bf16 on plain code: for machines without the
   target_compile_definitions(dsmoe_kernels PRIVATE DSMOE_TESTS)
   add_isa(amx_emulated)
   target_compile_definitions(dsmoe_amx_emulated PRIVATE DSMOE_EMULATE_AMX)
+  target_compile_options(dsmoe_amx_emulated PRIVATE -O1)  # registers of 64 bytes in pieces: slow to compile
 endif()
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   target_compile_definitions(dsmoe_kernels PRIVATE DSMOE_X86)

@@ -187,7 +187,8 @@ bool has_amx_bf16() {
     constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // CPUID 7.0, edx
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
     unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile))
+      return false;
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   }();
   return has;

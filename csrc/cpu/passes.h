@@ -19,8 +19,13 @@
 
 namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
 
-constexpr int64_t kL2Budget =
-    512 << 10;  // of about 1 MiB: the rest is for panels and what streams through
+// Half of L2, which is 2 MiB in cores with AMX, else about 1 MiB: the rest is for panels and what streams
+// through.
+#ifdef DSMOE_AMX
+constexpr int64_t kL2Budget = 1 << 20;
+#else
+constexpr int64_t kL2Budget = 512 << 10;
+#endif
 constexpr int64_t kGroupBudget =
     4 << 20;  // weights that neighbouring experts reread from the third-level cache
 // Items a thread draws in a pass: the last one may leave others waiting. Of packed weights more would

@@ -98,14 +98,14 @@ struct GatheredRows {
   const int32_t* tokens;  // of row 0
   const AType<T>* a;
   int64_t a_stride;
-  int64_t block_size = 0;             // in tiles only
+  int64_t block_size = 0;            // in tiles only
   const AType<T>* blocks = nullptr;  // of row low on; null: rows are read where they lie
 };
 // f(expert, panel, rows) for the panels of an item; gather(expert, first row, last row) is asked for the rows
 // once for all panels.
 template <class G, class F>
-DSMOE_INLINE void for_each_panel(const RowItem& item, const RowShape& s, const Pairs& pairs, G gather,
-                                 F f) {
+DSMOE_INLINE void for_each_panel(const RowItem& item, const RowShape& s, const Pairs& pairs,
+                                 G gather, F f) {
   for_each_expert(item, s, pairs,
                   [&](int e, int64_t begin, int64_t end, int64_t low, int64_t high, bool) {
                     const auto rows = gather(e, low, high);
@@ -136,7 +136,8 @@ struct RowMatrix {
 // One panel: tiles of gathered rows of A times B into a buffer, which epilogue(first row, rows,
 // buffer) consumes.
 template <class T, int W = 2, class F>
-DSMOE_INLINE void row_panel(const GatheredRows<T>& a, const PanelOfB<T>& b, Ahead ahead, F epilogue) {
+DSMOE_INLINE void row_panel(const GatheredRows<T>& a, const PanelOfB<T>& b, Ahead ahead,
+                            F epilogue) {
   alignas(64) CType<T> buffer[kMostRows<T>][kColumns<T>];
   TileArgs<T> args;
   static_cast<PanelOfB<T>&>(args) = b;

@@ -4,9 +4,10 @@
 // come in tiles, which take no pointers to rows, so rows are gathered once for all panels they are multiplied
 // with, or stored that way by whoever computes them:
 //   A[rows / 32][K / 32][2 tiles][16 rows][32]       K padded with zeros, the last block with whatever
-// All of K goes by at once: each block of sums is loaded and stored once, and A and B come from L2, a line of
-// each a cycle; asking for B in L1 brings 0.67 instead of 0.58 of what the tiles could do (blocks of K of 256,
-// with sums loaded and stored for each, 0.69; everything in L1 0.81 to 0.88).
+// All of K goes by at once, so that sums are stored once. A and B then come from L2, half a line of each a
+// cycle; asking for B in L1 brings 0.67 instead of 0.58 of what the tiles could do (blocks of K of 256, with sums
+// loaded and stored for each: 0.69; everything in L1: 0.81 to 0.88; B from L3: 0.48 to 0.55, whatever is asked
+// for ahead).
 #pragma once
 
 #include <type_traits>
@@ -24,8 +25,9 @@ template <class T>
 constexpr bool kHasTiles = false;
 #endif
 
-// So many rows are left to the vectors: reading B from memory takes them no longer.
-constexpr int64_t kVectorRows = 4;
+// So many rows are left to the vectors: reading B from memory takes them no longer (T = 8, about four rows
+// each: tiles from two or three rows on take 4 to 11 % less than from five on; T = 2 and 4: no difference).
+constexpr int64_t kVectorRows = 2;
 // Whether all rows of an expert are multiplied in tiles. It hangs on nothing else, so that bits do not either.
 template <class T>
 constexpr bool in_tiles(int64_t rows) {
@@ -65,7 +67,8 @@ DSMOE_INLINE void for_each_tile(int64_t count, bool in_blocks, F f) {
 template <class T>
 static void gather_blocks(const T* matrix, int64_t stride, int64_t terms, const int32_t* tokens,
                           int64_t rows, T* out) {
-  constexpr int64_t kRun = 8;  // lines of a row at a time: written 2 KiB apart, they fall into few sets
+  constexpr int64_t kRun =
+      8;  // lines of a row at a time: written 2 KiB apart, they fall into few sets
   const int64_t whole = terms / kTileTerms, rest = terms % kTileTerms;
   for (int64_t block = 0; block < rows; block += kBlockRows, out += block_size(terms)) {
     const int64_t count = min_of<int64_t>(kBlockRows, rows - block);
@@ -73,12 +76,14 @@ static void gather_blocks(const T* matrix, int64_t stride, int64_t terms, const 
       for (int64_t r = 0; r < count; ++r) {
         const T* from = matrix + tokens[block + r] * stride + first * kTileTerms;
         T* to = out + first * kBlockStep + r * kTileTerms;
-        for (int64_t i = min_of(kRun, whole - first); i > 0; --i, from += kTileTerms, to += kBlockStep)
+        for (int64_t i = min_of(kRun, whole - first); i > 0;
+             --i, from += kTileTerms, to += kBlockStep)
           memcpy(to, from, kTileTerms * sizeof(T));
       }
     for (int64_t r = 0; rest && r < count; ++r) {
       T* to = out + whole * kBlockStep + r * kTileTerms;
-      memcpy(to, matrix + tokens[block + r] * stride + whole * kTileTerms, size_t(rest) * sizeof(T));
+      memcpy(to, matrix + tokens[block + r] * stride + whole * kTileTerms,
+             size_t(rest) * sizeof(T));
       for (int64_t i = rest; i < kTileTerms; ++i) to[i] = T{};
     }
   }
@@ -100,7 +105,8 @@ DSMOE_INLINE void block_step(const bf16* a, const bf16* b) {
 }
 
 template <bool HasTwo>
-__attribute__((noinline)) static void block_product(const TileArgs<bf16>& args, const bf16* a, float* c) {
+__attribute__((noinline)) static void block_product(const TileArgs<bf16>& args, const bf16* a,
+                                                    float* c) {
   constexpr int64_t kStep = kColumns<bf16> * 2, kNearB = 4096 / sizeof(bf16);
   tile_fence();
   tile_zero(0);
@@ -147,7 +153,8 @@ DSMOE_INLINE void multiply_block([[maybe_unused]] const TileArgs<T>& args,
 
 // A block of sums, rounded to rows of out, of which `width` columns exist.
 template <class T>
-static void round_rows(const CType<T>* c, int rows, T* out, int64_t stride, int64_t width, bool stream) {
+static void round_rows(const CType<T>* c, int rows, T* out, int64_t stride, int64_t width,
+                       bool stream) {
   for (int r = 0; r < rows; ++r, c += kColumns<T>, out += stride) {
     if (width >= kColumns<T>) {
       store_both(out, load(c), load(c + kLanes<T>), stream);
