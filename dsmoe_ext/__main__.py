@@ -1,4 +1,4 @@
-"""`python -m dsmoe_ext`: a diagnosis to paste into a bug report."""
+"""`python -m dsmoe_ext`: a diagnosis to paste into a bug report; exit code 1 if something fails."""
 
 import importlib.metadata
 import os
@@ -70,4 +70,6 @@ def _self_test() -> str:
 
 
 if __name__ == "__main__":
-    print(diagnosis())
+    report = diagnosis()
+    print(report)
+    sys.exit("\nself-test     ok" not in report)
