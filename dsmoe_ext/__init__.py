@@ -39,7 +39,7 @@ _LAZY = {
     "active_fraction": "statistics",
     "LambdaController": "losses",
     "ThresholdController": "losses",
-    "balance_loss": "losses",
+    "balance_loss": "balance",
     "sparsity_loss": "losses",
     "convert_llama": "convert",
     "merge_to_llama": "convert",

@@ -53,33 +53,6 @@ def sparsity_loss(
     return total / torch.as_tensor(tokens, device=total.device).clamp(min=1)
 
 
-def balance_loss(
-    routing: Routing, *, form: str = "switch", token_mask: Tensor | None = None
-) -> Tensor:
-    """How unevenly tokens spread over one layer's routed experts; 0-d, to be scaled by about 0.01.
-
-    "switch"  R · sum_e mean_t(s_e) · mean_t(1[argmax_t = e])       XMoE, MoDSE; 1 when even
-    "cv"      CV²(importance) + CV²(load)                           LLaMA-MoE; 0 when even
-              importance = sum_t of the gates; load = number of tokens that use the expert, through
-              which the scores' gradient passes straight
-    """
-    gates, scores = routing
-    gates = gates[:, gates.shape[1] - scores.shape[1] :]
-    if token_mask is not None:
-        gates, scores = gates[token_mask], scores[token_mask]
-    if form == "switch":
-        first = torch.zeros_like(scores).scatter(1, scores.argmax(1, keepdim=True), 1.0)
-        return scores.shape[1] * (scores.mean(0) * first.mean(0)).sum()
-    if form != "cv":
-        raise ValueError(f"form must be switch or cv; got {form!r}")
-    load = (gates != 0).to(scores) + scores - scores.detach()
-    return _cv_squared(gates.sum(0)) + _cv_squared(load.sum(0))
-
-
-def _cv_squared(values: Tensor) -> Tensor:
-    return values.var(unbiased=False) / values.mean().square().clamp(min=1e-10)
-
-
 class _Controller:
     """Steps once per optimiser step on what the layers used in training since the step before."""
 

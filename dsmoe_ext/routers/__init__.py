@@ -1,5 +1,12 @@
-"""Routers: what decides, for every token, which experts it uses."""
+"""Routers: what decides, for every token, which experts it uses. One file each; START with
+interface.py.
 
+    from dsmoe_ext import routers
+    router = routers.router_class("top_p")(hidden_size, expert_sizes, threshold=0.9)
+    gates, scores = router(x)
+"""
+
+from dsmoe_ext.routers.interface import Router, names, register, router_class
 from dsmoe_ext.routers.linear import (
     ROUTERS,
     LinearRouter,
@@ -7,5 +14,31 @@ from dsmoe_ext.routers.linear import (
     at_least_float32,
     without_half_casts,
 )
+from dsmoe_ext.routers.mean_score import MeanScoreRouter
+from dsmoe_ext.routers.modse import MoDSERouter
+from dsmoe_ext.routers.prefix import PrefixRouter
+from dsmoe_ext.routers.recurrent import RecurrentRouter
+from dsmoe_ext.routers.relu import ReluRouter
+from dsmoe_ext.routers.threshold import ThresholdRouter
+from dsmoe_ext.routers.top_k import TopKRouter
+from dsmoe_ext.routers.top_p import TopPRouter
 
-__all__ = ["ROUTERS", "LinearRouter", "NoisyRouter", "at_least_float32", "without_half_casts"]
+__all__ = [
+    "ROUTERS",
+    "LinearRouter",
+    "MeanScoreRouter",
+    "MoDSERouter",
+    "NoisyRouter",
+    "PrefixRouter",
+    "RecurrentRouter",
+    "ReluRouter",
+    "Router",
+    "ThresholdRouter",
+    "TopKRouter",
+    "TopPRouter",
+    "at_least_float32",
+    "names",
+    "register",
+    "router_class",
+    "without_half_casts",
+]

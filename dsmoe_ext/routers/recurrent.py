@@ -1,0 +1,56 @@
+"""RMoE: routers that remember what the layers before decided."""
+
+import torch
+from torch import Tensor, nn
+
+from dsmoe_ext.ops import Routing
+from dsmoe_ext.routers.interface import register
+from dsmoe_ext.routers.linear import LinearRouter, at_least_float32
+from dsmoe_ext.routers.scored import ScoredRouter
+
+
+@register("recurrent")
+class RecurrentRouter(ScoredRouter):
+    """h_l = GRU(Proj_l(x_l), h_{l-1}), logits = h_l W_l, top-k softmax     arXiv 2408.06793
+
+    h is `state_size` wide; the GRU belongs to the first layer and serves all (`join`). A state
+    lives for one pass through the layers, so decoding needs no cache for it. Layers run in order,
+    on the same tokens; gradient checkpointing must be the non-reentrant one.
+    """
+
+    rule = "top_k"
+    knob = "top_k"
+    balance_form = "switch"
+    defaults = ScoredRouter.defaults | dict(state_size=128)
+
+    def make_logits(self, device, dtype):
+        size, kind = self.options["state_size"], dict(device=device, dtype=dtype)
+        self.project = LinearRouter(self.hidden_size, size, **kind)
+        self.gru = nn.GRUCell(size, size, device=device, dtype=at_least_float32(dtype))
+        self.states: dict[int, Tensor] = {}  # by layer; the first layer's serves all
+        self.join(0, self)
+        return LinearRouter(size, self.num_experts, self.options["bias"], **kind)
+
+    def join(self, layer: int, first: "RecurrentRouter") -> None:
+        self.layer = layer
+        self.__dict__["first"] = first  # not as a submodule: its parameters are saved once
+        if first is not self:
+            self.gru = None
+
+    def forward(self, x: Tensor, gate_proj: Tensor | None = None) -> Routing:
+        states = self.first.states
+        if self.layer == 0:
+            before = None
+        elif self.layer - 1 not in states or len(states[self.layer - 1]) != len(x):
+            raise RuntimeError(
+                f"router {self.layer} has no state of layer {self.layer - 1} for these {len(x)} "
+                "tokens: recurrent routers run layer after layer, from the first one on"
+            )
+        else:
+            before = states[self.layer - 1]
+        with torch.autocast(x.device.type, enabled=False):
+            states[self.layer] = self.first.gru(self.project(x), before)
+            return self.pick(self.logits(states[self.layer]))
+
+    def __getstate__(self):
+        return {**self.__dict__, "states": {}}
