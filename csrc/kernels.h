@@ -4,7 +4,7 @@
 //
 //   route       router logits -> scores, gates      gates[t,e] == 0: token t skips expert e
 //   permute     gates -> lists of active pairs      expert-major for GEMMs, token-major for sums
-//   expert_mlp  y_t = sum_e gates[t,e] * (silu(x_t Wg_e) * (x_t Wu_e)) Wd_e   and its gradients
+//   expert_mlp  y_t = sum_e gates[t,e] * (act(x_t Wg_e) * (x_t Wu_e)) Wd_e    and its gradients
 //
 // Each op has a Params struct, one entry point in dsmoe::cpu and one in dsmoe::cuda. Callers own
 // all memory; a kernel never allocates what it returns, never throws, and never ends the process.
@@ -14,9 +14,9 @@
 //   E num_experts   R num_routed = E - num_shared   A active pairs
 //
 // All tensors are row-major and contiguous, except that rows of x and dy may lie further apart
-// (x_stride, dy_stride). Expert e owns rows expert_offsets[e] .. expert_offsets[e+1] of gate_proj,
-// up_proj and down_proj_t, all [I,H]: one contiguous slab of each. Sizes may differ, may be zero,
-// and need no alignment. Shared experts come first.
+// (x_stride, dy_stride), and that weights lie as models have them (WeightStrides). Expert e owns
+// neurons expert_offsets[e] .. expert_offsets[e+1] of gate_proj, up_proj and down_proj_t, all
+// [I,H]. Sizes may differ, may be zero, and need no alignment. Shared experts come first.
 #pragma once
 
 #include <cstddef>
@@ -113,6 +113,29 @@ struct PermuteParams {
 
 // -------------------------------------------------------------------------------------- expert_mlp
 
+enum class Activation : int32_t {
+  kSilu,      // g sigmoid(g)
+  kGeluTanh,  // g/2 (1 + tanh(sqrt(2/pi) (g + 0.044715 g^3)))
+  kGelu,      // g/2 (1 + erf(g / sqrt(2)))
+};
+
+// Element h of neuron n of expert e, in elements from a matrix's first:
+//   (expert ? e * expert : expert_offsets[e] * neuron) + n * neuron + h * hidden
+//
+//                                    expert   neuron   hidden
+//   [I,H], or half of [2I,H]         0        H        1
+//   half of [E,2S,H]                 2*S*H    H        1
+//   down_proj [H,I]                  0        1        I
+//   down_proj [E,H,S]                H*S      1        S
+//
+// One of neuron and hidden is 1; of gate_proj and up_proj it is hidden. With expert != 0 all
+// experts have the same size.
+struct WeightStrides {
+  int64_t expert;
+  int64_t neuron;
+  int64_t hidden;
+};
+
 struct ExpertMlpParams {
   Dtype dtype;                // of x, weights, y, activations; gates: fp64 for kFloat64, else fp32
   int64_t num_tokens;         // T
@@ -120,12 +143,15 @@ struct ExpertMlpParams {
   int64_t intermediate_size;  // I
   int32_t num_experts;        // E
   int64_t x_stride;           // elements between rows of x
-  const void* x;              // [T,H]
-  const void* gates;          // [T,E]   0 = inactive
-  const void* gate_proj;      // [I,H]   null if packed
-  const void* up_proj;        // [I,H]   null if packed
-  const void* down_proj_t;    // [I,H]   null if packed
-  const void* packed;         //         from pack_weights, or null
+  Activation activation;
+  WeightStrides gate_up;          // of gate_proj and up_proj
+  WeightStrides down;             // of down_proj_t
+  const void* x;                  // [T,H]
+  const void* gates;              // [T,E]   0 = inactive
+  const void* gate_proj;          // [I,H]   null if packed
+  const void* up_proj;            // [I,H]   null if packed
+  const void* down_proj_t;        // [I,H]   null if packed
+  const void* packed;             //         from pack_weights, or null
   const int32_t* expert_offsets;  // [E+1]   host memory on the CPU, device memory on CUDA
   void* y;                        // [T,H]   output
   void* activations;  // [2*T*I] output: active x Wg, x Wu for the backward; null: not kept
@@ -137,6 +163,8 @@ struct ExpertMlpBackwardParams {
   int64_t dy_stride;        // elements between rows of dy
   const void* dy;           // [T,H]
   const void* grad_weight;  // [T,E]   weight of dgates at inactive pairs, like gates; null: 0
+  WeightStrides dgate_up;   // of dgate_proj and dup_proj
+  WeightStrides ddown;      // of ddown_proj_t
   // Outputs; null: not wanted, costs nothing
   void* dx;            // [T,H]
   void* dgates;        // [T,E]   like gates: <dy_t, o_e>; at inactive pairs times grad_weight
@@ -150,6 +178,8 @@ struct PackParams {
   int64_t hidden_size;            // H
   int64_t intermediate_size;      // I
   int32_t num_experts;            // E
+  WeightStrides gate_up;          // of gate_proj and up_proj
+  WeightStrides down;             // of down_proj_t
   const void* gate_proj;          // [I,H]
   const void* up_proj;            // [I,H]
   const void* down_proj_t;        // [I,H]

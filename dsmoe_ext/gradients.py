@@ -9,9 +9,10 @@ def only_wanted(gradients, wanted):
 
 
 def empty_gradients(inputs, wanted):
-    """What a backward op returns, for register_fake: no elements where nothing is wanted."""
+    """What a backward op returns, for register_fake: no elements where nothing is wanted. An input
+    may be None; the first is not."""
     return tuple(
-        t.new_empty(t.shape if is_wanted else 0)
+        inputs[0].new_empty(0) if t is None else t.new_empty(t.shape if is_wanted else 0)
         for t, is_wanted in zip(inputs, wanted, strict=True)
     )
 

@@ -6,6 +6,7 @@ A active pairs. `sparse_ffn` is the public face of expert_mlp.
 The same functions in plain PyTorch stand in `dsmoe_ext.reference`.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from dsmoe_ext import _C
 from dsmoe_ext.gradients import empty_gradients, only_wanted, refuse_create_graph
-from dsmoe_ext.reference import GATES, METHODS
+from dsmoe_ext.reference import ACTIVATIONS, GATES, METHODS
 
 if os.environ.get("DSMOE_ISA"):
     _C.force_isa(os.environ["DSMOE_ISA"])
@@ -53,6 +54,7 @@ class PackedWeights:
     hidden_size: int
     intermediate_size: int
     dtype: torch.dtype
+    activation: str = "silu"
 
 
 def build_info() -> dict:
@@ -175,10 +177,11 @@ def sparse_ffn(
     down_proj_t: Tensor | None = None,
     expert_offsets: Tensor | None = None,
     *,
+    activation: str = "silu",
     grad_weight: Tensor | None = None,
     save_activations: bool = True,
 ) -> Tensor:
-    """y_t = sum over active experts e of gates[t,e] * (silu(x_t Wg_e) * (x_t Wu_e)) Wd_e.
+    """y_t = sum over active experts e of gates[t,e] * (act(x_t Wg_e) * (x_t Wu_e)) Wd_e.
 
     Call it as `sparse_ffn(x, gates, gate_proj, up_proj, down_proj_t, expert_offsets)` or, for
     inference on the CPU, as `sparse_ffn(x, gates, packed)`. (DSMoE, arXiv 2502.12455, section 3.)
@@ -189,9 +192,14 @@ def sparse_ffn(
             aligned to 16 bytes, and 8 elements apart or a multiple of that, are copied.
         gates: [T,E] float32 (float64 if x is); 0 = the token skips the expert; any scale already
             applied.
-        gate_proj, up_proj, down_proj_t: [I,H] like x; down_proj_t is Hugging Face's down_proj
-            transposed. Expert e owns rows expert_offsets[e]:expert_offsets[e+1] of all three.
+        gate_proj, up_proj, down_proj_t: [I,H] like x, neurons in rows; expert e owns rows
+            expert_offsets[e]:expert_offsets[e+1] of all three. Or [E,S,H], where all experts have
+            S neurons. up_proj None: gate_proj is [2I,H] or [E,2S,H], all of gate's neurons before
+            all of up's. Views of the tensors that models have: `down_proj.weight.t()` of a Linear,
+            `down_proj.transpose(1, 2)` of [E,H,S]. Gradients come in the layout of these tensors.
         expert_offsets: int32 [E+1], from 0 to I; sizes may differ and may be 0.
+        activation: of gate's neurons, "silu", "gelu_tanh" or "gelu" (torch's names for its two
+            kinds); packed weights have their own.
         grad_weight: [T,E] like gates: weight of the gates' gradient at inactive pairs. None: 0
             (STE "active"); ones: exact; 1/p at drawn pairs, else 0: sampled. Its cost falls in the
             backward alone.
@@ -207,19 +215,30 @@ def sparse_ffn(
     """
     if isinstance(gate_proj, PackedWeights):
         return _sparse_ffn_packed(x, gates, gate_proj)
-    if up_proj is None or down_proj_t is None or expert_offsets is None:
+    if down_proj_t is None or expert_offsets is None:
         raise TypeError(
             "sparse_ffn takes (x, gates, packed) or all of gate_proj, up_proj, down_proj_t and "
-            "expert_offsets."
+            "expert_offsets; up_proj may be None where gate_proj holds both."
         )
     weights = (gate_proj, up_proj, down_proj_t)
-    wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gates, *weights))
+    wants_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, gates, *weights)
+    )
     save = save_activations and wants_grad
     tf32 = x.is_cuda and _allows_tf32()
-    inputs = (x, gates, *weights, expert_offsets, grad_weight, save, tf32)
+    inputs = (
+        x, gates, *weights, expert_offsets, grad_weight, _activation(activation), save, tf32
+    )  # fmt: skip
     if wants_grad and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         return _SparseFFN.apply(*inputs)
     return _ops.expert_mlp(*inputs)[0]
+
+
+def _activation(name: str) -> int:
+    """As the C++ ops take it."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, but is {name!r}.")
+    return list(ACTIVATIONS).index(name)
 
 
 @torch.compiler.assume_constant_result  # Dynamo cannot trace the setting
@@ -234,23 +253,26 @@ def _allows_tf32() -> bool:
 
 @torch.library.register_fake("dsmoe::expert_mlp")
 def _(
-    x, gates, gate_proj, up_proj, down_proj_t, expert_offsets, grad_weight, save_activations,
-    allow_tf32,
+    x, gates, gate_proj, up_proj, down_proj_t, expert_offsets, grad_weight, activation,
+    save_activations, allow_tf32,
 ):  # fmt: skip
-    num_kept = 2 * x.shape[0] * gate_proj.shape[0] if save_activations else 0
+    num_kept = 2 * x.shape[0] * down_proj_t.shape[:-1].numel() if save_activations else 0
     return x.new_empty(x.shape), x.new_empty(num_kept)
 
 
 @torch.library.register_fake("dsmoe::expert_mlp_backward")
 def _(
     dy, x, gates, gate_proj, up_proj, down_proj_t, expert_offsets, grad_weight, activations,
-    allow_tf32, *wanted,
+    activation, allow_tf32, *wanted,
 ):  # fmt: skip
-    return empty_gradients((x, gates, gate_proj, up_proj, down_proj_t), wanted)
+    *most, ddown = empty_gradients((x, gates, gate_proj, up_proj, down_proj_t), wanted)
+    if wanted[-1] and down_proj_t.stride(-1) != 1 and down_proj_t.stride(-2) == 1:
+        ddown = down_proj_t.new_empty(down_proj_t.mT.shape).mT
+    return *most, ddown
 
 
 def _expert_mlp_setup_context(ctx, inputs, output):
-    *tensors, _, ctx.allow_tf32 = inputs
+    *tensors, ctx.activation, _, ctx.allow_tf32 = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, output[1])
 
@@ -258,10 +280,11 @@ def _expert_mlp_setup_context(ctx, inputs, output):
 def _expert_mlp_backward(ctx, dy, dactivations):
     refuse_create_graph("sparse_ffn")
     if dy is None:
-        return (None,) * 9
+        return (None,) * 10
     wanted = ctx.needs_input_grad[:5]
-    gradients = _ops.expert_mlp_backward(dy, *ctx.saved_tensors, ctx.allow_tf32, *wanted)
-    return *only_wanted(gradients, wanted), *[None] * 4
+    options = (ctx.activation, ctx.allow_tf32)
+    gradients = _ops.expert_mlp_backward(dy, *ctx.saved_tensors, *options, *wanted)
+    return *only_wanted(gradients, wanted), *[None] * 5
 
 
 torch.library.register_autograd(
@@ -286,8 +309,13 @@ class _SparseFFN(torch.autograd.Function):
 
 def _sparse_ffn_packed(x: Tensor, gates: Tensor, packed: PackedWeights) -> Tensor:
     _refuse_gradients(x, gates)
+    return _ops.expert_mlp_packed(x, gates, *_packed_arguments(packed))
+
+
+def _packed_arguments(packed: PackedWeights) -> tuple:
+    """As the C++ ops take them."""
     sizes = (packed.hidden_size, packed.intermediate_size)
-    return _ops.expert_mlp_packed(x, gates, packed.data, packed.expert_offsets, *sizes)
+    return packed.data, packed.expert_offsets, *sizes, _activation(packed.activation)
 
 
 def _refuse_gradients(*tensors: Tensor) -> None:
@@ -320,28 +348,35 @@ def routed_ffn(
     """
     _refuse_gradients(x, router_weight)
     options = _route_options(method, top_k, gates, rescale, gate_scale)
-    sizes = (packed.hidden_size, packed.intermediate_size)
-    weights = (packed.data, packed.expert_offsets, *sizes)
+    weights = _packed_arguments(packed)
     return _ops.routed_ffn(x, router_weight, router_bias, threshold, *weights, *options)
 
 
 def pack_weights(
-    gate_proj: Tensor, up_proj: Tensor, down_proj_t: Tensor, expert_offsets: Tensor
+    gate_proj: Tensor,
+    up_proj: Tensor | None,
+    down_proj_t: Tensor,
+    expert_offsets: Tensor,
+    *,
+    activation: str = "silu",
 ) -> PackedWeights:
-    """Copies the weights, [I,H] each, into the layout that the CPU inference kernels read fastest.
+    """Copies weights, as `sparse_ffn` takes them, into the layout that the CPU inference kernels
+    read fastest.
 
     Explicit, because it costs time and as much memory again: nothing packs behind your back, and
     later changes of the weights do not reach the copy.
     """
-    intermediate_size, hidden_size = gate_proj.shape
+    _activation(activation)
     with torch.no_grad():
         data = _ops.pack_weights(gate_proj, up_proj, down_proj_t, expert_offsets)
+    *experts, hidden_size = down_proj_t.shape
     offsets = expert_offsets.clone()
-    return PackedWeights(data, offsets, hidden_size, intermediate_size, gate_proj.dtype)
+    sizes = (hidden_size, math.prod(experts))
+    return PackedWeights(data, offsets, *sizes, gate_proj.dtype, activation)
 
 
 @torch.library.register_fake("dsmoe::expert_mlp_packed")
-def _(x, gates, packed, expert_offsets, hidden_size, intermediate_size):
+def _(x, gates, packed, expert_offsets, hidden_size, intermediate_size, activation):
     return x.new_empty(x.shape)
 
 

@@ -13,6 +13,11 @@ from torch import Tensor
 
 METHODS = ("threshold", "top_p", "top_k", "relu")
 GATES = ("scores", "binary")
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"),
+    "gelu": F.gelu,
+}
 
 
 def expert_sizes(expert_offsets: Tensor) -> Tensor:
@@ -106,17 +111,29 @@ class _WeightInactiveGates(torch.autograd.Function):
         return torch.where(gates == 0, dgates * weight, dgates), None
 
 
+def split_weights(
+    gate_proj: Tensor, up_proj: Tensor | None, down_proj_t: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """gate_proj, up_proj and down_proj_t as [I,H] each, of any of the shapes that
+    `ops.sparse_ffn` takes."""
+    if up_proj is None:
+        gate_proj, up_proj = gate_proj.chunk(2, dim=-2)
+    return tuple(w.flatten(0, -2) for w in (gate_proj, up_proj, down_proj_t))
+
+
 def sparse_ffn(
     x: Tensor,
     gates: Tensor,
     gate_proj: Tensor,
-    up_proj: Tensor,
+    up_proj: Tensor | None,
     down_proj_t: Tensor,
     expert_offsets: Tensor,
     *,
+    activation: str = "silu",
     grad_weight: Tensor | None = None,
 ) -> Tensor:
-    """y [T,H] = sum over experts of gate * (silu(x Wg) * (x Wu)) Wd; see `ops.sparse_ffn`."""
+    """y [T,H] = sum over experts of gate * (act(x Wg) * (x Wu)) Wd; see `ops.sparse_ffn`."""
     gates = _WeightInactiveGates.apply(gates, grad_weight)
-    activations = F.silu(x @ gate_proj.t()) * (x @ up_proj.t())
+    gate_proj, up_proj, down_proj_t = split_weights(gate_proj, up_proj, down_proj_t)
+    activations = ACTIVATIONS[activation](x @ gate_proj.t()) * (x @ up_proj.t())
     return (activations * expand_experts(gates, expert_offsets).to(x.dtype)) @ down_proj_t

@@ -239,13 +239,13 @@ def test_opcheck(dtype, seed):
     op = torch.ops.dsmoe.expert_mlp.default
     weight = torch.ones_like(case.gates)
     for save in (False, True):
-        torch.library.opcheck(op, (*leaves, case.expert_offsets, weight, save, False))
+        torch.library.opcheck(op, (*leaves, case.expert_offsets, weight, 0, save, False))
     strided = (case.x.detach().t().contiguous().t().requires_grad_(), *leaves[1:])
-    torch.library.opcheck(op, (*strided, case.expert_offsets, None, False, False))
+    torch.library.opcheck(op, (*strided, case.expert_offsets, None, 0, False, False))
     packed = dsmoe_ext.pack_weights(*(t.detach() for t in leaves[2:]), case.expert_offsets)
     torch.library.opcheck(
         torch.ops.dsmoe.expert_mlp_packed.default,
-        (case.x.detach(), case.gates.detach(), packed.data, case.expert_offsets, 16, 20),
+        (case.x.detach(), case.gates.detach(), packed.data, case.expert_offsets, 16, 20, 0),
     )
 
 

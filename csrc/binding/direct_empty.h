@@ -12,23 +12,29 @@
 
 namespace dsmoe::binding {
 
-using DenseShape = std::initializer_list<int64_t>;
+// Of one to three dimensions, the last one contiguous.
+struct DenseShape {
+  int64_t dims;
+  std::array<int64_t, 3> sizes = {}, strides = {};
+  DenseShape(std::initializer_list<int64_t> shape) : dims(static_cast<int64_t>(shape.size())) {
+    check(dims >= 1 && dims <= 3, "a tensor here has one to three dimensions.");
+    std::copy(shape.begin(), shape.end(), sizes.begin());
+    int64_t stride = 1;
+    for (size_t d = shape.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1))
+      strides[d] = stride;
+  }
+};
 
-inline std::array<int64_t, 2> dense_strides(DenseShape shape) {
-  return {shape.size() == 2 ? std::max<int64_t>(shape.begin()[1], 1) : 1, 1};
-}
-
-// Uninitialized, of one or two dimensions, on the device of `like` and, unless told, of its dtype.
-inline Tensor direct_empty(const Tensor& like, DenseShape shape,
+// Uninitialized, on the device of `like` and, unless told, of its dtype.
+inline Tensor direct_empty(const Tensor& like, const DenseShape& shape,
                            std::optional<ScalarType> dtype = {}) {
-  check(shape.size() <= 2, "direct_empty makes tensors of one or two dimensions.");
   int32_t code = 0, device = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &code));
   if (dtype) code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle tensor = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(),
-                                                  dense_strides(shape).data(), code, device,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.dims, shape.sizes.data(),
+                                                  shape.strides.data(), code, device,
                                                   like.get_device_index(), &tensor));
   return Tensor(tensor);
 }

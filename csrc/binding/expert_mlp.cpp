@@ -8,6 +8,7 @@
 #include "binding/direct_empty.h"
 #include "binding/kept_memory.h"
 #include "binding/ops.h"
+#include "binding/weights.h"
 
 namespace dsmoe::binding {
 namespace {
@@ -39,16 +40,28 @@ Inputs check_inputs(const Tensor& x, const Tensor& gates, const Tensor& offsets,
           checked_offsets(offsets, gates.size(1), intermediate_size)};
 }
 
-Tensor checked_weight(const Tensor& weight, const char* name, const Tensor& x,
-                      const Tensor& gate_proj) {
-  kernel_dtype(x, "x");
-  check_like(weight, name, x);
-  check(weight.dim() == 2, name, " must have shape [I, H], but has ", Shape{weight}, ".");
-  check_shape(weight, name, {gate_proj.size(0), gate_proj.size(1)});
-  return aligned(as_contiguous(weight));
+Inputs check_inputs(const Tensor& x, const Tensor& gates, const Tensor& offsets,
+                    const Weights& weights) {
+  Inputs in = check_inputs(x, gates, offsets, weights.hidden_size(), weights.intermediate_size());
+  weights.check_offsets(in.offsets);
+  return in;
 }
 
-ExpertMlpParams params(const Inputs& in, int64_t intermediate_size) {
+Weights checked_weights(const Tensor& gate_proj, const std::optional<Tensor>& up_proj,
+                        const Tensor& down_proj_t, const Tensor& x) {
+  kernel_dtype(x, "x");
+  check_like(gate_proj, "gate_proj", x);
+  return {gate_proj, up_proj, down_proj_t};
+}
+
+Activation checked_activation(int64_t activation, const Tensor& where) {
+  check(activation >= 0 && activation <= static_cast<int64_t>(Activation::kGelu),
+        "activation must be 0 (silu), 1 (gelu_tanh) or 2 (gelu).");
+  check(activation == 0, "only silu runs ", where.is_cpu() ? "here" : "on CUDA", " so far.");
+  return static_cast<Activation>(activation);
+}
+
+ExpertMlpParams params(const Inputs& in, int64_t intermediate_size, int64_t activation) {
   ExpertMlpParams p{};
   p.dtype = kernel_dtype(in.x, "x");
   p.num_tokens = in.x.size(0);
@@ -56,6 +69,7 @@ ExpertMlpParams params(const Inputs& in, int64_t intermediate_size) {
   p.intermediate_size = intermediate_size;
   p.num_experts = static_cast<int32_t>(in.gates.size(1));
   p.x_stride = row_stride(in.x);
+  p.activation = checked_activation(activation, in.x);
   p.x = in.x.data_ptr();
   p.gates = in.gates.data_ptr();
   p.expert_offsets = static_cast<const int32_t*>(in.offsets.data_ptr());
@@ -75,21 +89,17 @@ void forward(const ExpertMlpParams& p, const Tensor& where) {
 // grad_weight is for the backward alone; it is an argument here because autograd saves the
 // forward's arguments.
 std::tuple<Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& gates, const Tensor& gate_proj,
-                                      const Tensor& up_proj, const Tensor& down_proj_t,
+                                      std::optional<Tensor> up_proj, const Tensor& down_proj_t,
                                       const Tensor& expert_offsets,
-                                      std::optional<Tensor> /*grad_weight*/, bool save_activations,
-                                      bool allow_tf32) {
-  const Tensor gate = checked_weight(gate_proj, "gate_proj", x, gate_proj);
-  const Tensor up = checked_weight(up_proj, "up_proj", x, gate_proj);
-  const Tensor down = checked_weight(down_proj_t, "down_proj_t", x, gate_proj);
-  const Inputs in = check_inputs(x, gates, expert_offsets, gate.size(1), gate.size(0));
-  ExpertMlpParams p = params(in, gate.size(0));
+                                      std::optional<Tensor> /*grad_weight*/, int64_t activation,
+                                      bool save_activations, bool allow_tf32) {
+  const Weights weights = checked_weights(gate_proj, up_proj, down_proj_t, x);
+  const Inputs in = check_inputs(x, gates, expert_offsets, weights);
+  ExpertMlpParams p = params(in, weights.intermediate_size(), activation);
+  weights.describe(p);
   Tensor y = direct_empty(in.x, {p.num_tokens, p.hidden_size});
   const int64_t kept = save_activations ? 2 * p.num_tokens * p.intermediate_size : 0;
   Tensor activations = kept_empty(in.x, {kept});
-  p.gate_proj = gate.data_ptr();
-  p.up_proj = up.data_ptr();
-  p.down_proj_t = down.data_ptr();
   p.y = y.data_ptr();
   p.activations = kept ? activations.data_ptr() : nullptr;
   p.allow_tf32 = allow_tf32;
@@ -100,21 +110,18 @@ std::tuple<Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& gates, cons
 // Whatever is not wanted comes back with 0 elements and costs nothing.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
     const Tensor& dy_in, const Tensor& x, const Tensor& gates, const Tensor& gate_proj,
-    const Tensor& up_proj, const Tensor& down_proj_t, const Tensor& expert_offsets,
-    std::optional<Tensor> grad_weight_in, const Tensor& activations, bool allow_tf32, bool want_dx,
-    bool want_dgates, bool want_dgate_proj, bool want_dup_proj, bool want_ddown_proj_t) {
-  const Tensor gate = checked_weight(gate_proj, "gate_proj", x, gate_proj);
-  const Tensor up = checked_weight(up_proj, "up_proj", x, gate_proj);
-  const Tensor down = checked_weight(down_proj_t, "down_proj_t", x, gate_proj);
-  const Inputs in = check_inputs(x, gates, expert_offsets, gate.size(1), gate.size(0));
+    std::optional<Tensor> up_proj, const Tensor& down_proj_t, const Tensor& expert_offsets,
+    std::optional<Tensor> grad_weight_in, const Tensor& activations, int64_t activation,
+    bool allow_tf32, bool want_dx, bool want_dgates, bool want_dgate_proj, bool want_dup_proj,
+    bool want_ddown_proj_t) {
+  const Weights weights = checked_weights(gate_proj, up_proj, down_proj_t, x);
+  const Inputs in = check_inputs(x, gates, expert_offsets, weights);
   check_like(dy_in, "dy", x);
   check_shape(dy_in, "dy", {x.size(0), x.size(1)});
   const Tensor dy = with_dense_rows(dy_in);
   ExpertMlpBackwardParams p{};
-  p.forward = params(in, gate.size(0));
-  p.forward.gate_proj = gate.data_ptr();
-  p.forward.up_proj = up.data_ptr();
-  p.forward.down_proj_t = down.data_ptr();
+  p.forward = params(in, weights.intermediate_size(), activation);
+  weights.describe(p.forward);
   const int64_t kept = 2 * p.forward.num_tokens * p.forward.intermediate_size;
   check(activations.numel() == 0 || activations.numel() == kept,
         "activations must be what the forward returned.");
@@ -135,10 +142,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
     pointer = wanted ? out.data_ptr() : nullptr;
     return out;
   };
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> out{
-      output(want_dx, in.x, p.dx), output(want_dgates, in.gates, p.dgates),
-      output(want_dgate_proj, gate, p.dgate_proj), output(want_dup_proj, up, p.dup_proj),
-      output(want_ddown_proj_t, down, p.ddown_proj_t)};
+  Tensor dx = output(want_dx, in.x, p.dx), dgates = output(want_dgates, in.gates, p.dgates);
+  Weights::Gradients gradients =
+      weights.make_gradients(p, want_dgate_proj, want_dup_proj, want_ddown_proj_t);
   run(
       in.x, [&](const cpu::Team& team) { check_status(cpu::expert_mlp_backward(p, team)); },
       [&](cuda::Stream stream) {
@@ -146,7 +152,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
             direct_empty(in.x, {cuda::expert_mlp_backward_workspace_bytes(p)}, ScalarType::Byte);
         check_status(cuda::expert_mlp_backward(p, workspace.data_ptr(), stream));
       });
-  return out;
+  gradients.finish();
+  return {dx, dgates, gradients.gate_proj, gradients.up_proj, gradients.down_proj_t};
 }
 
 // Stands behind packed weights, whose layout depends on it.
@@ -188,27 +195,25 @@ void* checked_packed(const Tensor& packed, const PackParams& layout) {
   return bytes;
 }
 
-Tensor pack_weights(const Tensor& gate_proj, const Tensor& up_proj, const Tensor& down_proj_t,
-                    const Tensor& expert_offsets) {
+Tensor pack_weights(const Tensor& gate_proj, std::optional<Tensor> up_proj,
+                    const Tensor& down_proj_t, const Tensor& expert_offsets) {
   check(gate_proj.is_cpu(),
         "pack_weights is for the CPU; CUDA kernels read the weights as they are.");
-  const Tensor gate = checked_weight(gate_proj, "gate_proj", gate_proj, gate_proj);
-  const Tensor up = checked_weight(up_proj, "up_proj", gate_proj, gate_proj);
-  const Tensor down = checked_weight(down_proj_t, "down_proj_t", gate_proj, gate_proj);
+  const Weights weights{gate_proj, up_proj, down_proj_t};
   check(expert_offsets.is_cpu() && expert_offsets.dim() == 1 && expert_offsets.size(0) > 1,
         "expert_offsets must be a CPU tensor of shape [E + 1].");
-  const Tensor offsets = checked_offsets(expert_offsets, expert_offsets.size(0) - 1, gate.size(0));
+  const Tensor offsets =
+      checked_offsets(expert_offsets, expert_offsets.size(0) - 1, weights.intermediate_size());
+  weights.check_offsets(offsets);
   PackParams p{};
-  p.dtype = kernel_dtype(gate, "gate_proj");
-  p.hidden_size = gate.size(1);
-  p.intermediate_size = gate.size(0);
+  p.dtype = kernel_dtype(gate_proj, "gate_proj");
+  p.hidden_size = weights.hidden_size();
+  p.intermediate_size = weights.intermediate_size();
   p.num_experts = static_cast<int32_t>(offsets.size(0) - 1);
-  p.gate_proj = gate.data_ptr();
-  p.up_proj = up.data_ptr();
-  p.down_proj_t = down.data_ptr();
+  weights.describe(p);
   p.expert_offsets = static_cast<const int32_t*>(offsets.data_ptr());
   const int64_t bytes = cpu::packed_bytes(p);
-  Tensor packed = mapped_bytes(gate, bytes + static_cast<int64_t>(sizeof(Stamp)));
+  Tensor packed = mapped_bytes(gate_proj, bytes + static_cast<int64_t>(sizeof(Stamp)));
   p.packed = packed.data_ptr();
   check_status(cpu::pack_weights(p, torch_team()));
   Stamp stamp{{}, p.dtype};
@@ -221,10 +226,10 @@ Tensor pack_weights(const Tensor& gate_proj, const Tensor& up_proj, const Tensor
 
 Tensor expert_mlp_packed(const Tensor& x, const Tensor& gates, const Tensor& packed,
                          const Tensor& expert_offsets, int64_t hidden_size,
-                         int64_t intermediate_size) {
+                         int64_t intermediate_size, int64_t activation) {
   check(x.is_cpu() && packed.is_cpu(), "packed weights are for the CPU.");
   const Inputs in = check_inputs(x, gates, expert_offsets, hidden_size, intermediate_size);
-  ExpertMlpParams p = params(in, intermediate_size);
+  ExpertMlpParams p = params(in, intermediate_size, activation);
   PackParams layout{};
   layout.dtype = p.dtype;
   layout.hidden_size = hidden_size;
@@ -240,27 +245,21 @@ Tensor expert_mlp_packed(const Tensor& x, const Tensor& gates, const Tensor& pac
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dsmoe, m) {
   m.def(
-      "expert_mlp(Tensor x, Tensor gates, Tensor gate_proj, Tensor up_proj, Tensor down_proj_t, "
-      "Tensor "
-      "expert_offsets, Tensor? grad_weight, bool save_activations, bool allow_tf32) -> "
-      "(Tensor y, Tensor "
-      "activations)");
+      "expert_mlp(Tensor x, Tensor gates, Tensor gate_proj, Tensor? up_proj, Tensor down_proj_t, "
+      "Tensor expert_offsets, Tensor? grad_weight, int activation, bool save_activations, "
+      "bool allow_tf32) -> (Tensor y, Tensor activations)");
   m.def(
-      "expert_mlp_backward(Tensor dy, Tensor x, Tensor gates, Tensor gate_proj, Tensor up_proj, "
-      "Tensor "
-      "down_proj_t, Tensor expert_offsets, Tensor? grad_weight, Tensor activations, "
-      "bool allow_tf32, bool want_dx, bool "
-      "want_dgates, bool want_dgate_proj, bool want_dup_proj, bool want_ddown_proj_t) -> (Tensor "
-      "dx, "
-      "Tensor dgates, Tensor dgate_proj, Tensor dup_proj, Tensor ddown_proj_t)");
+      "expert_mlp_backward(Tensor dy, Tensor x, Tensor gates, Tensor gate_proj, Tensor? up_proj, "
+      "Tensor down_proj_t, Tensor expert_offsets, Tensor? grad_weight, Tensor activations, "
+      "int activation, bool allow_tf32, bool want_dx, bool want_dgates, bool want_dgate_proj, "
+      "bool want_dup_proj, bool want_ddown_proj_t) -> (Tensor dx, Tensor dgates, "
+      "Tensor dgate_proj, Tensor dup_proj, Tensor ddown_proj_t)");
   m.def(
-      "pack_weights(Tensor gate_proj, Tensor up_proj, Tensor down_proj_t, Tensor expert_offsets) "
-      "-> "
-      "Tensor packed");
+      "pack_weights(Tensor gate_proj, Tensor? up_proj, Tensor down_proj_t, "
+      "Tensor expert_offsets) -> Tensor packed");
   m.def(
-      "expert_mlp_packed(Tensor x, Tensor gates, Tensor packed, Tensor expert_offsets, int "
-      "hidden_size, "
-      "int intermediate_size) -> Tensor y");
+      "expert_mlp_packed(Tensor x, Tensor gates, Tensor packed, Tensor expert_offsets, "
+      "int hidden_size, int intermediate_size, int activation) -> Tensor y");
 }
 
 DSMOE_REGISTER(m) {

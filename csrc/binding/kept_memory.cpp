@@ -125,23 +125,23 @@ bool should_map(const Tensor& like, size_t bytes) {
 
 // A tensor in a block for so many bytes, which goes to `release` once torch lets go of it.
 template <Block* (*make)(size_t), void (*release)(Block*)>
-Tensor tensor_in_block(size_t bytes, DenseShape shape, int32_t dtype) {
+Tensor tensor_in_block(size_t bytes, const DenseShape& shape, int32_t dtype) {
   Block* block = make((bytes + sizeof(Block) + kPage - 1) / kPage * kPage);
   check(block != nullptr, "out of memory: ", bytes, " bytes.");
   AtenTensorHandle tensor = nullptr;
   // Should this fail the block is lost: it may have been released with the tensor that torch had begun.
   TORCH_ERROR_CODE_CHECK(torch_from_blob(
-      block + 1, static_cast<int64_t>(shape.size()), shape.begin(), dense_strides(shape).data(), 0,
-      dtype, aoti_torch_device_type_cpu(), -1, &tensor, aoti_torch_layout_strided(), nullptr, 0,
+      block + 1, shape.dims, shape.sizes.data(), shape.strides.data(), 0, dtype,
+      aoti_torch_device_type_cpu(), -1, &tensor, aoti_torch_layout_strided(), nullptr, 0,
       [](void* data, void*) { release(static_cast<Block*>(data) - 1); }, nullptr));
   return Tensor(tensor);
 }
 
 }  // namespace
 
-Tensor kept_empty(const Tensor& like, DenseShape shape) {
+Tensor kept_empty(const Tensor& like, const DenseShape& shape) {
   size_t bytes = static_cast<size_t>(dtype_size(kernel_dtype(like, "like")));
-  for (int64_t size : shape) bytes *= static_cast<size_t>(size);
+  for (int64_t d = 0; d < shape.dims; ++d) bytes *= static_cast<size_t>(shape.sizes[d]);
   if (!should_map(like, bytes)) return direct_empty(like, shape);
   int32_t dtype = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));

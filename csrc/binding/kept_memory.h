@@ -9,7 +9,7 @@ namespace dsmoe::binding {
 // of them, kept for the next tensor of the same size: at most an eighth of the memory (or
 // DSMOE_KEPT_BYTES) and 256 blocks in all, beyond which the oldest are unmapped. Such a tensor cannot
 // be resized in place.
-Tensor kept_empty(const Tensor& like, DenseShape shape);
+Tensor kept_empty(const Tensor& like, const DenseShape& shape);
 
 // uint8 [bytes], beside `like`: mapped in the same way, but given back to the system. malloc's memory is partly in
 // small pages where it was used before, whatever it is advised then. It cannot be resized in place either.

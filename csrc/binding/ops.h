@@ -15,6 +15,6 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits, const Tensor& threshold,
 
 Tensor expert_mlp_packed(const Tensor& x, const Tensor& gates, const Tensor& packed,
                          const Tensor& expert_offsets, int64_t hidden_size,
-                         int64_t intermediate_size);
+                         int64_t intermediate_size, int64_t activation);
 
 }  // namespace dsmoe::binding

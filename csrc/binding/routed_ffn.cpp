@@ -12,12 +12,13 @@ std::tuple<Tensor, Tensor> routed_ffn(const Tensor& x, const Tensor& router_weig
                                       std::optional<Tensor> router_bias, const Tensor& threshold,
                                       const Tensor& packed, const Tensor& expert_offsets,
                                       int64_t hidden_size, int64_t intermediate_size,
-                                      int64_t method, int64_t top_k, bool binary, bool rescale,
-                                      double gate_scale) {
+                                      int64_t activation, int64_t method, int64_t top_k,
+                                      bool binary, bool rescale, double gate_scale) {
   const Tensor logits = router(x, router_weight, router_bias);
   auto [gates, scores] =
       route(logits, threshold, expert_offsets, method, top_k, binary, rescale, gate_scale);
-  Tensor y = expert_mlp_packed(x, gates, packed, expert_offsets, hidden_size, intermediate_size);
+  Tensor y = expert_mlp_packed(x, gates, packed, expert_offsets, hidden_size, intermediate_size,
+                               activation);
   return {y, gates};
 }
 
@@ -26,7 +27,8 @@ std::tuple<Tensor, Tensor> routed_ffn(const Tensor& x, const Tensor& router_weig
 STABLE_TORCH_LIBRARY_FRAGMENT(dsmoe, m) {
   m.def(
       "routed_ffn(Tensor x, Tensor router_weight, Tensor? router_bias, Tensor threshold, Tensor "
-      "packed, Tensor expert_offsets, int hidden_size, int intermediate_size, int method, int "
+      "packed, Tensor expert_offsets, int hidden_size, int intermediate_size, int activation, int "
+      "method, int "
       "top_k, bool binary, bool rescale, float gate_scale) -> (Tensor y, Tensor gates)");
 }
 

@@ -181,6 +181,7 @@ struct Problem {
     p.dtype = dtype;
     p.num_tokens = c.T, p.hidden_size = c.H, p.intermediate_size = I, p.num_experts = int32_t(E);
     p.x_stride = x.stride, p.x = x.data(), p.gates = gates.data();
+    p.gate_up = p.down = {0, c.H, 1};
     if (packed) p.packed = packed;
     if (!packed) p.gate_proj = gate.data(), p.up_proj = up.data(), p.down_proj_t = down.data();
     p.expert_offsets = offsets.data();
@@ -256,9 +257,9 @@ void run_case(const Case& c, Dtype dtype, const char* isa) {
   std::vector<std::vector<char>> first;  // results with one thread
   for (int threads : {1, 2, 3}) {
     const cpu::Team team = team_of(threads);
-    PackParams pack{dtype,         c.H,         p.I,           int32_t(p.E),
-                    p.gate.data(), p.up.data(), p.down.data(), p.offsets.data(),
-                    nullptr};
+    const WeightStrides strides{0, c.H, 1};
+    PackParams pack{dtype,         c.H,         p.I,           int32_t(p.E),     strides, strides,
+                    p.gate.data(), p.up.data(), p.down.data(), p.offsets.data(), nullptr};
     std::vector<char> packed(size_t(cpu::packed_bytes(pack)));
     pack.packed = packed.data();
     check(label + "pack", cpu::pack_weights(pack, team) == Status::kOk);
@@ -278,6 +279,7 @@ void run_case(const Case& c, Dtype dtype, const char* isa) {
       ExpertMlpBackwardParams b{};
       b.forward = p.params(y, nullptr, saved ? kept.data() : nullptr);
       b.dy_stride = p.dy.stride, b.dy = p.dy.data(), b.grad_weight = p.grad_weight.data();
+      b.dgate_up = b.ddown = {0, c.H, 1};
       b.dx = dx.data(), b.dgates = dgates.data(), b.dgate_proj = dgate.data(),
       b.dup_proj = dup.data();
       b.ddown_proj_t = ddown.data();

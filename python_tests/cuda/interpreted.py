@@ -299,6 +299,7 @@ class Interpreter:
         (p.x, p.x_stride), p.gates = self._rows(x), self._in(gates)
         p.gate_proj, p.up_proj = self._in(gate_proj), self._in(up_proj)
         p.down_proj_t, p.expert_offsets = self._in(down_proj_t), self._in(expert_offsets)
+        p.gate_up = p.down = STRUCTS["WeightStrides"](0, x.shape[1], 1)
         p.allow_tf32 = self.allow_tf32
         return p
 
@@ -329,6 +330,7 @@ class Interpreter:
         if save_activations:
             p.forward.activations = self._in(self.saved)
         p.dy, p.dy_stride = self._rows(dy)
+        p.dgate_up, p.ddown = p.forward.gate_up, p.forward.down
         p.grad_weight = 0 if grad_weight is None else self._in(grad_weight)
         names = ("dx", "dgates", "dgate_proj", "dup_proj", "ddown_proj_t")
         like = {n: t for n, t in zip(names, inputs, strict=False) if n not in without}

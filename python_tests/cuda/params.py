@@ -21,9 +21,10 @@ def enum(header, name):
 
 def structs(header):
     """name -> ctypes.Structure for every struct whose fields are scalars, enums and pointers."""
-    known = dict(SCALARS) | {e: ctypes.c_int32 for e in ("Dtype", "RouteMethod", "Status")}
+    enums = ("Dtype", "RouteMethod", "Activation", "Status")
+    known = dict(SCALARS) | {e: ctypes.c_int32 for e in enums}
     found = {}
-    for name, body in re.findall(r"struct (\w+Params) \{(.*?)\n\};", header, re.S):
+    for name, body in re.findall(r"struct (\w+Params|WeightStrides) \{(.*?)\n\};", header, re.S):
         fields = []
         for line in re.sub(r"//[^\n]*", "", body).split(";"):
             if declaration := re.match(r"\s*(?:const\s+)?(\w+)(\s*\*)?\s+(\w+)$", line.rstrip()):

@@ -1,0 +1,153 @@
+#include "binding/weights.h"
+
+#include "binding/cuda_limits.h"
+#include "binding/kept_memory.h"
+
+namespace dsmoe::binding {
+namespace {
+
+// What the kernels of a device read and write in place.
+bool reads(const Tensor&, const WeightStrides& s, int64_t hidden_size) {
+  return s.expert == 0 && s.neuron == hidden_size && s.hidden == 1;
+}
+
+// As kernels.h has them; nothing if that cannot be said.
+std::optional<WeightStrides> strides_of(const Tensor& t) {
+  const int64_t last = t.dim() - 1, neurons = t.size(last - 1), hidden_size = t.size(last);
+  WeightStrides s{0, neurons > 1 ? t.stride(last - 1) : hidden_size,
+                  hidden_size > 1 ? t.stride(last) : 1};
+  if (s.hidden != 1 && s.neuron != 1) return {};
+  if (last == 1 || t.size(0) <= 1) return s;
+  const int64_t expert = t.stride(0);
+  if (expert == neurons * s.neuron) return s;  // one expert after another
+  if (expert == 0) return {};                  // expanded
+  s.expert = expert;
+  return s;
+}
+
+void check_weight(const Tensor& weight, const char* name, const Tensor& gate_proj,
+                  int64_t num_experts, int64_t neurons) {
+  check_like(weight, name, gate_proj, "gate_proj");
+  const int64_t hidden_size = gate_proj.size(gate_proj.dim() - 1);
+  if (gate_proj.dim() == 2)
+    check_shape(weight, name, {neurons, hidden_size});
+  else
+    check_shape(weight, name, {num_experts, neurons, hidden_size});
+}
+
+Tensor dense(const Tensor& weight) {
+  return aligned(as_contiguous(weight));
+}
+
+}  // namespace
+
+Weights::Weights(const Tensor& gate_proj, const std::optional<Tensor>& up_proj,
+                 const Tensor& down_proj_t)
+    : dims_(gate_proj.dim()),
+      is_fused_(!up_proj),
+      gate_given_(gate_proj),
+      down_given_(down_proj_t) {
+  kernel_dtype(gate_proj, "gate_proj");
+  check(dims_ == 2 || dims_ == 3, "gate_proj must have shape [I, H] or [E, S, H], but has ",
+        Shape{gate_proj}, ".");
+  const int64_t rows = gate_proj.size(dims_ - 2);
+  check(!is_fused_ || rows % 2 == 0, "gate_proj without up_proj holds both, so that ", rows,
+        " neurons should be an even number.");
+  hidden_size_ = gate_proj.size(dims_ - 1);
+  neurons_ = is_fused_ ? rows / 2 : rows;
+  if (dims_ == 3) num_experts_ = gate_proj.size(0);
+  intermediate_size_ = num_experts_ * neurons_;
+  if (up_proj) check_weight(*up_proj, "up_proj", gate_proj, num_experts_, neurons_);
+  check_weight(down_proj_t, "down_proj_t", gate_proj, num_experts_, neurons_);
+  down_is_transposed_ = down_proj_t.stride(dims_ - 1) != 1 && down_proj_t.stride(dims_ - 2) == 1;
+
+  const WeightStrides in_order{0, hidden_size_, 1};
+  const auto can_read = [&](const Tensor& t, const std::optional<WeightStrides>& s) {
+    return s && reads(t, *s, hidden_size_);
+  };
+  const auto gate_strides = strides_of(gate_proj);
+  const auto up_strides = up_proj ? strides_of(*up_proj) : gate_strides;
+  const bool in_place = can_read(gate_proj, gate_strides) && gate_strides->hidden == 1 &&
+                        up_strides && gate_strides->expert == up_strides->expert &&
+                        gate_strides->neuron == up_strides->neuron && up_strides->hidden == 1;
+  gate_up_ = in_place && !is_fused_ ? *gate_strides : in_order;
+  if (in_place && !is_fused_) {
+    gate_ = aligned(gate_proj);
+    up_ = aligned(*up_proj);
+  } else {
+    gate_ = dense(is_fused_ ? half(gate_proj, 0) : gate_proj);
+    up_ = dense(is_fused_ ? half(gate_proj, 1) : *up_proj);
+  }
+  const auto down_strides = strides_of(down_proj_t);
+  const bool down_in_place = can_read(down_proj_t, down_strides);
+  down_ = down_in_place ? *down_strides : in_order;
+  down_proj_t_ = down_in_place ? aligned(down_proj_t) : dense(down_proj_t);
+}
+
+void Weights::check_offsets(const Tensor& offsets) const {
+  if (dims_ == 2) return;
+  check(offsets.size(0) == num_experts_ + 1, "expert_offsets cuts ", offsets.size(0) - 1,
+        " experts, but the weights have ", num_experts_, ".");
+  if (!offsets.is_cpu()) return;
+  const int32_t* o = static_cast<const int32_t*>(offsets.data_ptr());
+  bool is_equal = true;
+  for (int64_t e = 0; e <= num_experts_; ++e) is_equal = is_equal && o[e] == e * neurons_;
+  check(is_equal, "expert_offsets must cut weights of shape [E, S, H] into experts of ", neurons_,
+        " neurons.");
+}
+
+Tensor Weights::half(const Tensor& fused, int64_t which) const {
+  Tensor t = fused;
+  return torch::stable::narrow(t, dims_ - 2, which * neurons_, neurons_);
+}
+
+void* Weights::second_half(void* fused) const {
+  return static_cast<char*>(fused) +
+         neurons_ * gate_up_.neuron * dtype_size(kernel_dtype(gate_given_, "gate_proj"));
+}
+
+Tensor Weights::gradient_like(const Tensor& weight, bool is_transposed) const {
+  const int64_t rows = weight.size(dims_ - 2);
+  const int64_t first = is_transposed ? hidden_size_ : rows,
+                second = is_transposed ? rows : hidden_size_;
+  const Tensor memory = dims_ == 2 ? kept_empty(weight, {first, second})
+                                   : kept_empty(weight, {num_experts_, first, second});
+  return is_transposed ? torch::stable::transpose(memory, dims_ - 2, dims_ - 1) : memory;
+}
+
+Weights::Gradients Weights::make_gradients(ExpertMlpBackwardParams& p, bool wants_gate,
+                                           bool wants_up, bool wants_down) const {
+  const auto make = [&](bool wanted, const Tensor& like, bool is_transposed) {
+    return wanted ? gradient_like(like, is_transposed) : direct_empty(like, {0});
+  };
+  Gradients out{make(wants_gate, gate_given_, false), make(wants_up && !is_fused_, *gate_, false),
+                make(wants_down, down_given_, down_is_transposed_)};
+  // A slab of its own for what the kernel does not write in place.
+  const auto slab = [&](const Tensor& to) {
+    Tensor from = kept_empty(to, {intermediate_size_, hidden_size_});
+    out.copies.push_back({to, from});
+    return from.data_ptr();
+  };
+  p.dgate_up = p.ddown = {0, hidden_size_, 1};
+  if (wants_gate) {
+    p.dgate_proj = is_fused_ ? slab(half(out.gate_proj, 0)) : out.gate_proj.data_ptr();
+    if (is_fused_) p.dup_proj = slab(half(out.gate_proj, 1));
+  }
+  if (wants_up && !is_fused_) p.dup_proj = out.up_proj.data_ptr();
+  if (wants_down)
+    p.ddown_proj_t = down_is_transposed_ ? slab(out.down_proj_t) : out.down_proj_t.data_ptr();
+  return out;
+}
+
+void Weights::Gradients::finish() {
+  for (Copy& copy : copies) {
+    // Slabs have experts in their rows.
+    Tensor from =
+        copy.to.dim() == 2
+            ? copy.from
+            : torch::stable::view(copy.from, {copy.to.size(0), copy.to.size(1), copy.to.size(2)});
+    torch::stable::copy_(copy.to, from);
+  }
+}
+
+}  // namespace dsmoe::binding
