@@ -27,6 +27,13 @@ def test_modse(seed):
 
 
 @pytest.mark.parametrize("kind", ROUTERS)
+def test_no_linear_layer(kind):
+    """Quantisers and LoRA's "all-linear" take every nn.Linear: a router keeps its own weights."""
+    router = ROUTERS[kind](12, 5)
+    assert not any(isinstance(module, torch.nn.Linear) for module in router.modules())
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
 @pytest.mark.parametrize("logit", [0.0, 1.25, None])
 def test_start(kind, logit, seed):
     router = ROUTERS[kind](12, 5)

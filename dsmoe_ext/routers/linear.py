@@ -30,15 +30,25 @@ def without_half_casts(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Ten
     return moved
 
 
-class LinearRouter(nn.Linear):
-    """logits = x @ weight.T + bias; weight [R,H], bias [R] or None."""
+class LinearRouter(nn.Module):
+    """logits = x @ weight.T + bias; weight [R,H], bias [R] or None.
+
+    No nn.Linear: quantisers, LoRA's "all-linear" and other models' _init_weights look for those.
+    """
 
     def __init__(
         self, hidden_size: int, num_experts: int, bias: bool = True, *, device=None, dtype=None
     ):
+        super().__init__()
         # None: random weights. A number: zero weights and this bias, so that every logit is it.
         self.start_logit = None
-        super().__init__(hidden_size, num_experts, bias, device, at_least_float32(dtype))
+        self.hidden_size, self.num_experts = hidden_size, num_experts
+        options = {"device": device, "dtype": at_least_float32(dtype)}
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, **options))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(num_experts, **options)) if bias else None
+        )
+        self.reset_parameters()
 
     def start_at(self, logit: float | None) -> None:
         """Initialises for constant logits (router_init="dense"); None: at random ("paper")."""
@@ -70,6 +80,9 @@ class LinearRouter(nn.Linear):
     def _apply(self, fn, recurse=True):
         return super()._apply(without_half_casts(fn), recurse)
 
+    def extra_repr(self) -> str:
+        return f"{self.hidden_size}, {self.num_experts}, bias={self.bias is not None}"
+
 
 class NoisyRouter(LinearRouter):
     """MoDSE: logits = x Wg + RMSNorm(softplus(x Wn)) * gain; noise_weight [R,H], noise_gain [R]."""
@@ -77,18 +90,15 @@ class NoisyRouter(LinearRouter):
     def __init__(
         self, hidden_size: int, num_experts: int, bias: bool = True, *, device=None, dtype=None
     ):
-        nn.Module.__init__(self)  # so that the parameters below exist when nn.Linear initialises
-        dtype = at_least_float32(dtype)
         super().__init__(hidden_size, num_experts, bias, device=device, dtype=dtype)
-        self.noise_weight = nn.Parameter(
-            torch.empty(num_experts, hidden_size, device=device, dtype=dtype)
-        )
-        self.noise_gain = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype))
+        options = {"device": device, "dtype": self.weight.dtype}
+        self.noise_weight = nn.Parameter(torch.empty(num_experts, hidden_size, **options))
+        self.noise_gain = nn.Parameter(torch.empty(num_experts, **options))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if "noise_gain" in self._parameters:
+        if "noise_gain" in self._parameters:  # not yet in the base class's constructor
             nn.init.normal_(self.noise_weight, std=0.02)
             # A gain of 0 keeps constant logits constant at the start; it learns from there.
             nn.init.constant_(self.noise_gain, 1.0 if self.start_logit is None else 0.0)
