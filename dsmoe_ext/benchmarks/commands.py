@@ -194,6 +194,28 @@ def gpu_model(
         console.print(prediction_table(GPUS[gpu], load, _layout(sizes), kernels, measured))
 
 
+@app.command("replay")
+def replay_trace(
+    trace: Annotated[Path, typer.Argument(help="What a run with DSMOE_TRACE=FILE wrote.")],
+    threads: ThreadsOption = None,
+    budget: BudgetOption = 0.5,
+) -> None:
+    """The calls of somebody's run on this machine: shapes and active counts, not their numbers.
+
+    Example: `DSMOE_TRACE=calls.jsonl dsmoe eval half && dsmoe bench replay calls.jsonl`
+    """
+    import torch
+
+    from dsmoe_ext.benchmarks.replay import read_trace, replay
+    from dsmoe_ext.benchmarks.report import replay_table
+    from dsmoe_ext.command_line.console import out as console
+
+    if threads:
+        torch.set_num_threads(threads)
+    calls = read_trace(trace)
+    console.print(replay_table([(call, replay(call, budget)) for call in calls]))
+
+
 def _sizes(shape: str, experts: int, expert_sizes: str | None) -> tuple[int, list[int]]:
     """Hidden size and the experts' sizes, from the options."""
     from dsmoe_ext.command_line.options import numbers

@@ -10,6 +10,8 @@ from rich.table import Table
 from dsmoe_ext.benchmarks.ffn import Row
 from dsmoe_ext.benchmarks.machine import Machine
 from dsmoe_ext.benchmarks.model import ModelRow
+from dsmoe_ext.benchmarks.replay import Call
+from dsmoe_ext.benchmarks.timing import Timing
 
 COLUMNS = ("T", "active", "method", "ms", "median", "90 %", "TFLOP/s", "GB/s", "roof", "/dense")
 COLORS = {
@@ -41,6 +43,23 @@ def table(title: str, rows: list[Row]) -> Table:
             f"{row.roofline / best:.0%}",
             f"{best / dense[row.shape]:.2f}",
             end_section=row is rows[-1] or rows[rows.index(row) + 1].shape != row.shape,
+        )
+    return out
+
+
+def replay_table(rows: list[tuple[Call, Timing]]) -> Table:
+    """One line a distinct call: how often it was made, its time there and here."""
+    out = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0)
+    for column in ("op", "calls", "T", "active", "ms there", "ms here", "90 %"):
+        out.add_column(column, justify="left" if column == "op" else "right", no_wrap=True)
+    for call, timing in rows:
+        out.add_row(
+            call.op,
+            str(call.count),
+            str(call.num_tokens),
+            "" if call.active is None else f"{call.active:.3f}",
+            f"{call.recorded_ms:.3f}",
+            *(f"{1e3 * seconds:.3f}" for seconds in (timing.median, timing.slow)),
         )
     return out
 
