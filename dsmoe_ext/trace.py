@@ -58,10 +58,12 @@ def rebuilt(name: str, entry, generator: torch.Generator, device="cpu"):
     dtype = getattr(torch, entry["dtype"])
     if "values" in entry:
         return torch.tensor(entry["values"], dtype=dtype, device=device)
-    tensor = torch.empty_strided(entry["shape"], entry["strides"], dtype=dtype)
     if not dtype.is_floating_point:
         raise ValueError(f"a recorded call cannot be rebuilt without the values of {name}")
-    tensor.normal_(generator=generator)
+    shape, strides = entry["shape"], entry["strides"]
+    held = [length if stride else 1 for length, stride in zip(shape, strides, strict=True)]
+    tensor = torch.empty_strided(held, strides, dtype=dtype).normal_(generator=generator)
+    tensor = tensor.expand(shape)
     if name == "gates":
         order = torch.rand(entry["shape"], generator=generator).argsort(0).argsort(0)
         tensor = tensor.abs().add(0.1) * (order < torch.tensor(entry["tokens_per_expert"]))
