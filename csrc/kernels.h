@@ -136,6 +136,13 @@ struct WeightStrides {
   int64_t hidden;
 };
 
+// Quantized weights: w = scale * code, or scale * code + min. Codes are signed, of 8 or 4 bits.
+struct QuantFormat {
+  int32_t bits;        // 8, 4; 0: weights are not quantized
+  int32_t group_size;  // along the sum: 32, or a multiple of 64; 0: a scale per neuron and matrix
+  bool has_min;        // of groups
+};
+
 struct ExpertMlpParams {
   Dtype dtype;                // of x, weights, y, activations; gates: fp64 for kFloat64, else fp32
   int64_t num_tokens;         // T
@@ -151,7 +158,8 @@ struct ExpertMlpParams {
   const void* gate_proj;          // [I,H]   null if packed
   const void* up_proj;            // [I,H]   null if packed
   const void* down_proj_t;        // [I,H]   null if packed
-  const void* packed;             //         from pack_weights, or null
+  const void* packed;             //         from pack_weights or pack_quantized, or null
+  QuantFormat packed_format;      // CPU only
   const int32_t* expert_offsets;  // [E+1]   host memory on the CPU, device memory on CUDA
   void* y;                        // [T,H]   output
   void* activations;  // [2*T*I] output: active x Wg, x Wu for the backward; null: not kept
@@ -187,6 +195,25 @@ struct PackParams {
   void* packed;                   // [packed_bytes]  output
 };
 
+// Numbers of groups along H: [I, ceil(H / group_size)]; along an expert's neurons, where groups begin
+// at its first one: [G,H], G = sum over experts of ceil(S_e / group_size). Of neurons: [I].
+struct QuantizedMatrix {
+  const int8_t* codes;  // [I,H]
+  const void* scales;   // fp16 of groups, fp32 of neurons
+  const void* mins;     // fp16 of groups, or null
+};
+
+struct PackQuantizedParams {
+  QuantFormat format;
+  int64_t hidden_size;                 // H
+  int64_t intermediate_size;           // I
+  int32_t num_experts;                 // E
+  QuantizedMatrix gate_proj, up_proj;  // groups along H
+  QuantizedMatrix down_proj_t;         // groups along the neurons
+  const int32_t* expert_offsets;       // [E+1]
+  void* packed;                        // [quantized_bytes]  output
+};
+
 // --------------------------------------------------------------------------------------------- CPU
 
 namespace cpu {
@@ -210,6 +237,9 @@ Status expert_mlp(const ExpertMlpParams& params, const Team& team);
 Status expert_mlp_backward(const ExpertMlpBackwardParams& params, const Team& team);
 int64_t packed_bytes(const PackParams& params);
 Status pack_weights(const PackParams& params, const Team& team);
+// For x of any dtype but kFloat64.
+int64_t quantized_bytes(const PackQuantizedParams& params);
+Status pack_quantized(const PackQuantizedParams& params, const Team& team);
 
 // The Python module calls these from outside the ops library, hence visible.
 #define DSMOE_VISIBLE [[gnu::visibility("default")]]

@@ -8,7 +8,7 @@ The same functions in plain PyTorch stand in `dsmoe_ext.reference`.
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dsmoe_ext import _C
 from dsmoe_ext.gradients import empty_gradients, only_wanted, refuse_create_graph
+from dsmoe_ext.quantization.codes import QuantizedWeights, quantize_weights
 from dsmoe_ext.reference import ACTIVATIONS, GATES, METHODS
 
 if os.environ.get("DSMOE_ISA"):
@@ -58,8 +59,10 @@ class PackedWeights:
     expert_offsets: Tensor  # int32 [E+1]
     hidden_size: int
     intermediate_size: int
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the weights that were packed; quantized ones take any but float64
     activation: str = "silu"
+    bits: int = 0  # 8 or 4: quantized
+    group_size: int = 0
 
 
 def build_info() -> dict:
@@ -232,14 +235,14 @@ def sparse_ffn(
     save = save_activations and wants_grad
     tf32 = x.is_cuda and _allows_tf32()
     inputs = (
-        x, gates, *weights, expert_offsets, grad_weight, _activation(activation), save, tf32
+        x, gates, *weights, expert_offsets, grad_weight, activation_index(activation), save, tf32
     )  # fmt: skip
     if wants_grad and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         return _SparseFFN.apply(*inputs)
     return _ops.expert_mlp(*inputs)[0]
 
 
-def _activation(name: str) -> int:
+def activation_index(name: str) -> int:
     """As the C++ ops take it."""
     if name not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, but is {name!r}.")
@@ -324,7 +327,7 @@ def _sparse_ffn_packed(x: Tensor, gates: Tensor, packed: PackedWeights) -> Tenso
 def _packed_arguments(packed: PackedWeights) -> tuple:
     """As the C++ ops take them."""
     sizes = (packed.hidden_size, packed.intermediate_size)
-    return packed.data, packed.expert_offsets, *sizes, _activation(packed.activation)
+    return packed.data, packed.expert_offsets, *sizes, activation_index(packed.activation)
 
 
 def _refuse_gradients(*tensors: Tensor) -> None:
@@ -368,20 +371,53 @@ def pack_weights(
     expert_offsets: Tensor,
     *,
     activation: str = "silu",
+    bits: int = 0,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
 ) -> PackedWeights:
     """Copies weights, as `sparse_ffn` takes them, into the layout that the CPU inference kernels
     read fastest.
 
     Explicit, because it costs time and as much memory again: nothing packs behind your back, and
     later changes of the weights do not reach the copy.
+
+    Args:
+        bits: 8 or 4: rounded to codes (`quantization.codes.quantize_weights`, which takes
+            group_size and symmetric), multiplied with x of 16 bits (float32: 24) and summed in
+            float32.
     """
-    _activation(activation)
+    activation_index(activation)
+    if bits:
+        weights = _as_rows(gate_proj, up_proj, down_proj_t)
+        quantized = quantize_weights(*weights, expert_offsets, bits=bits, group_size=group_size,
+                                     symmetric=symmetric, activation=activation)  # fmt: skip
+        return replace(pack_quantized(quantized), dtype=gate_proj.dtype)
     with torch.no_grad():
         data = _ops.pack_weights(gate_proj, up_proj, down_proj_t, expert_offsets)
     *experts, hidden_size = down_proj_t.shape
     offsets = expert_offsets.clone()
     sizes = (hidden_size, math.prod(experts))
     return PackedWeights(data, offsets, *sizes, gate_proj.dtype, activation)
+
+
+def pack_quantized(weights: QuantizedWeights) -> PackedWeights:
+    """Lays quantized weights out for the CPU inference kernels; `weights` may go afterwards."""
+    activation_index(weights.activation)
+    matrices = (weights.gate_proj, weights.up_proj, weights.down_proj_t)
+    tensors = [tensor for m in matrices for tensor in (m.codes, m.scales, m.mins)]
+    form = (weights.bits, weights.group_size)
+    data = _ops.pack_quantized(*tensors, weights.expert_offsets, *form)
+    intermediate_size, hidden_size = weights.gate_proj.codes.shape
+    sizes = (hidden_size, intermediate_size)
+    offsets = weights.expert_offsets.clone()
+    return PackedWeights(data, offsets, *sizes, torch.bfloat16, weights.activation, *form)
+
+
+def _as_rows(gate_proj: Tensor, up_proj: Tensor | None, down_proj_t: Tensor) -> tuple[Tensor, ...]:
+    """gate_proj, up_proj and down_proj_t as [I,H] each, of any that `sparse_ffn` takes."""
+    if up_proj is None:
+        gate_proj, up_proj = gate_proj.chunk(2, dim=-2)
+    return tuple(weight.flatten(0, -2) for weight in (gate_proj, up_proj, down_proj_t))
 
 
 @torch.library.register_fake("dsmoe::expert_mlp_packed")

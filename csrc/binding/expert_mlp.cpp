@@ -1,6 +1,4 @@
-// dsmoe::expert_mlp, its backward, and pack_weights: check, allocate, fill Params, call the
-// device's kernel.
-#include <cstring>
+// dsmoe::expert_mlp and its backward: check, allocate, fill Params, call the device's kernel.
 #include <limits>
 
 #include "binding/cuda_limits.h"
@@ -8,6 +6,7 @@
 #include "binding/direct_empty.h"
 #include "binding/kept_memory.h"
 #include "binding/ops.h"
+#include "binding/packed.h"
 #include "binding/weights.h"
 
 namespace dsmoe::binding {
@@ -156,72 +155,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
   return {dx, dgates, gradients.gate_proj, gradients.up_proj, gradients.down_proj_t};
 }
 
-// Stands behind packed weights, whose layout depends on it.
-struct Stamp {
-  char isa[24];
-  Dtype dtype;
-};
-
-const char* dtype_name(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::kFloat64:
-      return "float64";
-    case Dtype::kFloat32:
-      return "float32";
-    case Dtype::kBFloat16:
-      return "bfloat16";
-    case Dtype::kFloat16:
-      return "float16";
-  }
-  return "unknown";
-}
-
-// The packed weights, of what the layout says and without their stamp.
-void* checked_packed(const Tensor& packed, const PackParams& layout) {
-  constexpr int64_t kStamp = sizeof(Stamp);
-  check(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
-            packed.numel() >= kStamp,
-        "packed must be what pack_weights returned.");
-  char* bytes = static_cast<char*>(packed.data_ptr());
-  Stamp stamp;
-  std::memcpy(&stamp, bytes + packed.numel() - kStamp, kStamp);
-  stamp.isa[sizeof(stamp.isa) - 1] = 0;
-  check(std::strcmp(stamp.isa, cpu::isa()) == 0, "The weights were packed for ", stamp.isa,
-        ", but ", cpu::isa(), " is in use: pack them again.");
-  check(stamp.dtype == layout.dtype, "x is ", dtype_name(layout.dtype),
-        ", but the packed weights are ", dtype_name(stamp.dtype), ".");
-  check(packed.numel() == cpu::packed_bytes(layout) + kStamp,
-        "packed does not fit x and expert_offsets: pack the weights again.");
-  return bytes;
-}
-
-Tensor pack_weights(const Tensor& gate_proj, std::optional<Tensor> up_proj,
-                    const Tensor& down_proj_t, const Tensor& expert_offsets) {
-  check(gate_proj.is_cpu(),
-        "pack_weights is for the CPU; CUDA kernels read the weights as they are.");
-  const Weights weights{gate_proj, up_proj, down_proj_t};
-  check(expert_offsets.is_cpu() && expert_offsets.dim() == 1 && expert_offsets.size(0) > 1,
-        "expert_offsets must be a CPU tensor of shape [E + 1].");
-  const Tensor offsets =
-      checked_offsets(expert_offsets, expert_offsets.size(0) - 1, weights.intermediate_size());
-  weights.check_offsets(offsets);
-  PackParams p{};
-  p.dtype = kernel_dtype(gate_proj, "gate_proj");
-  p.hidden_size = weights.hidden_size();
-  p.intermediate_size = weights.intermediate_size();
-  p.num_experts = static_cast<int32_t>(offsets.size(0) - 1);
-  weights.describe(p);
-  p.expert_offsets = static_cast<const int32_t*>(offsets.data_ptr());
-  const int64_t bytes = cpu::packed_bytes(p);
-  Tensor packed = mapped_bytes(gate_proj, bytes + static_cast<int64_t>(sizeof(Stamp)));
-  p.packed = packed.data_ptr();
-  check_status(cpu::pack_weights(p, torch_team()));
-  Stamp stamp{{}, p.dtype};
-  std::strncpy(stamp.isa, cpu::isa(), sizeof(stamp.isa) - 1);
-  std::memcpy(static_cast<char*>(packed.data_ptr()) + bytes, &stamp, sizeof(stamp));
-  return packed;
-}
-
 }  // namespace
 
 Tensor expert_mlp_packed(const Tensor& x, const Tensor& gates, const Tensor& packed,
@@ -230,13 +163,7 @@ Tensor expert_mlp_packed(const Tensor& x, const Tensor& gates, const Tensor& pac
   check(x.is_cpu() && packed.is_cpu(), "packed weights are for the CPU.");
   const Inputs in = check_inputs(x, gates, expert_offsets, hidden_size, intermediate_size);
   ExpertMlpParams p = params(in, intermediate_size, activation);
-  PackParams layout{};
-  layout.dtype = p.dtype;
-  layout.hidden_size = hidden_size;
-  layout.intermediate_size = intermediate_size;
-  layout.num_experts = p.num_experts;
-  layout.expert_offsets = p.expert_offsets;
-  p.packed = checked_packed(packed, layout);
+  check_packed(packed, p);
   Tensor y = direct_empty(in.x, {p.num_tokens, p.hidden_size});
   p.y = y.data_ptr();
   forward(p, in.x);
@@ -255,9 +182,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dsmoe, m) {
       "bool want_dup_proj, bool want_ddown_proj_t) -> (Tensor dx, Tensor dgates, "
       "Tensor dgate_proj, Tensor dup_proj, Tensor ddown_proj_t)");
   m.def(
-      "pack_weights(Tensor gate_proj, Tensor? up_proj, Tensor down_proj_t, "
-      "Tensor expert_offsets) -> Tensor packed");
-  m.def(
       "expert_mlp_packed(Tensor x, Tensor gates, Tensor packed, Tensor expert_offsets, "
       "int hidden_size, int intermediate_size, int activation) -> Tensor y");
 }
@@ -265,7 +189,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dsmoe, m) {
 DSMOE_REGISTER(m) {
   m.impl("expert_mlp", TORCH_BOX(&expert_mlp));
   m.impl("expert_mlp_backward", TORCH_BOX(&expert_mlp_backward));
-  m.impl("pack_weights", TORCH_BOX(&pack_weights));
   m.impl("expert_mlp_packed", TORCH_BOX(&expert_mlp_packed));
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "passes.h"
+#include "quantized_tile.h"
 
 namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
 
@@ -18,8 +19,10 @@ struct Section {
   int64_t a_stride;
   bool in_blocks;
   int64_t k;
-  const T* matrix = nullptr;  // [k, H]  row-major
-  const T* more = nullptr;    // if set: the second half of these k rows
+  const T* matrix = nullptr;    // [k, H]  row-major
+  const T* more = nullptr;      // if set: the second half of these k rows
+  const char* codes = nullptr;  // or the k rows as panels of codes
+  QuantizedPanels code_panels = {};
 };
 
 // The same for a block: its rows of sums lie anywhere, so a panel's are multiplied apart and then added.
@@ -108,7 +111,27 @@ static void add_packed(const Section<T>& s, const T* packed, int64_t hidden, int
   }
 }
 
-// Adds sections whose matrices are as they are. A few panels of an expert at a time are packed into one half of the
+// The same for a few rows times panels of codes.
+template <class T>
+static void add_codes(const Section<T>& s, const DigitRows<T>& a, int64_t panel_begin,
+                      int64_t panel_end, CType<T>* sums) {
+  constexpr int64_t kN = kColumns<T>;
+  const int64_t stride = (panel_end - panel_begin) * kN;
+  static constexpr int32_t kRows[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11};
+  static_assert(kFewRows <= 12);
+  alignas(64) CType<T> products[kFewRows * kN];
+  for (int64_t panel = panel_begin; panel < panel_end; ++panel, sums += kN) {
+    multiply_codes<T>(s.codes + panel * s.code_panels.panel_bytes(), s.code_panels, a, kRows, s.n,
+                      products, kN);
+    for (int64_t r = 0; r < s.n; ++r) {
+      CType<T>* to = sums + s.tokens[r] * stride;
+      for (int i = 0; i < kN; i += kLanes<T>)
+        store(to + i, load(to + i) + load(products + r * kN + i));
+    }
+  }
+}
+
+// Adds sections whose matrices are as they are, or codes. A few panels of an expert at a time are packed into one half of the
 // scratch memory while those in the other half are multiplied, a slice after every tile, whose rows the
 // tile has brought into L2. Packed all at once they came at 6 to 7 GB/s: what had been asked for during
 // all the tiles before was no longer there (Zen 4).
@@ -168,12 +191,31 @@ class UnpackedColumns {
   }
   void pack(const Piece& p, int64_t step_begin, int64_t step_end) const {
     const Section<T>& s = p.section;
+    if constexpr (kHasCodes<T>) {
+      if (s.codes) {
+        for (int64_t i = 0; i < p.panels; ++i)
+          dequantize(s.codes + (p.panel + i) * s.code_panels.panel_bytes(), s.code_panels,
+                     code_block(s, step_begin), code_block(s, step_end),
+                     p.b + i * steps(s) * kColumns<T> * Compute<T>::kPair);
+        return;
+      }
+    }
     pack_columns([&](int64_t i) { return row(s, i); }, s.k, step_begin, step_end,
                  p.panel * kColumns<T>, hidden_, p.panels, p.b);
+  }
+  // Blocks of codes that begin before a step.
+  static int64_t code_block(const Section<T>& s, int64_t step) {
+    return ceil_div(step * Compute<T>::kPair, s.code_panels.block_terms());
   }
   // The rows of these steps, all of one matrix.
   Lines lines(const Piece& p, int64_t step_begin, int64_t step_end) const {
     const Section<T>& s = p.section;
+    if (s.codes) {
+      const QuantizedPanels& b = s.code_panels;
+      const int64_t first = code_block(s, step_begin), last = code_block(s, step_end);
+      return {s.codes + p.panel * b.panel_bytes() + b.block_start(first), p.panels,
+              (b.block_start(last) - b.block_start(first)) / 64, b.panel_bytes()};
+    }
     const int64_t begin = step_begin * Compute<T>::kPair;
     const int64_t rows = min_of(step_end * Compute<T>::kPair, s.k) - begin;
     if (rows <= 0) return {};

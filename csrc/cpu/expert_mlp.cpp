@@ -47,7 +47,8 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 bool has_avx512_bf16() {
-  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("avx512vnni");
 }
 #endif
 
@@ -121,6 +122,12 @@ int64_t packed_bytes(const PackParams& params) {
 }
 Status pack_weights(const PackParams& params, const Team& team) {
   return kernels().pack(params, team);
+}
+int64_t quantized_bytes(const PackQuantizedParams& params) {
+  return kernels().quantized_bytes(params);
+}
+Status pack_quantized(const PackQuantizedParams& params, const Team& team) {
+  return kernels().pack_quantized(params, team);
 }
 
 const char* isa() {

@@ -94,7 +94,8 @@ int64_t packed_bytes(const PackParams& p) {
 
 const Kernels* kernels() {
   static constexpr Kernels table = {
-      expert_mlp_forward, expert_mlp_backward, packed_bytes, pack_weights, router, sigmoids};
+      expert_mlp_forward, expert_mlp_backward, packed_bytes, pack_weights,
+      quantized_bytes,    pack_quantized,      router,       sigmoids};
   return &table;
 }
 

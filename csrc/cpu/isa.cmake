@@ -3,7 +3,8 @@ target_sources(dsmoe_kernels PRIVATE csrc/cpu/expert_mlp.cpp csrc/cpu/team.cpp)
 
 function(add_isa name)
   add_library(dsmoe_${name} OBJECT csrc/cpu/expert_mlp_fwd.cpp csrc/cpu/expert_mlp_bwd.cpp
-                                   csrc/cpu/expert_mlp_pack.cpp csrc/cpu/router.cpp)
+                                   csrc/cpu/expert_mlp_pack.cpp csrc/cpu/quantized_pack.cpp
+                                   csrc/cpu/router.cpp)
   target_include_directories(dsmoe_${name} PRIVATE csrc)
   target_compile_definitions(dsmoe_${name} PRIVATE DSMOE_ISA_NAMESPACE=${name})
   # GCC 12 takes the undefined operands inside its own intrinsics for uninitialised variables.
@@ -24,6 +25,6 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   add_isa(avx2 -mavx2 -mfma -mf16c)
   set(avx512 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq)
   add_isa(avx512 ${avx512})
-  add_isa(avx512_bf16 ${avx512} -mavx512bf16)
-  add_isa(amx_bf16 ${avx512} -mavx512bf16 -mamx-tile -mamx-bf16)
+  add_isa(avx512_bf16 ${avx512} -mavx512bf16 -mavx512vnni)
+  add_isa(amx_bf16 ${avx512} -mavx512bf16 -mavx512vnni -mamx-tile -mamx-bf16)
 endif()

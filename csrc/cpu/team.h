@@ -43,6 +43,8 @@ struct Kernels {
   Status (*backward)(const ExpertMlpBackwardParams&, const Team&);
   int64_t (*packed_bytes)(const PackParams&);
   Status (*pack)(const PackParams&, const Team&);
+  int64_t (*quantized_bytes)(const PackQuantizedParams&);
+  Status (*pack_quantized)(const PackQuantizedParams&, const Team&);
   Status (*router)(const RouterParams&, const Team&);
   void (*sigmoids)(const float* from, float* to, int64_t n);
 };

@@ -1,0 +1,279 @@
+// expert_mlp forward:  y_t = sum_e gates[t,e] * (silu(x_t Wg_e) * (x_t Wu_e)) Wd_e (kernels.h)
+//
+//   row pass      g, u = x Wg, x Wu   [n_e, S_e]   one panel holds 16 gate and 16 up columns, so
+//                                                  a = gate silu(g) u is formed from one tile's
+//                                                  sums and stored as the next GEMM's operand
+//   column pass   y += a Wd           [T, H]       experts in ascending order inside a chunk of
+//                                                  columns
+//
+// One parallel region with one barrier. Tokens are gathered by pointer in the tile loop; nothing of
+// size [A,H] exists. Large batches go in blocks of tokens, so that a [T, I] stays in the
+// third-level cache. One token takes the same path: its tiles are one row high and stream each
+// active expert's weights once.
+//
+// Weights come as panels that pack_weights made (gate_up, add_packed), as they are (gate_up_unpacked,
+// UnpackedColumns), or as codes (gate_up_codes), of which few rows are multiplied as digits and many as panels.
+#pragma once
+
+#include "column_pass.h"
+#include "expert_mlp_isa.h"
+#include "row_pass.h"
+
+namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
+namespace {
+
+template <class T>
+struct Forward {
+  using C = CType<T>;
+  using A = AType<T>;
+
+  const ExpertMlpParams& p;
+  Pairs pairs = {};
+  RowShape shape = {};
+  RowItem* items = nullptr;
+  int64_t num_items = 0, chunks = 0, threads = 1;
+  struct Sync {
+    Barrier barrier;
+    alignas(64) int64_t next_item;
+    alignas(64) int64_t next_chunk;
+  }* sync = nullptr;
+  bool uses_vectors = false, uses_tiles = false, uses_digits = false;  // by any expert
+  A* x_copy = nullptr;              // [T, H padded]   only if vectors cannot read x in place
+  A* activated = nullptr;           // per expert [n_e, S padded], or blocks of tiles
+  int64_t* a_start = nullptr;       // [E]     of each expert in activated
+  int64_t* packed_start = nullptr;  // [E]     of each expert in p.packed: elements, of codes bytes
+  int64_t* saved_start = nullptr;   // [E]     of each expert's next pair in p.activations
+  C* sums = nullptr;                // per thread [T, columns of a chunk]
+  T* scratch = nullptr;             // per thread
+  T* blocks = nullptr;              // per thread: gathered rows of x
+  DigitRows<T> x_digits = {},
+               a_digits = {};  // of all tokens, and per thread of an expert's few rows
+  int64_t sums_size = 0, scratch_size = 0, blocks_size = 0;
+
+  static int64_t padded_size(int64_t size) { return unaliased<A>(round_up(size, kLanes<T>)); }
+  int64_t size(int e) const { return p.expert_offsets[e + 1] - p.expert_offsets[e]; }
+  bool copies_x() const {
+    return uses_vectors && needs_copy<T>(p.hidden_size, p.x_stride, p.num_tokens);
+  }
+  bool has_codes() const { return p.packed && p.packed_format.bits; }
+  QuantizedLayout codes() const { return {p.hidden_size, p.packed_format}; }
+  const char* expert_codes(int e) const { return (const char*)p.packed + packed_start[e]; }
+  int code_zero() const { return 1 << (p.packed_format.bits - 1); }
+  bool in_digits(int e) const { return has_codes() && pairs.count(e) <= kFewRows; }
+  bool in_blocks(int e) const { return !in_digits(e) && in_tiles<T>(pairs.count(e)); }
+  int64_t activated_size(int e) const {
+    return in_blocks(e) ? blocked_size(pairs.count(e), size(e))
+                        : pairs.count(e) * padded_size(size(e));
+  }
+  const A* x() const { return copies_x() ? x_copy : (const A*)p.x; }
+  int64_t x_stride() const { return copies_x() ? copy_stride<T>(p.hidden_size) : p.x_stride; }
+  const T* packed_expert(int e) const {
+    return p.packed ? (const T*)p.packed + packed_start[e] : nullptr;
+  }
+
+  GatheredRows<T> gather(int e, int64_t low, int64_t high, T* thread_blocks) const {
+    return RowMatrix<T>{(const T*)p.x, p.x_stride, p.hidden_size, x(), x_stride()}.gather(
+        pairs.of(e), pairs.count(e), low, high, thread_blocks);
+  }
+  void gate_up(const RowItem& item, T* thread_blocks) {
+    for_each_expert(
+        item, shape, pairs,
+        [&](int e, int64_t begin, int64_t end, int64_t low, int64_t high, bool goes_on) {
+          const PackedPanels<T> b = PackedLayout<T>{p.hidden_size}.gate_up(size(e));
+          if (high - low <= kMaxRows && !in_blocks(e))
+            return gate_up_few(e, b, begin, end, low, int(high - low));
+          const GatheredRows<T> rows = gather(e, low, high, thread_blocks);
+          for (int64_t panel = begin; panel < end; ++panel)
+            gate_up_panel(e, panel, rows, packed_panel(packed_expert(e), b, panel),
+                          panel + 1 < end ? ahead_in_packed(packed_expert(e), b, panel + 1)
+                          : goes_on       ? first_panel_after(item, e)
+                                          : Ahead{});
+        });
+  }
+  // A few rows as digits; for more a panel of codes becomes one of T.
+  void gate_up_codes(const RowItem& item, T* panel_scratch, T* thread_blocks) {
+    if constexpr (kHasCodes<T>) {
+      for_each_expert(
+          item, shape, pairs,
+          [&](int e, int64_t begin, int64_t end, int64_t low, int64_t high, bool) {
+            const QuantizedPanels b = codes().gate_up(size(e));
+            const char* panel_codes = expert_codes(e) + begin * b.panel_bytes();
+            if (in_digits(e)) {
+              alignas(64) C sums[kFewRows * kColumns<T>];
+              for (int64_t panel = begin; panel < end; ++panel, panel_codes += b.panel_bytes()) {
+                multiply_codes<T>(panel_codes, b, x_digits, pairs.of(e) + low, high - low, sums,
+                                  kColumns<T>);
+                swiglu(e, panel, low, int(high - low), sums, kColumns<T>);
+              }
+              return;
+            }
+            const GatheredRows<T> rows = gather(e, low, high, thread_blocks);
+            for (int64_t panel = begin; panel < end; ++panel, panel_codes += b.panel_bytes()) {
+              dequantize(panel_codes, b, 0, b.blocks(), panel_scratch);
+              const Lines next = {panel_codes + b.panel_bytes(), panel + 1 < end,
+                                  b.panel_bytes() / 64};
+              gate_up_panel(e, panel, rows,
+                            PanelOfB<T>{panel_scratch, ceil_div(b.terms, Compute<T>::kPair)},
+                            {next});
+            }
+          });
+    }
+  }
+  // Of the item's next expert: behind an expert's last panel lie its weights for the other pass.
+  Ahead first_panel_after(const RowItem& item, int e) const {
+    for (++e; e < item.expert_end; ++e)
+      if (pairs.count(e))
+        return ahead_in_packed(packed_expert(e), PackedLayout<T>{p.hidden_size}.gate_up(size(e)),
+                               0);
+    return {};
+  }
+  void gate_up_few(int e, const PackedPanels<T>& b, int64_t begin, int64_t end, int64_t low,
+                   int rows) {
+    few_rows(x(), x_stride(), pairs.of(e) + low, rows, packed_expert(e), b, begin, end,
+             [&](int64_t panel, const C* sums, int64_t stride) {
+               swiglu(e, panel, low, rows, sums, stride);
+             });
+  }
+  void gate_up_unpacked(const RowItem& item, T* panel_scratch, T* thread_blocks) {
+    const int64_t H = p.hidden_size;
+    const auto gather_rows = [&](int e, int64_t low, int64_t high) {
+      return gather(e, low, high, thread_blocks);
+    };
+    for_each_panel(
+        item, shape, pairs, gather_rows, [&](int e, int64_t panel, const GatheredRows<T>& rows) {
+          const int64_t row = p.expert_offsets[e] + panel * kLanes<T>,
+                        valid = size(e) - panel * kLanes<T>;
+          const T *gate = (const T*)p.gate_proj + row * H, *up = (const T*)p.up_proj + row * H;
+          pack_rows(gate, valid, up, valid, H, H, panel_scratch);
+          gate_up_panel(e, panel, rows, PanelOfB<T>{panel_scratch, ceil_div(H, Compute<T>::kPair)},
+                        ahead_in_rows(gate, up, min_of<int64_t>(valid, kLanes<T>), H));
+        });
+  }
+  void gate_up_panel(int e, int64_t panel, const GatheredRows<T>& a, const PanelOfB<T>& b,
+                     Ahead ahead) {
+    row_panel(a, b, ahead, [&](int64_t first, int rows, const C(*sums)[kColumns<T>]) {
+      swiglu(e, panel, first, rows, sums[0], kColumns<T>);
+    });
+  }
+
+  // a = gate silu(g) u, and g, u themselves if the backward will want them. Pointers and strides are read
+  // once: as far as the compiler knows a store may change any member.
+  void swiglu(int e, int64_t panel, int64_t first, int rows, const C* sums, int64_t sums_stride) {
+    const int64_t S = size(e), E = p.num_experts,
+                  stride = in_blocks(e) ? kTileTerms : padded_size(S);
+    const int64_t column = panel * kLanes<T>, valid = S - column;
+    const C* gates = (const C*)p.gates + e;
+    const int32_t* tokens = pairs.of(e) + first;
+    A* a = activated + a_start[e] +
+           (in_blocks(e) ? blocked_at(first, column, S) : first * stride + column);
+    // the other half of the last tile of an odd number of panels
+    const bool pads = in_blocks(e) && valid <= kLanes<T> && column % kTileTerms == 0;
+    const float* scales = neuron_scales(e, panel);  // of codes
+    T* saved =
+        p.activations ? (T*)p.activations + saved_start[e] + first * 2 * S + column : nullptr;
+    for (int r = 0; r < rows; ++r, sums += sums_stride, a += stride) {
+      Vec<C> g = load(sums), u = load(sums + kLanes<T>),
+             weight = splat(gates[int64_t(tokens[r]) * E]);
+      if constexpr (kHasCodes<T>) {
+        if (scales) {
+          g *= load(scales);
+          u *= load(scales + kCodeLanes);
+          weight *= load(scales + 2 * kCodeLanes);
+        }
+      }
+      // of an infinite gate NaN would be left in the padding
+      store(a, first_lanes<C>(g * sigmoid(g) * u * weight, valid));
+      if (pads) store(a + kLanes<T>, Vec<C>{});
+      if (!saved) continue;
+      store_kept(saved, g, valid);
+      store_kept(saved + S, u, valid);
+      saved += 2 * S;
+    }
+  }
+
+  // Where neurons have scales: those of gate and up go on the sums, that of down goes into a.
+  const float* neuron_scales(int e, int64_t panel) const {
+    if (!has_codes() || p.packed_format.group_size) return nullptr;
+    return (const float*)(expert_codes(e) + codes().scales_start(size(e))) + panel * 3 * kCodeLanes;
+  }
+
+  void down(int64_t chunk, C* chunk_sums, T* thread_scratch, [[maybe_unused]] int thread) {
+    const PackedLayout<T> layout{p.hidden_size};
+    const int64_t panels = ceil_div(p.hidden_size, kColumns<T>), begin = panels * chunk / chunks,
+                  end = panels * (chunk + 1) / chunks;
+    memset(chunk_sums, 0, size_t(p.num_tokens * (end - begin) * kColumns<T>) * sizeof(C));
+    UnpackedColumns<T> unpacked(p.hidden_size, begin, end, chunk_sums, thread_scratch,
+                                scratch_size);
+    for (int e = 0; e < p.num_experts; ++e) {
+      if (pairs.count(e) == 0) continue;
+      Section<T> section;
+      section.tokens = pairs.of(e);
+      section.n = pairs.count(e);
+      section.a = activated + a_start[e];
+      section.in_blocks = in_blocks(e);
+      section.a_stride = in_blocks(e) ? block_size(size(e)) : padded_size(size(e));
+      section.k = size(e);
+      if constexpr (kHasCodes<T>) {
+        if (has_codes()) {
+          section.codes = expert_codes(e) + codes().down_start(size(e));
+          section.code_panels = codes().down(size(e));
+          if (!in_digits(e)) {
+            unpacked.add(section);
+            continue;
+          }
+          const DigitRows<T> digits = thread_digits(thread, size(e));
+          for (int64_t r = 0; r < section.n; ++r)
+            to_digits(section.a + r * section.a_stride, code_zero(), digits, r);
+          add_codes(section, digits, begin, end, chunk_sums);
+          continue;
+        }
+      }
+      if (p.packed) {
+        add_packed(section, packed_expert(e) + layout.down_start(size(e)), p.hidden_size, begin,
+                   end, chunk_sums);
+      } else {
+        section.matrix = (const T*)p.down_proj_t + p.expert_offsets[e] * p.hidden_size;
+        unpacked.add(section);
+      }
+    }
+    unpacked.finish();
+    write_columns(chunk_sums, p.num_tokens, p.hidden_size, begin, end, (T*)p.y);
+  }
+
+  DigitRows<T> thread_digits(int thread, int64_t terms) const {
+    DigitRows<T> digits = a_digits;
+    digits.digits += thread * kFewRows * a_digits.stride();
+    digits.block += thread * kFewRows * a_digits.blocks();
+    digits.terms = terms;
+    return digits;
+  }
+
+  void run(int thread, int team_size) {
+    C* thread_sums = sums + thread * sums_size;
+    T* thread_scratch = scratch + thread * scratch_size;
+    T* thread_blocks = blocks + thread * blocks_size;
+    const TileState tiles(uses_tiles);
+    const int64_t t0 = p.num_tokens * thread / team_size,
+                  t1 = p.num_tokens * (thread + 1) / team_size;
+    if (copies_x()) copy_rows((const T*)p.x, p.x_stride, p.hidden_size, t0, t1, x_copy);
+    if constexpr (kHasCodes<T>) {
+      for (int64_t t = t0; uses_digits && t < t1; ++t)
+        to_digits((const T*)p.x + t * p.x_stride, code_zero(), x_digits, t);
+    }
+    if (copies_x() || uses_digits) barrier_wait(sync->barrier, team_size);
+    for (int64_t i; (i = draw(sync->next_item)) < num_items;) {
+      if (has_codes())
+        gate_up_codes(items[i], thread_scratch, thread_blocks);
+      else if (p.packed)
+        gate_up(items[i], thread_blocks);
+      else
+        gate_up_unpacked(items[i], thread_scratch, thread_blocks);
+    }
+    barrier_wait(sync->barrier, team_size);
+    for (int64_t i; (i = draw(sync->next_chunk)) < chunks;)
+      down(i, thread_sums, thread_scratch, thread);
+  }
+};
+
+}  // namespace
+}  // namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE

@@ -1,0 +1,116 @@
+"""The module that holds an FFN's experts as codes, in place of its three weights."""
+
+import torch
+from torch import Tensor, nn
+
+from dsmoe_ext import ops
+from dsmoe_ext.gradients import only_wanted, refuse_create_graph
+from dsmoe_ext.quantization import codes
+from dsmoe_ext.quantization.codes import MATRICES, QuantizedWeights, neuron_groups
+
+
+class _Codes(nn.Module):
+    """One matrix's tensors as a file has them (codes.to_tensors). Numbers are kept as the
+    integers of their bits, so that no cast of a model to another dtype rounds them."""
+
+    def __init__(self, codes: Tensor, scales: Tensor, mins: Tensor | None = None):
+        super().__init__()
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales.view(_BITS[scales.dtype]))
+        if mins is not None:
+            self.register_buffer("mins", mins.view(_BITS[mins.dtype]))
+
+
+class _FrozenFFN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gates, experts, expert_offsets, grad_weight):
+        ctx.experts = experts
+        weights = experts.weights(expert_offsets).dequantize(x.dtype)
+        options = (ops.activation_index(experts.activation), True, False)
+        y, activations = torch.ops.dsmoe.expert_mlp(
+            x, gates, *weights, expert_offsets, grad_weight, *options
+        )
+        ctx.save_for_backward(x, gates, expert_offsets, grad_weight, activations)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        refuse_create_graph("sparse_ffn")
+        x, gates, expert_offsets, grad_weight, activations = ctx.saved_tensors
+        weights = ctx.experts.weights(expert_offsets).dequantize(x.dtype)
+        options = (ops.activation_index(ctx.experts.activation), False)
+        wanted = ctx.needs_input_grad[:2]
+        gradients = torch.ops.dsmoe.expert_mlp_backward(
+            dy, x, gates, *weights, expert_offsets, grad_weight, activations, *options,
+            *wanted, False, False, False,
+        )  # fmt: skip
+        return *only_wanted(gradients[:2], wanted), None, None, None
+
+
+_BITS = {torch.float16: torch.int16, torch.float32: torch.int32}
+_NUMBERS = {bits: dtype for dtype, bits in _BITS.items()}
+
+
+class QuantizedExperts(nn.Module):
+    """Codes of gate_proj, up_proj and down_proj_t [I,H], neurons expert after expert.
+
+    Buffers of each: codes, int8 [I,H] or uint8 [I, ceil(H/2)]; scales and mins as the integers of
+    their bits, int32 [I] of neurons, int16 [I,G] (of down_proj_t [G,H]) of groups.
+    """
+
+    def __init__(self, weights: QuantizedWeights):
+        super().__init__()
+        self.hidden_size = weights.gate_proj.codes.shape[1]
+        self.bits, self.group_size = weights.bits, weights.group_size
+        self.activation = weights.activation
+        parts = {name: {} for name in MATRICES}
+        for name, tensor in codes.to_tensors(weights):
+            matrix, part = name.split(".")
+            parts[matrix][part] = tensor
+        for name, tensors in parts.items():
+            self.add_module(name, _Codes(**tensors))
+
+    @classmethod
+    def empty(
+        cls, hidden_size: int, expert_offsets: Tensor, *, bits: int, group_size: int,
+        symmetric: bool, activation: str = "silu", device=None,
+    ) -> "QuantizedExperts":  # fmt: skip
+        """Of zeros, for a checkpoint to fill."""
+        rows = int(expert_offsets[-1])
+        columns = -(-hidden_size // max(group_size, 1))
+        groups = int(neuron_groups(expert_offsets, max(group_size, 1))[-1]) + 1 if rows else 0
+        matrices = []
+        for name in MATRICES:
+            shape = (groups, hidden_size) if name == "down_proj_t" else (rows, columns)
+            numbers = torch.zeros(
+                shape if group_size else (rows,),
+                dtype=torch.float16 if group_size else torch.float32,
+                device=device,
+            )
+            zeros = torch.zeros(rows, hidden_size, dtype=torch.int8, device=device)
+            mins = None if symmetric else torch.zeros_like(numbers)
+            matrices.append(codes.QuantizedMatrix(zeros, numbers, mins))
+        return cls(QuantizedWeights(*matrices, expert_offsets, bits, group_size, activation))
+
+    def weights(self, expert_offsets: Tensor) -> QuantizedWeights:
+        """As ops.pack_quantized takes them."""
+        tensors = {
+            f"{name}.{part}": buffer.view(_NUMBERS.get(buffer.dtype, buffer.dtype))
+            for name in MATRICES
+            for part, buffer in getattr(self, name).named_buffers()
+        }
+        return codes.from_tensors(
+            tensors, expert_offsets, hidden_size=self.hidden_size, bits=self.bits,
+            group_size=self.group_size, activation=self.activation,
+        )  # fmt: skip
+
+    def sparse_ffn(
+        self, x: Tensor, gates: Tensor, expert_offsets: Tensor, grad_weight: Tensor | None = None
+    ) -> Tensor:
+        """ops.sparse_ffn with gradients for x and gates: the codes stay as they are. Weights in x's
+        dtype exist for one layer at a time, in the forward and again in the backward."""
+        return _FrozenFFN.apply(x, gates, self, expert_offsets, grad_weight)
+
+    def extra_repr(self) -> str:
+        groups = f", group_size={self.group_size}" if self.group_size else ""
+        return f"bits={self.bits}{groups}"

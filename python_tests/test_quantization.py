@@ -1,0 +1,261 @@
+"""Experts of 8 and 4 bits: the kernels against the formula in float64 of the weights that the codes
+stand for, by the same rule as other weights; the rounding itself; bad input."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import dsmoe_ext
+from dsmoe_ext import _C, ops, reference
+from dsmoe_ext.quantization import codes
+from dsmoe_ext.quantization.codes import MATRICES, quantize_weights
+from dsmoe_ext.quantization.experts import QuantizedExperts
+from dsmoe_ext.quantization.gptq import quantize_with_gram
+from dsmoe_ext.testing import error_bounds, random_case
+
+FORMATS = {
+    "8": {"bits": 8},
+    "8, groups of 32": {"bits": 8, "group_size": 32},
+    "4": {"bits": 4},
+    "4, symmetric": {"bits": 4, "symmetric": True},
+    "4, groups of 128": {"bits": 4, "group_size": 128},
+}
+# name: (T, H, sizes, active)
+EDGES = {
+    "no token": (0, 16, [8, 8], 0.5),
+    "one token": (1, 64, [32] * 4, 0.5),
+    "as many as are multiplied as codes": (12, 130, [65], 1.0),
+    "one more": (13, 130, [65], 1.0),
+    "none active": (9, 32, [16, 16], 0.0),
+    "off every block": (67, 61, [13, 29, 7, 1, 3], 0.5),
+    "empty experts": (33, 48, [0, 20, 0, 12, 0], 0.6),
+    "shared and fine": (65, 96, [96] + [16] * 18, 0.5),
+    "512 experts": (20, 32, [2] * 512, 0.1),
+    "several blocks of tokens": (800, 32, [16] * 4, 0.5),
+    "hidden size one": (5, 1, [3, 2], 0.5),
+    "hidden size zero": (5, 0, [3, 2], 0.5),
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def quantized_case(case, form):
+    """(the case with the weights that the codes stand for, in float64; packed codes)"""
+    quantized = quantize_weights(*case.inputs()[2:], **form)
+    weights = dict(zip(MATRICES, quantized.dequantize(torch.float64), strict=True))
+    return replace(case, **weights), ops.pack_quantized(quantized)
+
+
+def check_quantized(case, form):
+    case, packed = quantized_case(case, form)
+    exact, bound = error_bounds(case)["y"]
+    with torch.no_grad():
+        y = dsmoe_ext.sparse_ffn(case.x, case.gates, packed)
+    error = (y.double() - exact).abs()
+    assert (error <= bound).all(), f"error {error.max():.3g}, {(error - bound).max():.3g} too much"
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("edge", EDGES)
+def test_edges(edge, form, dtype, seed):
+    num_tokens, hidden_size, sizes, active = EDGES[edge]
+    case = random_case(seed, num_tokens, hidden_size, sizes, active=active, dtype=dtype)
+    check_quantized(case, FORMATS[form])
+
+
+@pytest.fixture(params=dsmoe_ext.build_info()["isas"])
+def isa(request):
+    """Forces one instruction set after another."""
+    in_use = _C.isa()
+    _C.force_isa(request.param)
+    yield request.param
+    _C.force_isa(in_use)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_instruction_set(form, isa, seed):
+    for dtype in DTYPES:
+        for num_tokens in (1, 5, 40):
+            case = random_case(seed, num_tokens, 200, [70, 33, 16, 1], dtype=dtype)
+            check_quantized(case, FORMATS[form])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("form", FORMATS)
+def test_outliers(form, seed):
+    """Of a block of x one element is a thousand times the others, as in trained models."""
+    case = random_case(seed, 6, 192, [64, 64], dtype=torch.bfloat16)
+    case.x[:, ::64] *= 1000
+    check_quantized(case, FORMATS[form])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("num_tokens", [1, 30])
+def test_what_is_not_finite_shows(num_tokens, bad, seed):
+    case = random_case(seed, num_tokens, 70, [40, 30], active=1.0)
+    case.x[0, 3] = bad
+    _, packed = quantized_case(case, {"bits": 8})
+    with torch.no_grad():
+        y = dsmoe_ext.sparse_ffn(case.x, case.gates, packed)
+    assert not y[0].isfinite().any()
+    assert y[1:].isfinite().all()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("form", FORMATS)
+def test_rounding(form, seed, monkeypatch):
+    """Of the full range no weight is further from its code's than half a step (a whole one where
+    the code of the other sign is missing); narrower ranges are taken where they leave less."""
+    case = random_case(seed, 1, 100, [40, 7, 64])
+    weights = case.inputs()[2:]
+    best = quantize_weights(*weights, **FORMATS[form])
+    monkeypatch.setattr(codes, "_SHRINKS", [1.0])
+    full = quantize_weights(*weights, **FORMATS[form])
+    steps = replace(full, **{name: ones(getattr(full, name)) for name in MATRICES}).dequantize()
+    most = 1.001 if full.group_size else 0.501
+    for weight, got, better, step in zip(
+        weights, full.dequantize(), best.dequantize(), steps, strict=False
+    ):
+        error = weight - got
+        assert (error.abs() <= most * step.abs() + 1e-3 * weight.abs().max()).all()
+        assert (weight - better).norm() <= 1.0001 * error.norm()
+
+
+def ones(matrix):
+    """The matrix whose weights are the steps of this one."""
+    return replace(matrix, codes=torch.ones_like(matrix.codes), mins=None)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("form", FORMATS)
+def test_tensors_of_a_file(form, seed):
+    case = random_case(seed, 1, 33, [40, 7])
+    once = quantize_weights(*case.inputs()[2:], **FORMATS[form])
+    tensors = dict(codes.to_tensors(once))
+    again = codes.from_tensors(
+        tensors, once.expert_offsets, hidden_size=33, bits=once.bits, group_size=once.group_size
+    )
+    for one, other in zip(once.dequantize(), again.dequantize(), strict=True):
+        assert torch.equal(one, other)
+    if once.bits == 4:
+        assert tensors["gate_proj.codes"].shape == (47, 17)
+
+
+@pytest.mark.quick
+def test_pack_weights_with_bits(seed):
+    case = random_case(seed, 4, 64, [32, 32], dtype=torch.bfloat16)
+    packed = ops.pack_weights(*case.inputs()[2:], bits=4)
+    assert (packed.bits, packed.group_size, packed.dtype) == (4, 32, torch.bfloat16)
+    full = ops.pack_weights(*case.inputs()[2:])
+    assert packed.data.numel() < 0.36 * full.data.numel()
+    want = reference.sparse_ffn(*case.to(torch.float64).inputs())
+    with torch.no_grad():
+        y = dsmoe_ext.sparse_ffn(case.x, case.gates, packed).double()
+    assert (y - want).norm() < 0.2 * want.norm()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        ({"bits": 5}, "bits must be 8 or 4"),
+        ({"bits": 4, "group_size": 0}, "4 bits need groups"),
+        ({"bits": 8, "group_size": 48}, "group_size must be 32"),
+        ({"bits": 8, "group_size": -64}, "group_size must be 32"),
+        ({"bits": 8, "symmetric": False}, "give a group_size"),
+    ],
+)
+def test_bad_format(form, words, seed):
+    with pytest.raises(ValueError, match=words):
+        quantize_weights(*random_case(seed, 1, 16, [8]).inputs()[2:], **form)
+
+
+@pytest.mark.quick
+def test_bad_weights(seed):
+    case = random_case(seed, 1, 16, [8])
+    case.up_proj[3, 3] = float("nan")
+    with pytest.raises(ValueError, match="up_proj holds NaN"):
+        quantize_weights(*case.inputs()[2:])
+    case.up_proj[3, 3] = 1e6
+    with pytest.raises(ValueError, match="beyond float16"):
+        quantize_weights(*case.inputs()[2:], bits=4)
+
+
+@pytest.mark.quick
+def test_bad_use(seed):
+    case = random_case(seed, 4, 64, [32, 32])
+    quantized = quantize_weights(*case.inputs()[2:])
+    packed = ops.pack_quantized(quantized)
+    with pytest.raises(RuntimeError, match="x is float64, but quantized weights take"):
+        dsmoe_ext.sparse_ffn(case.x.double(), case.gates.double(), packed)
+    with pytest.raises(RuntimeError, match="does not fit"):
+        dsmoe_ext.sparse_ffn(case.x, case.gates, replace(packed, data=packed.data[64:]))
+    gate = quantized.gate_proj
+    for bad, words in [
+        (replace(gate, scales=gate.scales[1:]), "must have shape"),
+        (replace(gate, scales=gate.scales.half()), "contiguous float32"),
+        (replace(gate, codes=gate.codes.short()), "int8"),
+        (replace(gate, mins=gate.scales), "mins belong to groups"),
+    ]:
+        with pytest.raises(RuntimeError, match=words):
+            ops.pack_quantized(replace(quantized, gate_proj=bad))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("form", FORMATS)
+def test_gradients_past_frozen_codes(form, seed):
+    """x and gates learn as they would beside the weights that the codes stand for."""
+    case = random_case(seed, 21, 64, [32, 40], exact_ste=True)
+    quantized = quantize_weights(*case.inputs()[2:], **FORMATS[form])
+    experts = QuantizedExperts(quantized)
+    results = []
+    for run in (
+        lambda x, gates: experts.sparse_ffn(x, gates, case.expert_offsets, case.grad_weight),
+        lambda x, gates: dsmoe_ext.sparse_ffn(
+            x, gates, *quantized.dequantize(), case.expert_offsets, grad_weight=case.grad_weight
+        ),
+    ):
+        x, gates = case.x.clone().requires_grad_(), case.gates.clone().requires_grad_()
+        y = run(x, gates)
+        results.append((y, *torch.autograd.grad(y, (x, gates), case.dy)))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("form", FORMATS)
+def test_module_of_codes(form, seed):
+    """A cast leaves the codes' numbers alone; an empty module takes a state dict."""
+    case = random_case(seed, 1, 33, [40, 7])
+    quantized = quantize_weights(*case.inputs()[2:], **FORMATS[form])
+    experts = QuantizedExperts(quantized).to(torch.bfloat16)
+    again = QuantizedExperts.empty(
+        33, case.expert_offsets, bits=quantized.bits, group_size=quantized.group_size,
+        symmetric=quantized.gate_proj.mins is None,
+    )  # fmt: skip
+    again.load_state_dict(experts.state_dict())
+    got = again.weights(case.expert_offsets).dequantize()
+    for one, other in zip(quantized.dequantize(), got, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("form", FORMATS)
+def test_rounding_that_knows_the_data(form, seed):
+    """Where inputs depend on one another the output is nearer than after plain rounding."""
+    case = random_case(seed, 400, 96, [40, 24])
+    mix = torch.randn(24, 96)
+    x = torch.randn(400, 24) @ mix + 0.1 * torch.randn(400, 96)
+    a = torch.randn(400, 16) @ torch.randn(16, 64) + 0.1 * torch.randn(400, 64)
+    weights = case.inputs()[2:]
+    plain = quantize_weights(*weights, **FORMATS[form]).dequantize()
+    better = quantize_with_gram(*weights, x.T @ x, a.T @ a, **FORMATS[form]).dequantize()
+    for name, seen, weight, one, other in zip(
+        MATRICES, (x, x, a), weights, plain, better, strict=False
+    ):
+        error = [(seen @ ((q - weight) if name == "down_proj_t" else (q - weight).T)).norm()
+                 for q in (one, other)]  # fmt: skip
+        assert error[1] < 0.8 * error[0], name
