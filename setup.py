@@ -66,7 +66,7 @@ def cuda_compiler() -> str:
 
 def version_label() -> str:
     """ "+cu130" if the CUDA kernels are built: pip hides the build's own words, but not this."""
-    if not (nvcc := cuda_compiler()):
+    if "sdist" in sys.argv or not (nvcc := cuda_compiler()):
         return ""
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release (\d+)\.(\d+)", version)

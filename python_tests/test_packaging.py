@@ -1,8 +1,10 @@
 """Building and importing where something is missing: one clear sentence, and no crash."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,25 @@ def test_build_says_what_is_missing(environment, message, tmp_path):
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "lib").exists()
+
+
+def test_source_distribution_holds_what_is_built(tmp_path):
+    """All that CMake compiles, and the tests; nothing that was compiled."""
+    pytest.importorskip("setuptools", "77")
+    skipped = shutil.ignore_patterns("build", "*.egg-info", ".*", "__pycache__")
+    shutil.copytree(ROOT, tmp_path / "source", ignore=skipped)
+    code = "import setuptools.build_meta as b; b.build_sdist('dist')"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "source", check=True)
+    [archive] = (tmp_path / "source/dist").iterdir()
+    with tarfile.open(archive) as opened:
+        packed = {name.partition("/")[2] for name in opened.getnames()}
+    wanted = {"setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"}
+    for folder in ("csrc", "dsmoe_ext", "python_tests", "docs"):
+        files = (path for path in (ROOT / folder).rglob("*") if path.is_file())
+        wanted |= {str(path.relative_to(ROOT)) for path in files}
+    compiled = {name for name in wanted if name.endswith((".so", ".pyc"))}
+    assert wanted - compiled <= packed, sorted(wanted - compiled - packed)
+    assert not [name for name in packed if name.endswith((".so", ".pyc"))]
 
 
 def run_python(code: str, **options) -> subprocess.CompletedProcess:
