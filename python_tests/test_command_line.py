@@ -51,6 +51,7 @@ def shared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared")
     save_tiny_llama(folder / "dense")
     (folder / "text.txt").write_text(builtin_text()[:12000])
+    (folder / "other.txt").write_text(builtin_text()[12000:24000])
     run("convert", folder / "dense", folder / "sparse", "--experts", 4)
     return folder
 
@@ -169,7 +170,8 @@ def test_calibrate(shared, tmp_path):
 def test_train_and_train_again(shared, tmp_path):
     out = tmp_path / "tuned"
     options = ("--data", shared / "text.txt", "--window", 32, "--steps", 6, "--lr", 1e-3)
-    run("train", shared / "sparse", out, *options, "--target-active", 0.9)
+    options = (*options, "--target-active", 0.9)
+    run("train", shared / "sparse", out, *options)
     rows = read_log(out / "train.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 7))
     assert {"loss", "active", "thresholds", "grad_norm", "lr"} <= rows[0].keys()
@@ -181,7 +183,11 @@ def test_train_and_train_again(shared, tmp_path):
     assert again.exit_code == 0 and "nothing to do" in again.stderr
     longer = (*options, "--steps", 9, "--resume")
     assert "finished run of 6 steps" in fails("train", shared / "sparse", out, *longer)
-    assert "is read for" in fails("train", out, out, *options, "--overwrite")
+    for changed in (("--lr", 1e-2), ("--window", 64), ("--data", shared / "other.txt")):
+        name = changed[0].strip("-")
+        other = fails("train", shared / "sparse", out, *options, *changed, "--resume")
+        assert f"another {name}" in other
+    assert "which is read" in fails("train", out, out, *options, "--overwrite")
     missing = ("--data", "missing.txt", "--overwrite")
     assert "missing.txt" in fails("train", shared / "sparse", out, *missing)
     assert (out / "config.json").exists()
@@ -277,8 +283,15 @@ def test_outputs_that_cannot_be(shared, tmp_path, monkeypatch):
     for command in ("convert", "calibrate", "merge", "train"):
         assert "which is read" in fails(command, taken / "model", taken, "--overwrite")
     assert (taken / "model" / "config.json").exists()
+    for command in ("calibrate", "train"):
+        text = taken / "text.txt"
+        text.write_text("my own words " * 3000)
+        options = ("--data", text, "--overwrite", "--window", 64)
+        assert "which is read" in fails(command, shared / "dense", taken, *options)
+        text.unlink()
     run("convert", shared / "dense", taken, "--experts", 4, "--overwrite")
-    assert not (taken / "mine").exists() and (taken / "config.json").exists()
+    assert (taken / "mine").read_text() == "precious" and (taken / "config.json").exists()
+    assert (taken / "model" / "config.json").exists()
     monkeypatch.setattr("shutil.disk_usage", lambda path: os.terminal_size((0, 0)) and _Usage())
     assert "no space left" in fails("convert", shared / "dense", tmp_path / "new")
 

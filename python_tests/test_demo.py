@@ -60,8 +60,12 @@ def test_the_whole_way(inputs, tmp_path):
     AutoModelForCausalLM.from_pretrained(out / "model")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
-    again = demo(inputs, out, "--steps", 0)  # replaces its own folder, and needs no training
+    (out / "thesis.txt").write_text("precious")
+    inside = demo(inputs, out, "--steps", 0, "--data", out / "thesis.txt")
+    assert inside.exit_code == 1 and "which is read" in inside.stderr
+    again = demo(inputs, out, "--steps", 0)  # replaces its own files, and needs no training
     assert again.exit_code == 0, again.output
+    assert (out / "thesis.txt").read_text() == "precious"
     assert list(json.loads((out / "report.json").read_text())["stages"]) == stages[:2]
     png_size(out / "report.png")
 
@@ -70,6 +74,10 @@ def test_a_folder_of_others_is_left_alone(inputs, tmp_path):
     (tmp_path / "mine").write_text("precious")
     result = demo(inputs, tmp_path, "--steps", 0)
     assert result.exit_code == 1 and "not empty" in result.stderr
+    assert (tmp_path / "mine").read_text() == "precious"
+    (tmp_path / "report.json").write_text('{"made by": "another tool"}')
+    result = demo(inputs, tmp_path, "--steps", 0)
+    assert result.exit_code == 1 and "choose another with --out" in result.stderr
     assert (tmp_path / "mine").read_text() == "precious"
 
 
@@ -148,7 +156,8 @@ def test_the_cache_repairs_itself(cache, monkeypatch):
     monkeypatch.setattr(source, "_write_smollm2", fail)
     with pytest.raises(KeyboardInterrupt):
         source.resolve_model("smollm2")
-    assert list(cache.folder.iterdir()) == []
+    assert not {path.name for path in folder.iterdir()} & {"half", weights.name}
+    assert not list(folder.glob(".*"))
 
 
 @pytest.mark.quick

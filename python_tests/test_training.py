@@ -1,17 +1,14 @@
-"""dsmoe_ext/training and files.py: windows, perplexity, fine-tuning, resuming, atomic output."""
+"""dsmoe_ext/training: windows, perplexity, fine-tuning, resuming."""
 
 import dataclasses
-import errno
 import json
 import math
-import os
 
 import pytest
 import torch
 
 from dsmoe_ext.convert import convert_llama
 from dsmoe_ext.errors import UserError
-from dsmoe_ext.files import atomic_directory, atomic_file, is_out_of_space
 from dsmoe_ext.training.checkpoint import find_checkpoints
 from dsmoe_ext.training.data import (
     builtin_text,
@@ -287,64 +284,6 @@ def test_log_cut_short_by_a_kill(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
     assert read_log(path) == [{"step": 1}]
-
-
-# ------------------------------------------------------------------------------------ atomic output
-
-
-@pytest.mark.quick
-def test_atomic_directory(tmp_path):
-    target = tmp_path / "out"
-    with pytest.raises(RuntimeError), atomic_directory(target) as folder:
-        (folder / "half").write_text("x")
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-    with atomic_directory(target) as folder:
-        (folder / "whole").write_text("x")
-        assert not target.exists()
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "whole"]
-    with pytest.raises(UserError, match="not empty"), atomic_directory(target):
-        pass
-    with pytest.raises(RuntimeError), atomic_directory(target, overwrite=True) as folder:
-        raise RuntimeError
-    assert (target / "whole").exists()
-    with atomic_directory(target, overwrite=True) as folder:
-        (folder / "new").write_text("x")
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
-
-
-@pytest.mark.quick
-def test_leftovers_of_a_killed_run_are_removed(tmp_path):
-    host = os.uname().nodename
-    dead, alive = 2**22 + 1, os.getppid()  # above the largest process id of Linux; our parent
-    for pid in (dead, alive):
-        (tmp_path / f".out.partial-{host}-{pid}").mkdir()
-    saved = tmp_path / f".out.replaced-{host}-{dead}"
-    saved.mkdir()
-    (saved / "old").write_text("x")
-    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "out", overwrite=True):
-        raise RuntimeError
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == [f".out.partial-{host}-{alive}", "out"]
-    assert (tmp_path / "out" / "old").exists()  # killed between the renames: the old one is back
-
-
-@pytest.mark.quick
-def test_atomic_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), atomic_file(path) as partial:
-        partial.write_text("half")
-        raise RuntimeError
-    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
-
-
-@pytest.mark.quick
-def test_full_disks_are_recognised():
-    assert is_out_of_space(OSError(errno.ENOSPC, "No space left on device"))
-    text = "I/O error: No space left on device (os error 28)"
-    assert is_out_of_space(RuntimeError(text))
-    assert not is_out_of_space(OSError(errno.EACCES, "Permission denied"))
 
 
 def test_byte_tokenizer_round_trip():

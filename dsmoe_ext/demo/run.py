@@ -11,7 +11,7 @@ import torch
 from ..command_line import console
 from ..command_line.steps import calibrate_on, evaluate_with_bar
 from ..errors import UserError
-from ..files import atomic_directory, check_output, directory_size
+from ..files import DEMO_FILES, atomic_directory, directory_size
 from ..loading import load_model, model_bytes, need_tokenizer, quiet_transformers
 from ..training.command import describe
 from ..training.data import read_text, second_domain_text, windows_of
@@ -57,10 +57,10 @@ def tuning_settings(settings: DemoSettings, sparse: bool) -> TrainSettings:
 class Demo:
     """The texts, and the measurements of each stage as they come in."""
 
-    def __init__(self, settings: DemoSettings, tokenizer):
+    def __init__(self, settings: DemoSettings, tokenizer, model):
         self.settings, self.tokenizer = settings, tokenizer
-        self.windows = windows_of(tokenizer, read_text(settings.data), settings.window)
-        other = windows_of(tokenizer, second_domain_text(), settings.window)
+        self.windows = windows_of(tokenizer, read_text(settings.data), settings.window, model)
+        other = windows_of(tokenizer, second_domain_text(), settings.window, model)
         self.other = torch.cat([other.train, other.held_out])[:SECOND_DOMAIN_WINDOWS]
         self.bf16 = supports_bf16()
         self.stages: dict[str, dict] = {}
@@ -114,14 +114,15 @@ def run_demo(settings: DemoSettings) -> dict:
 
     start = time.perf_counter()
     out = settings.out
-    ours = (out / "report.json").is_file()
-    if not ours:
-        check_output(out)
-    with console.stage("Loading the dense model"):
-        dense, tokenizer = load_model(settings.model, dtype="fp32", only="llama")
-    need_tokenizer(tokenizer, settings.model)
-    demo = Demo(settings, tokenizer)
-    with atomic_directory(out, overwrite=ours) as folder:
+    ours = _is_demo(out)
+    if not ours and out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty and no demo wrote it; choose another with --out")
+    reads = [settings.model, settings.data]
+    with atomic_directory(out, overwrite=ours, reads=reads, owns=DEMO_FILES) as folder:
+        with console.stage("Loading the dense model"):
+            dense, tokenizer = load_model(settings.model, dtype="fp32", only="llama")
+        need_tokenizer(tokenizer, settings.model)
+        demo = Demo(settings, tokenizer, dense)
         report = _run(demo, dense, folder)
         report["minutes"] = (time.perf_counter() - start) / 60
         report["peak_memory_gb"] = peak_memory_gb()
@@ -130,6 +131,15 @@ def run_demo(settings: DemoSettings) -> dict:
         (folder / "report.json").write_text(json.dumps(report, indent=1))
     print_report(report, out)
     return report
+
+
+def _is_demo(out: Path) -> bool:
+    """Whether the report in a folder is one that this command wrote."""
+    try:
+        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(report, dict) and {"stages", "probe_dense", "speed"} <= report.keys()
 
 
 def _run(demo: Demo, dense, folder: Path) -> dict:

@@ -8,16 +8,16 @@ A checkpoint is a directory `checkpoint-<step>` of
 written into a hidden neighbour and renamed, so that a kill at any moment leaves the one before it.
 """
 
+import contextlib
 import json
 import random
 import re
-import shutil
 from pathlib import Path
 
 import torch
 
 from ..errors import UserError
-from ..files import atomic_directory
+from ..files import CHECKPOINT_FILES, atomic_directory, remove_owned
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -37,7 +37,7 @@ def save_checkpoint(run_dir: Path, step: int, model, optimizer, state: dict, kee
     from safetensors.torch import save_file
 
     target = Path(run_dir) / f"checkpoint-{step}"
-    with atomic_directory(target, overwrite=True) as folder:
+    with atomic_directory(target, overwrite=True, owns=CHECKPOINT_FILES) as folder:
         save_file(_model_tensors(model), folder / "model.safetensors")
         groups = optimizer.state_dict()
         moments = {
@@ -55,8 +55,15 @@ def save_checkpoint(run_dir: Path, step: int, model, optimizer, state: dict, kee
         }
         (folder / "state.json").write_text(json.dumps(record))
     for _, old in find_checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        remove_checkpoint(old)
     return target
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Deletes the files of a checkpoint and, if nothing else is in it, the folder."""
+    remove_owned(folder, CHECKPOINT_FILES)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def load_checkpoint(folder: Path, model, optimizer) -> dict:

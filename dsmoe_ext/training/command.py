@@ -1,18 +1,27 @@
 """`dsmoe train`: a run folder with log and checkpoints that becomes a model folder at the end."""
 
 import dataclasses
-import os
-import shutil
+import json
 from pathlib import Path
 
 from ..command_line import console
 from ..errors import UserError
-from ..files import atomic_directory, check_output, check_space
-from .checkpoint import find_checkpoints
+from ..files import (
+    MODEL_FILES,
+    RUN_FILES,
+    atomic_file,
+    check_output,
+    check_space,
+    filled_directory,
+    held,
+    made_directory,
+    remove_owned,
+)
+from .checkpoint import find_checkpoints, remove_checkpoint
 from .data import read_text, windows_of
 from .evaluate import ffn_layers
 from .log import read_log
-from .loop import TrainSettings, fine_tune
+from .loop import TrainSettings, check_same, fine_tune, run_checks
 
 
 def run_training(
@@ -31,12 +40,44 @@ def run_training(
     overwrite: bool = False,
 ) -> None:
     """Trains `model` on `data` into `out`; what it leaves after a kill is whole and resumable."""
-    from ..loading import load_model, model_bytes, need_tokenizer
+    _check_run(out, settings, resume, overwrite)
+    place = check_output(out, overwrite or resume, model, teacher, data)
+    with made_directory(place), held(place, out):
+        if _train_into(
+            place,
+            model,
+            settings,
+            data=data,
+            window=window,
+            teacher=teacher,
+            ste=ste,
+            sparsity_weight=sparsity_weight,
+            device=device,
+            checkpoint_every=checkpoint_every,
+            resume=resume,
+        ):
+            print(f"wrote {out}")
+        else:
+            console.say(f"{out} is finished ({settings.steps} steps); nothing to do")
 
-    if _is_done(out, settings, resume):
-        console.say(f"{out} is finished ({settings.steps} steps); nothing to do")
-        return
-    _check_run(out, resume, overwrite, (model, teacher, data))
+
+def _train_into(
+    place: Path,
+    model: str,
+    settings: TrainSettings,
+    *,
+    data: Path | None,
+    window: int,
+    teacher: str | None,
+    ste: str | None,
+    sparsity_weight: float | None,
+    device: str,
+    checkpoint_every: int,
+    resume: bool,
+) -> bool:
+    """The run in a folder that is held; False if it was finished before."""
+    from ..loading import load_model, model_bytes, need_tokenizer, save_model
+
     with console.stage("Loading"):
         loaded, tokenizer = load_model(model, dtype="fp32", device=device)
         need_tokenizer(tokenizer, model)
@@ -46,16 +87,23 @@ def run_training(
     if teaching is not None and teaching.config.vocab_size != loaded.config.vocab_size:
         raise UserError(f"{teacher} and {model} have different vocabularies")
     settings = _adapt(loaded, model, settings, ste, sparsity_weight)
-    windows = windows_of(tokenizer, read_text(data), window)
-    # Weights and AdamW's two moments in fp32, once more while a checkpoint replaces the one before.
-    check_space(out, model_bytes(loaded) * (7 if checkpoint_every else 1))
-    if overwrite and not resume and out.is_dir():  # all that could be refused has been read
-        _empty(out)
-    first = find_checkpoints(out)[-1][0] if resume and find_checkpoints(out) else 0
-    if first:
-        console.say(f"resuming after step {first}")
+    windows = windows_of(tokenizer, read_text(data), window, loaded)
     identity = {"model": str(model), "teacher": str(teacher), "window": window}
     identity |= {"ste": ste, "sparsity_weight": sparsity_weight}
+    checks = run_checks(loaded, windows, settings, identity)
+    if resume and _is_finished(place):
+        if (recorded := _read_record(place)) is not None:
+            check_same(recorded, checks)
+        return False
+    # Weights and AdamW's two moments in fp32, once more while a checkpoint replaces the one before.
+    check_space(place, model_bytes(loaded) * (7 if checkpoint_every else 1))
+    if not resume:  # all that could be refused has been read: an overwritten run goes
+        remove_owned(place, (*RUN_FILES, *MODEL_FILES))
+    first = find_checkpoints(place)[-1][0] if resume and find_checkpoints(place) else 0
+    if first:
+        console.say(f"resuming after step {first}")
+    with atomic_file(place / "run.json") as partial:
+        partial.write_text(json.dumps(checks, indent=1))
     try:
         with console.progress("Training", settings.steps - first, "steps") as advance:
             fine_tune(
@@ -63,23 +111,25 @@ def run_training(
                 windows,
                 settings,
                 teacher=teaching,
-                run_dir=out,
+                run_dir=place,
                 checkpoint_every=checkpoint_every,
                 resume=resume,
                 identity=identity,
                 on_step=lambda row: advance(1, note=describe(row)),
             )
     except KeyboardInterrupt:
-        found = find_checkpoints(out)
+        found = find_checkpoints(place)
         if found:
             console.say(
                 f"stopped; the same command with --resume goes on after step {found[-1][0]}"
             )
         raise
-    save_into(loaded, tokenizer, out)
-    for _, folder in find_checkpoints(out):
-        shutil.rmtree(folder, ignore_errors=True)
-    print(f"wrote {out}")
+    # A model that came into a new run's folder meanwhile is somebody else's and stays.
+    with filled_directory(place, overwrite=resume) as folder:
+        save_model(loaded, tokenizer, folder)
+    for _, folder in find_checkpoints(place):
+        remove_checkpoint(folder)
+    return True
 
 
 def _adapt(loaded, name: str, settings: TrainSettings, ste, sparsity_weight) -> TrainSettings:
@@ -113,53 +163,35 @@ def describe(row: dict) -> str:
     return f"loss {row['loss']:.3f}{active}"
 
 
-def save_into(model, tokenizer, out: Path) -> None:
-    """Saves into an existing run folder: file by file, config.json (what makes it a model) last."""
-    from ..loading import quiet_transformers
-
-    with atomic_directory(out / "model") as folder:
-        with quiet_transformers():
-            model.save_pretrained(folder)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
-            os.replace(path, out / path.name)
-    (out / "model").rmdir()
+def _is_finished(place: Path) -> bool:
+    has_model = (place / "config.json").is_file()
+    return has_model and bool(read_log(place / "train.jsonl")) and not find_checkpoints(place)
 
 
-def _is_done(out: Path, settings: TrainSettings, resume: bool) -> bool:
-    rows = read_log(out / "train.jsonl") if resume else []
-    if not rows or not (out / "config.json").is_file() or find_checkpoints(out):
-        return False
-    if rows[-1]["step"] != settings.steps:
-        raise UserError(
-            f"{out} is a finished run of {rows[-1]['step']} steps; train it further as the "
-            "model of another run, or give --overwrite instead of --resume to start again"
-        )
-    return True
+def _read_record(place: Path) -> dict | None:
+    """The settings of a run, which an older version did not write down."""
+    try:
+        return json.loads((place / "run.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{place / 'run.json'} is damaged ({error})") from None
 
 
-def _check_run(out: Path, resume: bool, overwrite: bool, sources: tuple) -> None:
-    found = find_checkpoints(out)
-    if resume:
-        if out.is_dir() and any(out.iterdir()) and not found and not (out / "train.jsonl").exists():
-            raise UserError(f"{out} holds no training run to resume")
-        check_output(out, overwrite=True)
-        return
-    if found and not overwrite:
+def _check_run(out: Path, settings: TrainSettings, resume: bool, overwrite: bool) -> None:
+    """What is wrong with the run in OUT, as far as that is seen before anything is loaded."""
+    found, rows = find_checkpoints(out), read_log(out / "train.jsonl")
+    if found and not overwrite and not resume:
         raise UserError(
             f"{out} holds an unfinished run (step {found[-1][0]}); "
             "add --resume to go on, or --overwrite to start again"
         )
-    check_output(out, overwrite, *sources)
-    if overwrite and out.resolve() in [Path(source).resolve() for source in sources if source]:
-        raise UserError(f"{out} is read for the training; choose another output")
-
-
-def _empty(folder: Path) -> None:
-    """The folder stays: it may be a link."""
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    if not resume:
+        return
+    if out.is_dir() and any(out.iterdir()) and not found and not (out / "train.jsonl").exists():
+        raise UserError(f"{out} holds no training run to resume")
+    if _is_finished(out) and rows[-1]["step"] != settings.steps:
+        raise UserError(
+            f"{out} is a finished run of {rows[-1]['step']} steps; train it further as the "
+            "model of another run, or give --overwrite instead of --resume to start again"
+        )

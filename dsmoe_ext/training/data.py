@@ -91,9 +91,14 @@ def split_windows(ids: torch.Tensor, length: int = 512, bos: int | None = None) 
     return TextWindows(windows[~held_out], windows[held_out], int(bos is not None))
 
 
-def windows_of(tokenizer, text: str, length: int = 512) -> TextWindows:
-    """The windows of a text, with a BOS in front of each where the tokenizer is used to one."""
+def windows_of(tokenizer, text: str, length: int = 512, model=None) -> TextWindows:
+    """The windows of a text, with a BOS in front of each where the tokenizer is used to one.
+
+    With a model it is an error if the tokenizer has tokens that the model has not.
+    """
     ids, bos = tokenize(tokenizer, text)
+    if model is not None:
+        check_tokens(model, tokenizer, ids)
     return split_windows(ids, length, bos)
 
 
@@ -103,20 +108,37 @@ def read_text(path: str | Path | None) -> str:
         return builtin_text()
     path = Path(path)
     if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".md", ".rst"))
+        kinds = (".txt", ".md", ".rst")
+        files = sorted(f for f in path.rglob("*") if f.suffix in kinds and f.is_file())
         if not files:
             raise UserError(f"no .txt, .md or .rst file in {path}")
     elif path.is_file():
         files = [path]
+    elif path.exists():
+        raise UserError(f"{path} is neither a file nor a directory")
     else:
         raise UserError(f"no such file or directory: {path}")
-    try:
-        text = "\n\n".join(file.read_text(encoding="utf-8") for file in files)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error.reason}") from None
+    text = "\n\n".join(_read_utf8(file) for file in files)
     if not text.strip():
         raise UserError(f"{path} is empty")
     return text
+
+
+def _read_utf8(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text: {error.reason}") from None
+
+
+def check_tokens(model, tokenizer, ids: torch.Tensor) -> None:
+    """Refuses token ids (int64) for which the model has no embedding."""
+    num = model.get_input_embeddings().weight.shape[0]
+    if ids.numel() and (largest := int(ids.max())) >= num:
+        raise UserError(
+            f"the tokenizer's token {largest} ({tokenizer.convert_ids_to_tokens(largest)}) is "
+            f"beyond the model's {num} embeddings: the two do not belong together"
+        )
 
 
 def builtin_text() -> str:

@@ -34,7 +34,7 @@ class TrainSettings:
     router_lr: float = 1e-3
     weight_decay: float = 0.0
     warmup: float = 0.05  # share of the steps
-    clip: float = 1.0  # largest norm of the gradient
+    clip: float = 1.0  # largest norm of the gradient; 0: no limit
     distill: float = 0.0  # share of the loss that is the KL divergence to the teacher
     target_active: float | None = None  # share of the FFN to hold; None: thresholds stay
     controller_rate: float = 0.05  # eta of the threshold controller
@@ -94,7 +94,7 @@ class _Run:
 
         self.model, self.windows, self.settings, self.teacher = model, windows, settings, teacher
         self.device = next(model.parameters()).device
-        self.bf16 = supports_bf16(self.device) if settings.bf16 is None else settings.bf16
+        self.bf16 = computes_in_bf16(model, settings)
         self.optimizer = make_optimizer(model, settings)
         self.controller = None
         if settings.target_active is not None and router_parameters(model):
@@ -119,7 +119,8 @@ class _Run:
             (total * (len(part) / len(ids))).backward()
             lm_sum += lm_loss.item() * len(part) / len(ids)
             sparsity_sum += 0.0 if sparsity is None else sparsity.item() * len(part) / len(ids)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip).item()
+        limit = settings.clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
         if not math.isfinite(norm) or not math.isfinite(lm_sum):
             raise UserError(
                 f"the loss or its gradient is not finite at step {step + 1} "
@@ -166,16 +167,11 @@ def fine_tune(
     """
     torch.manual_seed(settings.seed)
     run = _Run(model, windows, settings, teacher)
-    checks = {
-        "settings": dataclasses.asdict(settings),
-        "data": windows.digest(),
-        "identity": identity or {},
-        "bf16": run.bf16,
-    }
+    checks = run_checks(model, windows, settings, identity or {})
     first, found = 0, find_checkpoints(run_dir) if run_dir and resume else []
     if found:
         record = load_checkpoint(found[-1][1], model, run.optimizer)
-        _check_same(record["checks"], checks)
+        check_same(record["checks"], checks)
         first = record["step"]
     log = TrainingLog(run_dir, resume_step=first)
     was_training = model.training
@@ -194,7 +190,24 @@ def fine_tune(
     return log.rows
 
 
-def _check_same(recorded: dict, wanted: dict) -> None:
+def run_checks(model, windows: TextWindows, settings: TrainSettings, identity: dict) -> dict:
+    """What must be the same on resuming a run, ready for JSON."""
+    return {
+        "settings": dataclasses.asdict(settings),
+        "data": windows.digest(),
+        "identity": identity,
+        "bf16": computes_in_bf16(model, settings),
+    }
+
+
+def computes_in_bf16(model, settings: TrainSettings) -> bool:
+    """Whether a run uses bf16 autocast."""
+    if settings.bf16 is not None:
+        return settings.bf16
+    return supports_bf16(next(model.parameters()).device)
+
+
+def check_same(recorded: dict, wanted: dict) -> None:
     """Refuses to go on with other settings: the losses would belong to neither run."""
 
     def flat(tree: dict) -> dict:
@@ -202,7 +215,8 @@ def _check_same(recorded: dict, wanted: dict) -> None:
         return nested | {"data": tree["data"], "bf16": tree["bf16"]}
 
     old, new = flat(recorded), flat(wanted)
-    changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    changed = [name for name in old.keys() | new.keys() if old.get(name) != new.get(name)]
+    changed.sort(key=lambda name: (name == "data", name))  # another window makes other data
     if changed:
         name = changed[0]
         raise UserError(
