@@ -3,15 +3,18 @@
 import contextlib
 import json
 import logging
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from .command_line.console import expect
+from .command_line.console import expect, is_out_of_memory, say
 from .errors import UserError
-from .files import atomic_directory, check_space
+from .files import TOKENIZER_FILES, check_space, owned_files
 
 MODEL_TYPES = ("llama", "dsmoe_llama")
+# Ends of names that older versions saved and that are computed from the config.
+_HARMLESS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "embeddings.position_ids")
 
 
 @contextlib.contextmanager
@@ -73,7 +76,7 @@ def load_model(
         raise UserError(f"{folder} is {found}; this needs {wanted}")
     import dsmoe_ext.torch_version  # isort: skip
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     import dsmoe_ext.models  # noqa: F401  registers dsmoe_llama
 
@@ -101,12 +104,43 @@ def load_model(
                 f"{folder} lacks {len(missing)} of the model's tensors, {missing[0]} first: "
                 "fetch or convert it again"
             )
-        tokenizer = None
-        if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
-            with expect(ValueError, OSError):
-                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        unused = sorted(info.get("unexpected_keys") or [])
+        if unused := [name for name in unused if not name.endswith(_HARMLESS)]:
+            raise UserError(
+                f"{folder} holds {len(unused)} tensors that a model of its config.json does not "
+                f"use, {unused[0]} first: without them it would compute something else"
+            )
+        tokenizer = _load_tokenizer(folder)
     place = choose_device(device)
     return (loaded if place == "cpu" else loaded.to(place)), tokenizer
+
+
+class UnreadableTokenizer:
+    """Tokenizer files that nothing here opens, for commands that only have to hand them on."""
+
+    def __init__(self, folder: Path, files: list[Path], reason: str):
+        self.folder, self.files, self.reason = folder, files, reason
+
+    def save_pretrained(self, target: str | Path) -> None:
+        """Copies the files as they are."""
+        say(f"{self.folder}: its tokenizer could not be opened ({self.reason}); copied as it is")
+        for file in self.files:
+            (Path(target) / file).parent.mkdir(exist_ok=True)
+            shutil.copyfile(self.folder / file, Path(target) / file)
+
+
+def _load_tokenizer(folder: Path):
+    """The tokenizer of a model folder, None if it has none."""
+    from transformers import AutoTokenizer
+
+    files = owned_files(folder, TOKENIZER_FILES)
+    if not files:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # a Rust error, a KeyError, a package that it wants: all kinds
+        text = " ".join(str(error).split()) or type(error).__name__
+        return UnreadableTokenizer(folder, files, text[:200])
 
 
 def choose_device(device: str) -> str:
@@ -133,15 +167,17 @@ def _loading_error(folder: Path, error: Exception) -> Exception:
         return UserError(f"the weights in {folder} are damaged ({text}); fetch or convert it again")
     if (isinstance(error, OSError) and "safetensors" in text) or "no file named" in text:
         return UserError(f"{folder} has no weights (model.safetensors)")
-    if isinstance(error, (ValueError, KeyError, TypeError)) or "size mismatch" in text:
-        return UserError(f"{folder} could not be opened: {text[:300]}")
-    return error
+    if isinstance(error, (MemoryError, ModuleNotFoundError)) or is_out_of_memory(error):
+        return error
+    return UserError(f"{folder} could not be opened: {text[:300] or name}")
 
 
 def need_tokenizer(tokenizer, model: str | Path):
     """The tokenizer, or an error that says what is missing."""
     if tokenizer is None:
         raise UserError(f"{model} has no tokenizer (tokenizer.json); copy it into the folder")
+    if isinstance(tokenizer, UnreadableTokenizer):
+        raise UserError(f"the tokenizer of {model} could not be opened: {tokenizer.reason}")
     return tokenizer
 
 
@@ -150,10 +186,10 @@ def model_bytes(model) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def save_model(model, tokenizer, target: Path, *, overwrite: bool = False) -> None:
-    """save_pretrained into a hidden neighbour, then one rename: whole or absent."""
-    check_space(target, model_bytes(model))
-    with atomic_directory(target, overwrite) as folder, quiet_transformers():
+def save_model(model, tokenizer, folder: Path) -> None:
+    """Weights, config and tokenizer into an empty folder, in one with room for them."""
+    check_space(folder, model_bytes(model))
+    with quiet_transformers():
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from dsmoe_ext.command_line.options import finite
+
 app = typer.Typer(
     no_args_is_help=True,
     help="Time the kernels on this machine. Every case is checked against float64 first.",
@@ -22,7 +24,7 @@ DtypeOption = Annotated[str, typer.Option(help="bf16, fp32, fp16; several with c
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="Threads; torch's number if left out.")
 ]
-BudgetOption = Annotated[float, typer.Option(help="Seconds a case.")]
+BudgetOption = Annotated[float, typer.Option(callback=finite, help="Seconds a case.")]
 OutOption = Annotated[Path | None, typer.Option(help="Folder for bench.json and bench.png.")]
 
 DEFAULT_SHAPE = "2048,5632"
@@ -99,13 +101,13 @@ def model(
     layout: Annotated[
         str, typer.Option(help="equal: 8 experts; calibrated: a shared quarter and experts of 16.")
     ] = "equal",
-    active: Annotated[float, typer.Option(help="Active share of the FFN.")] = 0.5,
+    active: Annotated[float, typer.Option(callback=finite, help="Active share of the FFN.")] = 0.5,
     tasks: Annotated[str, typer.Option(help="Of decode, prefill, train.")] = "decode,prefill,train",
     tokens: Annotated[int, typer.Option(min=65, help="Tokens of a window.")] = 512,
     dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
     ste: Annotated[str, typer.Option(help="active, exact or sampled, for train.")] = "exact",
     threads: ThreadsOption = None,
-    budget: Annotated[float, typer.Option(help="Seconds a task.")] = 20.0,
+    budget: Annotated[float, typer.Option(callback=finite, help="Seconds a task.")] = 20.0,
     out: Annotated[Path | None, typer.Option(help="Folder for model.json.")] = None,
 ) -> None:
     """A whole model, dense in transformers against sparse: tokens a second and their ratio."""

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import UserError
 from . import console
 from .options import (
     DataOption,
@@ -20,6 +21,7 @@ from .options import (
     SeedOption,
     TargetOption,
     WindowOption,
+    finite,
     numbers,
 )
 from .training import demo, train
@@ -60,11 +62,11 @@ def _options(
     pass
 
 
-def _tokenizer_and_windows(model: str, tokenizer, data: Path | None, window: int):
+def _windows(model: str, loaded, tokenizer, data: Path | None, window: int):
     from ..loading import need_tokenizer
     from ..training.data import read_text, windows_of
 
-    return windows_of(need_tokenizer(tokenizer, model), read_text(data), window)
+    return windows_of(need_tokenizer(tokenizer, model), read_text(data), window, loaded)
 
 
 @app.command()
@@ -81,7 +83,9 @@ def convert(
     shared_size: Annotated[
         int, typer.Option(min=0, help="Neurons of an expert that is always on.")
     ] = 0,
-    threshold: Annotated[float, typer.Option(help="An expert is active above this score.")] = 0.5,
+    threshold: Annotated[
+        float, typer.Option(callback=finite, help="An expert is active above this score.")
+    ] = 0.5,
     router_init: Annotated[
         Router,
         typer.Option(help="dense: the converted model computes the same; paper: random routers."),
@@ -97,26 +101,26 @@ def convert(
 
     Example: `dsmoe convert smollm2 smollm2-8 --experts 8`
     """
-    from ..files import check_output
+    from ..files import atomic_directory
     from ..loading import load_model, save_model
 
     sizes = numbers(expert_sizes, int, "--expert-sizes")
-    check_output(out, overwrite, model)
-    with console.stage("Loading"):
-        dense, tokenizer = load_model(model, dtype=dtype.value, only="llama")
-    from ..convert import convert_llama
+    with atomic_directory(out, overwrite, reads=[model]) as folder:
+        with console.stage("Loading"):
+            dense, tokenizer = load_model(model, dtype=dtype.value, only="llama")
+        from ..convert import convert_llama
 
-    with console.stage("Converting"), console.expect(ValueError, TypeError):
-        converted = convert_llama(
-            dense,
-            num_experts=len(sizes) or experts,
-            expert_sizes=sizes or None,
-            shared_size=shared_size,
-            threshold=threshold,
-            router_init=router_init.value,
-            seed=seed,
-        )
-    save_model(converted, tokenizer, out, overwrite=overwrite)
+        with console.stage("Converting"), console.expect(ValueError, TypeError):
+            converted = convert_llama(
+                dense,
+                num_experts=len(sizes) or experts,
+                expert_sizes=sizes or None,
+                shared_size=shared_size,
+                threshold=threshold,
+                router_init=router_init.value,
+                seed=seed,
+            )
+        save_model(converted, tokenizer, folder)
     print(f"wrote {out}")
 
 
@@ -128,7 +132,8 @@ def calibrate(
     target_active: TargetOption = 0.5,
     expert_size: Annotated[int, typer.Option(min=1, help="Neurons of a routed expert.")] = 16,
     shared: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of the FFN that is always on.")
+        float,
+        typer.Option(callback=finite, min=0.0, max=1.0, help="Share of the FFN that is always on."),
     ] = 0.25,
     refit: Annotated[
         bool, typer.Option(help="Refit down_proj to the sparse FFN; without, merge stays exact.")
@@ -146,27 +151,27 @@ def calibrate(
 
     Example: `dsmoe calibrate smollm2 smollm2-half --target-active 0.5`
     """
-    from ..files import check_output
+    from ..files import atomic_directory
     from ..loading import load_model, save_model
 
-    check_output(out, overwrite, model)
-    with console.stage("Loading"):
-        loaded, tokenizer = load_model(model, dtype=dtype.value, device=device)
-    windows = _tokenizer_and_windows(model, tokenizer, data, window)
-    from .steps import calibrate_on
+    with atomic_directory(out, overwrite, reads=[model, data]) as folder:
+        with console.stage("Loading"):
+            loaded, tokenizer = load_model(model, dtype=dtype.value, device=device)
+        windows = _windows(model, loaded, tokenizer, data, window)
+        from .steps import calibrate_on
 
-    with console.expect(ValueError, TypeError):
-        sparse = calibrate_on(
-            loaded,
-            windows,
-            tokens=tokens,
-            target_active=target_active,
-            expert_size=expert_size,
-            shared=shared,
-            refit=refit,
-            seed=seed,
-        )
-    save_model(sparse, tokenizer, out, overwrite=overwrite)
+        with console.expect(ValueError, TypeError):
+            sparse = calibrate_on(
+                loaded,
+                windows,
+                tokens=tokens,
+                target_active=target_active,
+                expert_size=expert_size,
+                shared=shared,
+                refit=refit,
+                seed=seed,
+            )
+        save_model(sparse, tokenizer, folder)
     print(f"wrote {out}")
 
 
@@ -183,17 +188,17 @@ def merge(
 
     Example: `dsmoe merge smollm2-8 smollm2-dense`
     """
-    from ..files import check_output
+    from ..files import atomic_directory
     from ..loading import load_model, save_model
 
-    check_output(out, overwrite, model)
-    with console.stage("Loading"):
-        loaded, tokenizer = load_model(model, dtype=dtype.value, only="dsmoe_llama")
-    from ..convert import merge_to_llama
+    with atomic_directory(out, overwrite, reads=[model]) as folder:
+        with console.stage("Loading"):
+            loaded, tokenizer = load_model(model, dtype=dtype.value, only="dsmoe_llama")
+        from ..convert import merge_to_llama
 
-    with console.stage("Merging"), console.expect(ValueError, TypeError):
-        dense = merge_to_llama(loaded)
-    save_model(dense, tokenizer, out, overwrite=overwrite)
+        with console.stage("Merging"), console.expect(ValueError, TypeError):
+            dense = merge_to_llama(loaded)
+        save_model(dense, tokenizer, folder)
     print(f"wrote {out}")
 
 
@@ -231,7 +236,7 @@ def evaluate_command(
 
     with console.stage("Loading"):
         loaded, tokenizer = load_model(model, dtype=dtype.value, device=device)
-    windows = _tokenizer_and_windows(model, tokenizer, data, window)
+    windows = _windows(model, loaded, tokenizer, data, window)
     from .steps import evaluation_rows, print_evaluations
 
     ids = windows.held_out
@@ -243,7 +248,7 @@ def evaluate_command(
         loaded, ids[: limit or None], values, batch_size=batch_size, context=windows.num_context
     )
     if as_json:
-        print(json.dumps(rows, indent=1))
+        print(json.dumps(rows, indent=1, allow_nan=False))
     else:
         print_evaluations(rows, per_layer)
 
@@ -255,14 +260,21 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 100,
     temperature: Annotated[
         float,
-        typer.Option(min=0.0, help="0: always the likeliest token; 1: sample as the model says."),
+        typer.Option(
+            callback=finite,
+            min=0.0,
+            help="0: always the likeliest token; 1: sample as the model says.",
+        ),
     ] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this mass.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(callback=finite, min=0.0, max=1.0, help="Sample from this mass.")
+    ] = 1.0,
     chat: Annotated[
         bool, typer.Option("--chat", help="The prompt is a question to an instruct model.")
     ] = False,
     threshold: Annotated[
-        float | None, typer.Option(help="Set every layer's threshold for this run.")
+        float | None,
+        typer.Option(callback=finite, help="Set every layer's threshold for this run."),
     ] = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
@@ -274,7 +286,7 @@ def generate(
     """
     from ..loading import load_model, need_tokenizer
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else _decoded(prompt, "the prompt")
     with console.stage("Loading"):
         loaded, tokenizer = load_model(model, dtype=dtype.value, device=device)
     need_tokenizer(tokenizer, model)
@@ -291,6 +303,22 @@ def generate(
         top_p=top_p,
         seed=seed,
     )
+
+
+def _decoded(text: str, what: str) -> str:
+    """The text, if it is one: Python hides bytes of the command line that are not UTF-8 in it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{what} is not UTF-8 text") from None
+    return text
+
+
+def _standard_input() -> str:
+    try:
+        return _decoded(sys.stdin.read(), "standard input")
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 text: {error.reason}") from None
 
 
 def _add_benchmarks() -> None:

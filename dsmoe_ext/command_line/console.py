@@ -117,14 +117,19 @@ def explain(error: BaseException) -> str | None:
         return f"{(error.strerror or str(error)).lower()}{place}"
     if kind.__name__ == "SafetensorError":
         return f"a weight file is damaged ({error})"
-    memory = ("can't allocate memory", "CUDA out of memory", "not enough memory")
-    if isinstance(error, MemoryError) or any(text in str(error) for text in memory):
+    if is_out_of_memory(error):
         return "not enough memory; try a smaller --batch-size or --window"
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
         if package in ("transformers", "safetensors", "accelerate", "gguf", "matplotlib"):
             return f"this command needs {package}: pip install 'dsmoe_ext[demo]'"
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for Python's error and for torch's texts."""
+    texts = ("can't allocate memory", "CUDA out of memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
 class Commands(typer.core.TyperGroup):

@@ -1,6 +1,7 @@
 """Arguments and options that several commands share."""
 
 import enum
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,7 @@ ModelArgument = Annotated[
 ]
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]
 OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace OUT if it exists and is not empty.")
+    bool, typer.Option("--overwrite", help="Replace the model or run in OUT; its other files stay.")
 ]
 DataOption = Annotated[
     Path | None,
@@ -29,10 +30,27 @@ DataOption = Annotated[
 WindowOption = Annotated[
     int, typer.Option("--window", min=2, help="Tokens in a window; windows never overlap.")
 ]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+SeedOption = Annotated[
+    int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of everything random.")
+]
+
+
+def finite(value: float | None) -> float | None:
+    """A callback for options: nan is within every range, and inf often."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
+
 TargetOption = Annotated[
     float,
-    typer.Option("--target-active", min=0.01, max=1.0, help="Share of the FFN to use per token."),
+    typer.Option(
+        "--target-active",
+        min=0.01,
+        max=1.0,
+        callback=finite,
+        help="Share of the FFN to use per token.",
+    ),
 ]
 
 
@@ -80,7 +98,7 @@ def numbers(text: str | None, kind: type, option: str) -> list:
     if not text:
         return []
     try:
-        return [kind(part) for part in text.split(",")]
+        return [kind(finite(float(part)) if kind is float else part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(
             f"{text!r} is not a list like 0.3,0.5", param_hint=option

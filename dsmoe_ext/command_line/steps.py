@@ -1,5 +1,6 @@
 """The steps that the commands and the demo share: calibrate, evaluate over thresholds, generate."""
 
+import math
 import sys
 from contextlib import nullcontext
 
@@ -7,7 +8,7 @@ import torch
 from rich.table import Table
 
 from ..errors import UserError
-from ..training.data import TextWindows
+from ..training.data import TextWindows, check_tokens
 from ..training.evaluate import Evaluation, evaluate, ffn_layers
 from ..training.measure import (
     active_parameters,
@@ -17,6 +18,8 @@ from ..training.measure import (
     threshold,
 )
 from . import console
+
+_DECODER_CONTEXT = 8  # tokens of the prompt that are decoded with the new ones
 
 
 def calibrate_on(model, windows: TextWindows, *, tokens: int, **options):
@@ -60,7 +63,8 @@ def evaluation_rows(
         rows.append(
             {
                 "threshold": value,
-                "perplexity": result.perplexity,
+                "perplexity": result.perplexity if math.isfinite(result.perplexity) else None,
+                "loss": result.loss,
                 "predicted_tokens": result.num_tokens,
                 "active_ffn": result.active,
                 "active_parameters": active_parameters(model, layers),
@@ -86,7 +90,7 @@ def print_evaluations(rows: list[dict], per_layer: bool = False) -> None:
         name = "as saved" if row["threshold"] is None else f"{row['threshold']:g}"
         table.add_row(
             name,
-            f"{row['perplexity']:.3f}",
+            "inf" if row["perplexity"] is None else f"{row['perplexity']:.3f}",
             f"{row['active_ffn']:.1%}",
             f"{row['active_parameters']:.1%}",
             f"{row['tokens_per_second']:,.0f}",
@@ -108,13 +112,33 @@ def prompt_ids(tokenizer, text: str, chat: bool) -> torch.Tensor:
     if chat:
         if not tokenizer.chat_template:
             raise UserError("--chat needs a model with a chat template; this one has none")
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-        )
-    ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
+        try:
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # what a template raises is up to it
+            raise UserError(f"the model's chat template could not be applied: {error}") from error
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not chat:
+        ids = _with_front(tokenizer(text)["input_ids"], ids, tokenizer.eos_token_id)
     if not ids:
         raise UserError("the prompt is empty")
     return torch.tensor([ids])
+
+
+def _with_front(whole: list[int], plain: list[int], eos: int | None) -> list[int]:
+    """The tokens of a text with those that its tokenizer puts in front, without those behind:
+    a prompt that ends with EOS has nothing to go on from."""
+    for first in range(len(whole) - len(plain) + 1):
+        if plain and whole[first : first + len(plain)] == plain:
+            return whole[: first + len(plain)]
+    return whole[:-1] if not plain and whole and whole[-1] == eos else whole
+
+
+def _print(text: str) -> None:
+    """At once, with ? for what the terminal's encoding lacks."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, errors="replace").decode(encoding), end="", flush=True)
 
 
 def generate_text(
@@ -129,26 +153,28 @@ def generate_text(
 ) -> None:
     """Prints prompt and continuation as they come, and the speed on stderr."""
     ids = prompt_ids(tokenizer, text, chat)
+    check_tokens(model, tokenizer, ids)
     if threshold_value is not None and not ffn_layers(model):
         raise UserError("--threshold needs a converted model; this one is dense")
     ready_for_inference(model)
-    shown, new = "", []
+    # A decoder drops the space before the first token of a text: it needs some tokens before.
+    tokens = [] if chat else ids[0, -_DECODER_CONTEXT:].tolist()
+    shown = tokenizer.decode(tokens, skip_special_tokens=True)
 
     def show(token: int) -> None:
         """Prints what is certain: a token may end within a character, shown as U+FFFD."""
         nonlocal shown
-        new.append(token)
-        whole = tokenizer.decode(new, skip_special_tokens=True)
+        tokens.append(token)
+        whole = tokenizer.decode(tokens, skip_special_tokens=True)
         if not whole.endswith("\ufffd"):
-            print(whole[len(shown) :], end="", flush=True)
+            _print(whole[len(shown) :])
             shown = whole
 
     if not chat:
-        print(text, end="", flush=True)
+        _print(text)
     with nullcontext() if threshold_value is None else threshold(model, threshold_value):
         result = generate(model, ids, max_new_tokens, on_token=show, **sampling)
-    print(tokenizer.decode(new, skip_special_tokens=True)[len(shown) :])
-    sys.stdout.flush()
+    _print(tokenizer.decode(tokens, skip_special_tokens=True)[len(shown) :] + "\n")
     console.say(
         f"{len(result.ids)} tokens, {result.tokens_per_second:.1f} tokens/s "
         f"(prompt of {ids.shape[1]} in {result.prefill_seconds:.2f} s)"

@@ -16,6 +16,7 @@ from .options import (
     Ste,
     TargetOption,
     WindowOption,
+    finite,
 )
 
 
@@ -27,14 +28,26 @@ def train(
     batch_size: Annotated[int, typer.Option(min=1, help="Windows in a micro-batch.")] = 1,
     accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches in a step.")] = 1,
     window: WindowOption = 512,
-    lr: Annotated[float, typer.Option(min=0, help="Learning rate of the weights.")] = 2e-5,
-    router_lr: Annotated[float, typer.Option(min=0, help="Learning rate of the routers.")] = 1e-3,
-    weight_decay: Annotated[float, typer.Option(min=0, help="AdamW's, of the weights.")] = 0.0,
-    clip: Annotated[float, typer.Option(min=0, help="Largest norm of the gradient.")] = 1.0,
+    lr: Annotated[
+        float, typer.Option(callback=finite, min=0, help="Learning rate of the weights.")
+    ] = 2e-5,
+    router_lr: Annotated[
+        float, typer.Option(callback=finite, min=0, help="Learning rate of the routers.")
+    ] = 1e-3,
+    weight_decay: Annotated[
+        float, typer.Option(callback=finite, min=0, help="AdamW's, of the weights.")
+    ] = 0.0,
+    clip: Annotated[
+        float,
+        typer.Option(callback=finite, min=0, help="Largest norm of the gradient; 0: no limit."),
+    ] = 1.0,
     target_active: Annotated[
         float | None,
         typer.Option(
-            min=0.01, max=1.0, help="Share of the FFN to hold (default: the model's own)."
+            callback=finite,
+            min=0.01,
+            max=1.0,
+            help="Share of the FFN to hold (default: the model's own).",
         ),
     ] = None,
     teacher: Annotated[
@@ -42,7 +55,8 @@ def train(
         typer.Option(metavar="MODEL", help="A dense model of the same vocabulary to learn from."),
     ] = None,
     distill: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of the teacher in the loss.")
+        float,
+        typer.Option(callback=finite, min=0.0, max=1.0, help="Share of the teacher in the loss."),
     ] = 0.5,
     ste: Annotated[
         Ste | None,
@@ -54,6 +68,7 @@ def train(
     sparsity_weight: Annotated[
         float | None,
         typer.Option(
+            callback=finite,
             min=0.0,
             help="Weight of the sparsity loss (default: 0 if a target is held, else the model's).",
         ),
@@ -121,7 +136,8 @@ def demo(
     data: DataOption = None,
     target_active: TargetOption = 0.5,
     threshold: Annotated[
-        float | None, typer.Option(help="Also evaluate with every threshold at this.")
+        float | None,
+        typer.Option(callback=finite, help="Also evaluate with every threshold at this."),
     ] = None,
     steps: Annotated[int, typer.Option(min=0, help="Steps of fine-tuning.")] = 80,
     compare: Annotated[

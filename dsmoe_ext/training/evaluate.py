@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ..errors import UserError
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -104,6 +106,11 @@ def evaluate(
     seconds = time.perf_counter() - start
     active = activity_since(model, seen)
     loss = total / max(count, 1)
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the model's loss is {loss}: its weights hold numbers that are not finite, or it "
+            "overflows in this dtype (try --dtype fp32)"
+        )
     return Evaluation(
         perplexity=math.exp(loss) if loss < 700 else math.inf,
         loss=loss,

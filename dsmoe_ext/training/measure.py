@@ -83,6 +83,27 @@ class _Clock:
         pass
 
 
+@contextlib.contextmanager
+def _own_generation_config(model) -> Iterator[None]:
+    """generate() as it is called: of the model's own settings only its special tokens count.
+
+    generate() fills all that a call leaves open from them: beams, penalties, stop strings, caches.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    pad = own.pad_token_id
+    model.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id,
+        eos_token_id=own.eos_token_id,
+        pad_token_id=0 if pad is None else pad,
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 @torch.no_grad()
 def generate(
     model,
@@ -101,14 +122,13 @@ def generate(
     model.eval()
     ids = ids.to(next(model.parameters()).device)
     clock = _Clock(ids.shape[1], on_token)
-    options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    options = {"do_sample": False}
     if temperature > 0:
         torch.manual_seed(seed)
-        options |= {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    pad = model.generation_config.pad_token_id
+        options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     start = time.perf_counter()
     try:
-        with autocast(ids.device, bf16):
+        with autocast(ids.device, bf16), _own_generation_config(model):
             output = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -116,7 +136,6 @@ def generate(
                 min_new_tokens=min_new_tokens,
                 use_cache=True,
                 streamer=clock,
-                pad_token_id=0 if pad is None else pad,
                 **options,
             )
     finally:
