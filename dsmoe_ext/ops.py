@@ -89,7 +89,8 @@ def route(
 
     Args:
         logits: [T,R]; computed in float32 whatever the dtype, float64 stays.
-        threshold: one number: tau of "threshold", the probability mass of "top_p".
+        threshold: one number: tau of "threshold", the probability mass of "top_p". It gets no
+            gradient, and a tensor that wants one is refused.
         expert_offsets: int32 [E+1]; E - R shared experts come first and always have gate 1.
         method: "threshold" (DSMoE, arXiv 2502.12455: sigmoid, active iff score > tau),
             "top_p" (XMoE, 2403.18926: softmax, active while the mass ranked before is below t),
@@ -108,6 +109,11 @@ def route(
     if logits.dtype != torch.float64:
         logits = logits.float()
     if isinstance(threshold, Tensor):
+        if threshold.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "route has no gradient for its threshold (the mask jumps there): detach it, and "
+                "move it by a rule such as ThresholdController."
+            )
         threshold = threshold.to(logits.device, torch.float32)
     else:  # filled on the device: a copy from the host would wait for it
         threshold = torch.full((), threshold, dtype=torch.float32, device=logits.device)

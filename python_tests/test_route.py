@@ -107,6 +107,16 @@ def test_no_second_derivative():
         torch.autograd.grad(gates.sum(), logits, create_graph=True)
 
 
+def test_a_threshold_that_wants_a_gradient():
+    offsets = offsets_of([2, 2])
+    threshold = torch.tensor(0.5, requires_grad=True)
+    with pytest.raises(ValueError, match="no gradient for its threshold"):
+        dsmoe_ext.route(torch.zeros(3, 2), threshold, offsets)
+    with torch.no_grad():
+        dsmoe_ext.route(torch.zeros(3, 2), threshold, offsets)
+    dsmoe_ext.route(torch.zeros(3, 2), threshold.detach(), offsets)
+
+
 @pytest.mark.parametrize("method", reference.METHODS)
 def test_nan_logits_show_in_the_gates(method):
     logits = torch.tensor([[float("nan"), 1.0, -1.0], [2.0, 1.0, -1.0]])
