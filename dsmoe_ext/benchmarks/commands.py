@@ -124,6 +124,7 @@ def model(
     wanted = tasks.split(",")
     if layout not in LAYOUTS or not set(wanted) <= {"decode", "prefill", "train"}:
         raise UserError(f"layout is one of {', '.join(LAYOUTS)}; tasks of decode, prefill, train")
+    report.prepare_folder(out, "model.json")
     if threads:
         torch.set_num_threads(threads)
     machine = measure_machine()
@@ -136,7 +137,6 @@ def model(
         rows = list(measure(dense, sparse, wanted, tokens, budget))
     console.print(report.model_table(f"{shape}, {dtype}, {layout} experts", rows))
     if out:
-        out.mkdir(parents=True, exist_ok=True)
         setting = {"shape": shape, "layout": layout, "dtype": dtype, "ste": ste}
         report.save_json(out / "model.json", machine, [setting | asdict(row) for row in rows])
 
@@ -258,6 +258,7 @@ def _run(
 
     kinds = _dtypes(dtypes)
     hidden_size, sizes = _sizes(shape, experts, expert_sizes)
+    report.prepare_folder(out, *(f"{kind}_{name}.json" for name in dtypes.split(",")))
     if threads:
         torch.set_num_threads(threads)
     machine = measure_machine()
@@ -277,7 +278,6 @@ def _run(
             report.table(f"{kind}, {name}, H {hidden_size}, experts {_layout(sizes)}", rows)
         )
         if out:
-            out.mkdir(parents=True, exist_ok=True)
             records = [row.record() for row in rows]
             report.save_json(out / f"{kind}_{name}.json", machine, records)
             report.save_plot(out / f"{kind}_{name}.png", machine, rows)

@@ -12,6 +12,8 @@ from dsmoe_ext.benchmarks.machine import Machine
 from dsmoe_ext.benchmarks.model import ModelRow
 from dsmoe_ext.benchmarks.replay import Call
 from dsmoe_ext.benchmarks.timing import Timing
+from dsmoe_ext.errors import UserError
+from dsmoe_ext.files import atomic_file, json_text
 
 COLUMNS = ("T", "active", "method", "ms", "median", "90 %", "TFLOP/s", "GB/s", "roof", "/dense")
 COLORS = {
@@ -80,10 +82,29 @@ def model_table(title: str, rows: list[ModelRow]) -> Table:
     return out
 
 
+def prepare_folder(folder: Path | None, *names: str) -> None:
+    """Before the timing: the folder of --out is there, and the files `names` in it are ours."""
+    if folder is None:
+        return
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give a folder with --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (folder / name for name in names):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except ValueError:
+            content = None
+        if not isinstance(content, dict) or content.keys() != {"machine", "rows"}:
+            raise UserError(f"{path} is no benchmark's; choose another folder with --out")
+
+
 def save_json(path: Path, machine: Machine, records: list[dict]) -> None:
     """Everything measured, for later comparison."""
     content = {"machine": asdict(machine), "rows": records}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    with atomic_file(path) as partial:
+        partial.write_text(json_text(content, indent=1) + "\n")
 
 
 def save_plot(path: Path, machine: Machine, rows: list[Row]) -> None:
