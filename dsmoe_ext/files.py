@@ -15,6 +15,8 @@ import contextlib
 import errno
 import fcntl
 import glob
+import json
+import math
 import os
 import shutil
 import zlib
@@ -303,6 +305,19 @@ def atomic_file(target: str | Path) -> Iterator[Path]:
         os.replace(partial, place)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def json_text(value, indent: int | None = None) -> str:
+    """JSON that every reader takes: numbers that are not finite become null."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(entry) for key, entry in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(entry) for entry in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(value), indent=indent, allow_nan=False)
 
 
 # ------------------------------------------------------------------------------ disks

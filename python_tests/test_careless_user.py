@@ -59,6 +59,23 @@ def change_weights(folder, change):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
+# ------------------------------------------------------------------------------ files of others
+
+
+@pytest.mark.parametrize("command", ["convert", "calibrate", "merge", "train"])
+def test_what_is_read_is_never_lost(tiny, text, command):
+    """OUT holds the model and the text, or is the model; the same through a link."""
+    home = tiny.parent
+    (home / "link").symlink_to(home)
+    before = {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
+    data = () if command in ("convert", "merge") else ("--data", text)
+    for out in (home, tiny, home / "link", home / "link/tiny"):
+        assert "which is read" in fails(command, tiny, out, *data, "--overwrite")
+    for source in data[1:]:
+        assert "holds" in fails(command, "no such model", home, "--data", source, "--overwrite")
+    assert before == {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
+
+
 # ------------------------------------------------------------------------------ what a model lacks
 
 

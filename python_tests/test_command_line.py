@@ -51,7 +51,6 @@ def shared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared")
     save_tiny_llama(folder / "dense")
     (folder / "text.txt").write_text(builtin_text()[:12000])
-    (folder / "other.txt").write_text(builtin_text()[12000:24000])
     run("convert", folder / "dense", folder / "sparse", "--experts", 4)
     return folder
 
@@ -183,10 +182,8 @@ def test_train_and_train_again(shared, tmp_path):
     assert again.exit_code == 0 and "nothing to do" in again.stderr
     longer = (*options, "--steps", 9, "--resume")
     assert "finished run of 6 steps" in fails("train", shared / "sparse", out, *longer)
-    for changed in (("--lr", 1e-2), ("--window", 64), ("--data", shared / "other.txt")):
-        name = changed[0].strip("-")
-        other = fails("train", shared / "sparse", out, *options, *changed, "--resume")
-        assert f"another {name}" in other
+    other = (*options, "--window", 64, "--resume")
+    assert "another window" in fails("train", shared / "sparse", out, *other)
     assert "which is read" in fails("train", out, out, *options, "--overwrite")
     missing = ("--data", "missing.txt", "--overwrite")
     assert "missing.txt" in fails("train", shared / "sparse", out, *missing)
@@ -283,12 +280,6 @@ def test_outputs_that_cannot_be(shared, tmp_path, monkeypatch):
     for command in ("convert", "calibrate", "merge", "train"):
         assert "which is read" in fails(command, taken / "model", taken, "--overwrite")
     assert (taken / "model" / "config.json").exists()
-    for command in ("calibrate", "train"):
-        text = taken / "text.txt"
-        text.write_text("my own words " * 3000)
-        options = ("--data", text, "--overwrite", "--window", 64)
-        assert "which is read" in fails(command, shared / "dense", taken, *options)
-        text.unlink()
     run("convert", shared / "dense", taken, "--experts", 4, "--overwrite")
     assert (taken / "mine").read_text() == "precious" and (taken / "config.json").exists()
     assert (taken / "model" / "config.json").exists()

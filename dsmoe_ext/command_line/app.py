@@ -1,6 +1,5 @@
 """The command line `dsmoe`. Heavy imports stand inside the commands, so that --help is quick."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -248,7 +247,9 @@ def evaluate_command(
         loaded, ids[: limit or None], values, batch_size=batch_size, context=windows.num_context
     )
     if as_json:
-        print(json.dumps(rows, indent=1, allow_nan=False))
+        from ..files import json_text
+
+        print(json_text(rows, indent=1))
     else:
         print_evaluations(rows, per_layer)
 
@@ -337,5 +338,6 @@ _add_benchmarks()
 
 def main() -> None:
     """Entry point of the command."""
+    console.prepare_streams()
     console.stop_on_terminate()
     app(prog_name="dsmoe")

@@ -5,8 +5,10 @@ it is one line when it is done.
 """
 
 import contextlib
+import io
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -173,6 +175,12 @@ def expect(*kinds: type[Exception]) -> Iterator[None]:
         if is_out_of_space(error):
             raise
         raise UserError(str(error)) from error
+
+
+def prepare_streams() -> None:
+    """A terminal whose encoding lacks a letter, or a path that is no text, gets a ? for it."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def stop_on_terminate() -> None:

@@ -1,7 +1,5 @@
 """The steps that the commands and the demo share: calibrate, evaluate over thresholds, generate."""
 
-import math
-import sys
 from contextlib import nullcontext
 
 import torch
@@ -63,7 +61,7 @@ def evaluation_rows(
         rows.append(
             {
                 "threshold": value,
-                "perplexity": result.perplexity if math.isfinite(result.perplexity) else None,
+                "perplexity": result.perplexity,
                 "loss": result.loss,
                 "predicted_tokens": result.num_tokens,
                 "active_ffn": result.active,
@@ -90,7 +88,7 @@ def print_evaluations(rows: list[dict], per_layer: bool = False) -> None:
         name = "as saved" if row["threshold"] is None else f"{row['threshold']:g}"
         table.add_row(
             name,
-            "inf" if row["perplexity"] is None else f"{row['perplexity']:.3f}",
+            f"{row['perplexity']:.3f}",
             f"{row['active_ffn']:.1%}",
             f"{row['active_parameters']:.1%}",
             f"{row['tokens_per_second']:,.0f}",
@@ -135,10 +133,17 @@ def _with_front(whole: list[int], plain: list[int], eos: int | None) -> list[int
     return whole[:-1] if not plain and whole and whole[-1] == eos else whole
 
 
-def _print(text: str) -> None:
-    """At once, with ? for what the terminal's encoding lacks."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, errors="replace").decode(encoding), end="", flush=True)
+def text_after(tokenizer, prompt: torch.Tensor | None, new: list[int]) -> str:
+    """What token ids say behind a prompt, ids [1,L], or, without one, as a text of their own.
+
+    Decoders drop the space before the first word of a text: they need some tokens of the prompt.
+    """
+    before = [] if prompt is None else prompt[0, -_DECODER_CONTEXT:].tolist()
+    start = tokenizer.decode(before, skip_special_tokens=True)
+    whole = tokenizer.decode(before + list(new), skip_special_tokens=True)
+    if whole.startswith(start):
+        return whole[len(start) :]
+    return tokenizer.decode(new, skip_special_tokens=True)
 
 
 def generate_text(
@@ -157,24 +162,22 @@ def generate_text(
     if threshold_value is not None and not ffn_layers(model):
         raise UserError("--threshold needs a converted model; this one is dense")
     ready_for_inference(model)
-    # A decoder drops the space before the first token of a text: it needs some tokens before.
-    tokens = [] if chat else ids[0, -_DECODER_CONTEXT:].tolist()
-    shown = tokenizer.decode(tokens, skip_special_tokens=True)
+    before, new, shown = None if chat else ids, [], ""
 
     def show(token: int) -> None:
         """Prints what is certain: a token may end within a character, shown as U+FFFD."""
         nonlocal shown
-        tokens.append(token)
-        whole = tokenizer.decode(tokens, skip_special_tokens=True)
+        new.append(token)
+        whole = text_after(tokenizer, before, new)
         if not whole.endswith("\ufffd"):
-            _print(whole[len(shown) :])
+            print(whole[len(shown) :], end="", flush=True)
             shown = whole
 
     if not chat:
-        _print(text)
+        print(text, end="", flush=True)
     with nullcontext() if threshold_value is None else threshold(model, threshold_value):
         result = generate(model, ids, max_new_tokens, on_token=show, **sampling)
-    _print(tokenizer.decode(tokens, skip_special_tokens=True)[len(shown) :] + "\n")
+    print(text_after(tokenizer, before, new)[len(shown) :], flush=True)
     console.say(
         f"{len(result.ids)} tokens, {result.tokens_per_second:.1f} tokens/s "
         f"(prompt of {ids.shape[1]} in {result.prefill_seconds:.2f} s)"

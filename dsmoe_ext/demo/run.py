@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from ..command_line import console
-from ..command_line.steps import calibrate_on, evaluate_with_bar
+from ..command_line.steps import calibrate_on, evaluate_with_bar, prompt_ids, text_after
 from ..errors import UserError
-from ..files import DEMO_FILES, atomic_directory, directory_size
+from ..files import DEMO_FILES, atomic_directory, directory_size, json_text
 from ..loading import load_model, model_bytes, need_tokenizer, quiet_transformers
 from ..training.command import describe
 from ..training.data import read_text, second_domain_text, windows_of
@@ -128,7 +128,7 @@ def run_demo(settings: DemoSettings) -> dict:
         report["peak_memory_gb"] = peak_memory_gb()
         with console.stage("Drawing report.png"):
             draw_report(report, folder / "report.png")
-        (folder / "report.json").write_text(json.dumps(report, indent=1))
+        (folder / "report.json").write_text(json_text(report, indent=1))
     print_report(report, out)
     return report
 
@@ -197,12 +197,13 @@ def _run(demo: Demo, dense, folder: Path) -> dict:
 
 def prompt(tokenizer) -> torch.Tensor:
     """The demo's prompt, ids [1,L]."""
-    return torch.tensor([tokenizer(PROMPT)["input_ids"]])
+    return prompt_ids(tokenizer, PROMPT, chat=False)
 
 
 def continuation(tokenizer, model) -> str:
     """32 greedy tokens after the prompt."""
-    return tokenizer.decode(generate(model, prompt(tokenizer), 32).ids, skip_special_tokens=True)
+    ids = prompt(tokenizer)
+    return text_after(tokenizer, ids, generate(model, ids, 32).ids)
 
 
 def _save_and_reload(demo: Demo, model, folder: Path):
@@ -216,7 +217,7 @@ def _save_and_reload(demo: Demo, model, folder: Path):
         after = generate(reloaded, ids, 32)
     if before.ids != after.ids:
         raise UserError("the saved model does not generate the same tokens after loading")
-    return reloaded, tokenizer.decode(after.ids, skip_special_tokens=True)
+    return reloaded, text_after(tokenizer, ids, after.ids)
 
 
 def peak_memory_gb() -> float | None:

@@ -14,6 +14,7 @@ from ..files import (
     check_space,
     filled_directory,
     held,
+    json_text,
     made_directory,
     remove_owned,
 )
@@ -103,7 +104,7 @@ def _train_into(
     if first:
         console.say(f"resuming after step {first}")
     with atomic_file(place / "run.json") as partial:
-        partial.write_text(json.dumps(checks, indent=1))
+        partial.write_text(json_text(checks, indent=1))
     try:
         with console.progress("Training", settings.steps - first, "steps") as advance:
             fine_tune(

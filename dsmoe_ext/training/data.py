@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ..command_line.console import say
 from ..errors import UserError
 
 HELD_OUT_EVERY = 10
@@ -99,6 +100,9 @@ def windows_of(tokenizer, text: str, length: int = 512, model=None) -> TextWindo
     ids, bos = tokenize(tokenizer, text)
     if model is not None:
         check_tokens(model, tokenizer, ids)
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and length > limit:
+            say(f"note: windows of {length} tokens are longer than the model's {limit} positions")
     return split_windows(ids, length, bos)
 
 

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from ..files import atomic_file
+from ..files import atomic_file, json_text
 
 
 class TrainingLog:
@@ -21,7 +21,7 @@ class TrainingLog:
         if resume_step:
             self.rows = [row for row in read_log(path) if row["step"] <= resume_step]
         with atomic_file(path) as partial:
-            partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            partial.write_text("".join(json_text(row) + "\n" for row in self.rows))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         if tensorboard:
             self._writer = _tensorboard_writer(run_dir / "tensorboard", resume_step)
@@ -30,7 +30,7 @@ class TrainingLog:
         """One step; numbers go to TensorBoard under their names, lists as one curve per layer."""
         self.rows.append(row)
         if self._file:
-            self._file.write(json.dumps(row) + "\n")
+            self._file.write(json_text(row) + "\n")
             self._file.flush()
         if self._writer:
             for name, value in row.items():
