@@ -58,7 +58,7 @@ def check_output(target: str | Path, overwrite: bool = False, *reads: str | Path
     """The folder that `target` stands for, links followed; an error where it could not be written
     at the end, holds something and may not, or overlaps with one of the paths that are read."""
     try:
-        place = Path(target).resolve()
+        place = Path(target).expanduser().resolve()
     except (OSError, RuntimeError) as error:
         raise UserError(f"{target} cannot be followed to a folder ({error})") from None
     for source in reads:
@@ -85,7 +85,7 @@ def _entries(folder: Path) -> list[str]:
 
 
 def _check_apart(target: str | Path, place: Path, source: str | Path | None) -> None:
-    if source is None or not (read := Path(source).expanduser()).exists():
+    if not source or not (read := Path(source).expanduser()).exists():
         return  # the name of a model in a hub, or an error that its reader words
     # The files of a folder may be links to others (a hub's cache is made of them).
     links = [path for path in read.iterdir() if path.is_symlink()] if read.is_dir() else []

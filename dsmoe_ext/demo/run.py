@@ -113,7 +113,7 @@ def run_demo(settings: DemoSettings) -> dict:
     from .report import draw_report, print_report
 
     start = time.perf_counter()
-    out = settings.out
+    out = settings.out.expanduser()
     ours = _is_demo(out)
     if not ours and out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not empty and no demo wrote it; choose another with --out")

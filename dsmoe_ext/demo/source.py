@@ -48,6 +48,8 @@ def cache_dir() -> Path:
 
 def resolve_model(model: str) -> Path:
     """The local folder of a model named on the command line."""
+    if not model.strip():
+        raise UserError("the name of the model is empty")
     path = Path(model).expanduser()
     if path.exists():
         return from_gguf(path) if path.suffix.lower() == ".gguf" and path.is_file() else path

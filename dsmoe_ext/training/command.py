@@ -41,7 +41,7 @@ def run_training(
     overwrite: bool = False,
 ) -> None:
     """Trains `model` on `data` into `out`; what it leaves after a kill is whole and resumable."""
-    _check_run(out, settings, resume, overwrite)
+    _check_run(out.expanduser(), settings, resume, overwrite)
     place = check_output(out, overwrite or resume, model, teacher, data)
     with made_directory(place), held(place, out):
         if _train_into(

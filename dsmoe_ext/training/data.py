@@ -110,7 +110,7 @@ def read_text(path: str | Path | None) -> str:
     """The text of a file, of all .txt/.md/.rst files below a directory, or the built-in English."""
     if path is None:
         return builtin_text()
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir():
         kinds = (".txt", ".md", ".rst")
         files = sorted(f for f in path.rglob("*") if f.suffix in kinds and f.is_file())
