@@ -210,6 +210,7 @@ class UnpackedColumns {
   // The rows of these steps, all of one matrix.
   Lines lines(const Piece& p, int64_t step_begin, int64_t step_end) const {
     const Section<T>& s = p.section;
+    if (step_begin >= step_end) return {};
     if (s.codes) {
       const QuantizedPanels& b = s.code_panels;
       const int64_t first = code_block(s, step_begin), last = code_block(s, step_end);
