@@ -1,7 +1,7 @@
-"""Dense LLaMA models made sparse: kernels, routing, conversion, calibration and training.
+"""Dense language models made sparse: kernels, routing, conversion, calibration and training.
 
 import dsmoe_ext
-model = dsmoe_ext.convert_llama("path/to/llama", num_experts=8)
+model = dsmoe_ext.sparsify("path/to/model", num_experts=8)
 """
 
 import importlib
@@ -17,11 +17,11 @@ if importlib.util.find_spec("dsmoe_ext._C") is None:
         "run `pip install .` beside it, then start Python in another directory."
     )
 
-from dsmoe_ext.models.auto import install as _install_auto_classes
+from dsmoe_ext.models.install import install as _install_in_transformers
 
 __version__ = version("dsmoe_ext")
 
-_install_auto_classes()
+_install_in_transformers()
 
 # `dsmoe --help` shall not wait two seconds for torch: under that command the ops are lazy, too.
 if TYPE_CHECKING or Path(sys.argv[0] if sys.argv else "").name != "dsmoe":
@@ -35,17 +35,21 @@ _LAZY = {
     **dict.fromkeys(__all__, "ops"),
     "calibrate": "calibration",
     "DSMoEFFN": "ffn",
-    "set_threshold": "ffn",
-    "active_fraction": "statistics",
+    "pack": "layers",
+    "set_threshold": "layers",
+    "active_fraction": "layers",
     "LambdaController": "losses",
     "ThresholdController": "losses",
     "balance_loss": "balance",
     "sparsity_loss": "losses",
+    "add_sparsity_loss": "sparsity",
+    "sparsify": "convert",
+    "merge": "convert",
     "convert_llama": "convert",
     "merge_to_llama": "convert",
-    "DSMoELlamaConfig": "models",
-    "DSMoELlamaForCausalLM": "models",
-    "DSMoELlamaModel": "models",
+    "DSMoELlamaConfig": "models.legacy",
+    "DSMoELlamaForCausalLM": "models.legacy",
+    "DSMoELlamaModel": "models.legacy",
 }
 
 __all__ += [name for name in _LAZY if name not in __all__]

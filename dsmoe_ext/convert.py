@@ -1,90 +1,94 @@
-"""Dense LLaMA <-> DSMoELlama: the same neurons, cut into experts, and back again."""
+"""Dense <-> sparse: the same neurons of any model, cut into experts, and back again."""
 
 import copy
 from pathlib import Path
 
 import torch
-from torch import nn
-
-from dsmoe_ext.ffn import DSMoEFFN
 
 
-def convert_llama(model, num_experts: int = 8, *, permutations=None, dtype=None, **options):
-    """A DSMoELlamaForCausalLM from a dense LLaMA, computing the same function at first.
+def sparsify(model, num_experts: int = 8, *, permutations=None, dtype=None, **options):
+    """A sparse model of a dense one, of the same class, computing the same function at first.
 
     Args:
-        model: a transformers LlamaForCausalLM, or the folder or hub id of one. A model's weights
-            are used, not copied, except down_proj, which is stored transposed. The dense model
-            stays usable, but training one, or moving or casting it by `.to`, changes the other:
-            deepcopy it where that matters.
+        model: a transformers model with gated MLPs, or the folder or hub id of one. Weights are
+            shared with it, not copied, but for permuted MLPs. The dense model stays usable, but
+            training one, or moving or casting it by `.to`, changes the other: deepcopy it where
+            that matters. Of a vision-language model the language model becomes sparse.
         num_experts: routed experts of equal size; or expert_sizes among the options.
-        permutations: per layer, the order of the neurons [I] (partition.py); None: LLaMA's.
+        permutations: per layer, the order of the neurons [I] (partition.py); None: the model's.
         dtype: of a model that is loaded from a folder; None: as stored.
-        options: the fields of DSMoELlamaConfig: expert_sizes, shared_size, threshold, method,
-            gates, ste, ... With router_init="paper" the function is not the same.
-    """
-    from transformers import LlamaForCausalLM
+        options: of the FFNs (see DSMoEFFN): expert_sizes, shared_size, threshold, method, gates,
+            ste, ...; seed, sparsity_weight, target_active. With router_init="paper" the function is
+            not the same.
 
-    from dsmoe_ext.models.configuration import DSMoELlamaConfig
-    from dsmoe_ext.models.modeling import DSMoELlamaForCausalLM
+    What is found in a model that does not fit (no gated MLP, biases, another activation, something
+    else inside) stands in the error.
+    """
+    from transformers import PreTrainedModel
+
+    from dsmoe_ext.gated_mlp import Unsuitable, describe, probe
+    from dsmoe_ext.layers import find_ffns
+    from dsmoe_ext.models.adopt import gated_mlps, replace_mlps, text_model
 
     if isinstance(model, str | Path):
-        model = load_llama(model, dtype)
-    if isinstance(model, DSMoELlamaForCausalLM):
-        raise TypeError("the model is already converted; merge_to_llama gives the dense model back")
-    if not isinstance(model, LlamaForCausalLM):
-        raise TypeError(
-            f"{type(model).__name__} is no LlamaForCausalLM, and only those can be converted"
+        model = load_dense(model, dtype)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"{type(model).__name__} is no transformers model")
+    if find_ffns(model):
+        raise TypeError("the model is already sparse; dsmoe_ext.merge gives the dense model back")
+    mlps = gated_mlps(text_model(model))
+    if not mlps:
+        raise Unsuitable(
+            f"{type(model).__name__} has no gated MLP (gate_proj, up_proj, down_proj) in its layers"
         )
-    if unknown := sorted(set(options) - DSMoELlamaConfig.own_fields()):
-        fields = ", ".join(sorted(DSMoELlamaConfig.own_fields()))
-        raise TypeError(f"convert_llama has no option {unknown[0]!r}; it has {fields}")
-    dense = model
-    config = DSMoELlamaConfig(**_config_fields(dense.config), num_experts=num_experts, **options)
-    num_layers = config.num_hidden_layers
-    if permutations is not None and len(permutations) != num_layers:
-        raise ValueError(f"permutations has {len(permutations)} entries for {num_layers} layers")
-
-    with torch.device("meta"):
-        sparse = DSMoELlamaForCausalLM(config)
-    _share(dense, sparse)
-    for index, (old, new) in enumerate(zip(dense.model.layers, sparse.model.layers, strict=True)):
-        order = None if permutations is None else permutations[index]
-        new.mlp = DSMoEFFN.from_llama_mlp(
-            old.mlp, permutation=order, seed=0, **_from_mlp_options(config)
-        )
-        new.mlp.set_seed(config.seed, index)
+    for mlp in mlps.values():
+        probe(mlp, describe(mlp))
+    sparse = _sharing_copy(model)
+    _forget_gguf(sparse)
+    part = text_model(sparse)
+    replace_mlps(part, {"num_experts": num_experts, **options}, permutations)
+    _connect_all(sparse, part.config)
     return sparse
 
 
-def merge_to_llama(model):
-    """The plain LlamaForCausalLM of a DSMoELlamaForCausalLM, neurons in LLaMA's order.
+def merge(model):
+    """The plain dense model of a sparse one, of the same class, neurons in the dense order.
 
-    Undoes convert_llama bit for bit. Routers and thresholds are left out: the result uses every
-    neuron for every token. Everything but the FFNs is shared with model.
+    Undoes sparsify bit for bit. Routers and thresholds are left out: the result uses every neuron
+    for every token. Everything but permuted FFNs is shared with model.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import PreTrainedModel
 
-    from dsmoe_ext.models.modeling import DSMoELlamaForCausalLM
+    from dsmoe_ext.ffn import DSMoEFFN
+    from dsmoe_ext.layers import find_ffns
+    from dsmoe_ext.models.adopt import disconnect
 
-    if not isinstance(model, DSMoELlamaForCausalLM):
-        raise TypeError(
-            f"{type(model).__name__} is no DSMoELlamaForCausalLM, so there is nothing to merge"
-        )
-    fields = _config_fields(model.config)
-    own = model.config.own_fields()
-    config = LlamaConfig(**{name: value for name, value in fields.items() if name not in own})
-    with torch.device("meta"):
-        dense = LlamaForCausalLM(config)
-    _share(model, dense)
-    for old, new in zip(model.model.layers, dense.model.layers, strict=True):
-        new.mlp = old.mlp.to_llama_mlp(config)
+    if not isinstance(model, PreTrainedModel) or not find_ffns(model):
+        raise TypeError(f"{type(model).__name__} has no sparse FFN, so there is nothing to merge")
+    dense = _sharing_copy(model)
+    for module in dense.modules():
+        if isinstance(module, PreTrainedModel):
+            disconnect(module)
+    with torch.device("meta"):  # its MLPs are of the right class
+        shell = type(dense)(copy.deepcopy(dense.config))
+    for name, ffn in list(dense.named_modules()):
+        if isinstance(ffn, DSMoEFFN):
+            mlp = shell.get_submodule(name)
+            for weight_name, weight in zip(ffn.names, ffn.dense_weights(), strict=True):
+                getattr(mlp, weight_name).weight = weight
+            dense.set_submodule(name, mlp.train(ffn.training))
     return dense
 
 
-def load_llama(path, dtype=None):
-    """The dense LlamaForCausalLM of a folder or hub id; one clear sentence if it is none."""
-    from transformers import AutoConfig, LlamaForCausalLM
+convert_llama, merge_to_llama = sparsify, merge  # names of version 0.1
+
+
+def load_dense(path, dtype=None):
+    """The dense model of a folder or hub id; one clear sentence if it is none."""
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from dsmoe_ext.models import KEY
 
     folder = Path(path)
     looks_like_a_path = folder.is_absolute() or str(path).startswith(".") or folder.exists()
@@ -96,33 +100,35 @@ def load_llama(path, dtype=None):
         config = AutoConfig.from_pretrained(path)
     except OSError as error:
         raise FileNotFoundError(f"{path} is neither a folder nor a reachable hub id") from error
-    if config.model_type != "llama":
-        raise ValueError(
-            f"{path} holds a {config.model_type} model, but only llama can be converted"
-        )
-    return LlamaForCausalLM.from_pretrained(path, dtype=dtype or "auto")
+    if getattr(config.get_text_config(decoder=True), KEY, None) is not None:
+        raise TypeError(f"{path} is already sparse; dsmoe_ext.merge gives the dense model back")
+    name = (config.architectures or [""])[0]
+    cls = getattr(transformers, name, AutoModelForCausalLM)
+    return cls.from_pretrained(path, dtype=dtype or "auto")
 
 
-def _config_fields(config) -> dict:
-    """What another LLaMA config takes over: not the class, nor how it was stored (GGUF)."""
-    dropped = ("model_type", "architectures", "transformers_version", "quantization_config")
-    fields = {name: value for name, value in config.to_dict().items() if name not in dropped}
-    fields["attn_implementation"] = config._attn_implementation
-    return fields
+def _sharing_copy(model):
+    """The model once more, with modules and configs of its own around the same tensors."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def _from_mlp_options(config) -> dict:
-    given = ("hidden_size", "intermediate_size")  # by the MLP
-    return {name: v for name, v in config.ffn_options().items() if name not in given}
+def _connect_all(model, config) -> None:
+    from transformers import PreTrainedModel
+
+    from dsmoe_ext.layers import find_ffns
+    from dsmoe_ext.models.adopt import connect
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and find_ffns(module):
+            connect(module, config)
 
 
-def _share(old: nn.Module, new: nn.Module) -> None:
-    """Gives new, built on the meta device, all parameters and buffers of old but those of MLPs."""
-    tensors = dict(old.named_parameters(remove_duplicate=False))  # tied ones under both names
-    tensors |= old.named_buffers(remove_duplicate=False)
-    for name, tensor in tensors.items():
-        module, _, leaf = name.rpartition(".")
-        if ".mlp." not in name:
-            setattr(new.get_submodule(module), leaf, tensor)
-    new.generation_config = copy.deepcopy(old.generation_config)
-    new.train(old.training)
+def _forget_gguf(model) -> None:
+    """What loading GGUF leaves behind keeps a model from being saved."""
+    found = getattr(model.config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    if str(getattr(found, "quant_method", method)).lower().endswith("gguf"):
+        del model.config.quantization_config
+        for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+            model.__dict__.pop(name, None)

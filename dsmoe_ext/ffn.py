@@ -1,6 +1,6 @@
-"""DSMoEFFN: a LLaMA FFN cut into experts that a router switches on and off for every token.
+"""DSMoEFFN: a gated FFN cut into experts that a router switches on and off for every token.
 
-    h = sum over experts e of gate_e * (silu(x Wgate_e) * (x Wup_e)) Wdown_e
+    h = sum over experts e of gate_e * (act(x Wgate_e) * (x Wup_e)) Wdown_e
 
 The experts are slices of one dense FFN: with every gate at 1 the sum is exactly that FFN. Three
 steps: router -> ops.route (scores, mask, gates) -> ops.sparse_ffn (only what the gates ask for).
@@ -8,27 +8,23 @@ steps: router -> ops.route (scores, mask, gates) -> ops.sparse_ffn (only what th
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
-from dsmoe_ext import ops
+from dsmoe_ext import ops, sparsity
+from dsmoe_ext.gated_mlp import SPLIT, describe
 from dsmoe_ext.layout import expert_layout
-from dsmoe_ext.llama_mlp import (
-    check_llama_mlp,
-    check_permutation,
-    llama_mlp_from_weights,
-    weights_from_llama_mlp,
-)
 from dsmoe_ext.ops import Routing
-from dsmoe_ext.reference import GATES, METHODS
+from dsmoe_ext.reference import ACTIVATIONS, GATES, METHODS
 from dsmoe_ext.routers import ROUTERS, LinearRouter, without_half_casts
 from dsmoe_ext.sampling import MIN_PROB, draw_weights, mix_key
 from dsmoe_ext.statistics import ActivityCounter
+from dsmoe_ext.weights import Weight, check_permutation, permuted
 
 STE_MODES = ("active", "exact", "sampled")
 ROUTER_INITS = ("dense", "paper")
-WEIGHTS = ("gate_proj", "up_proj", "down_proj_t")
 
 
 def check_choice(name: str, value: str, choices) -> None:
@@ -47,12 +43,12 @@ def dense_start(method: str, threshold: float, num_experts: int, top_k: int) -> 
 
 
 class DSMoEFFN(nn.Module):
-    """Drop-in for LLaMA's MLP: x [..., H] -> [..., H].
+    """Drop-in for a gated MLP: x [..., H] -> [..., H].
 
-    Parameters (of the model's dtype): gate_proj, up_proj, down_proj_t [I,H], expert after expert,
-    the shared one first; router.weight [R,H] and router.bias [R] (float32). Buffers:
-    expert_offsets int32 [E+1]; permutation int64 [I]: row i here is neuron permutation[i] of the
-    LLaMA MLP; threshold fp32 0-d; draw_counter int64 0-d.
+    Parameters (of the model's dtype), with the dense model's names and shapes: gate_proj.weight and
+    up_proj.weight [I,H], down_proj.weight [H,I], neurons expert after expert, the shared one first;
+    router.weight [R,H] and router.bias [R] (float32). Buffers: permutation int64 [I]: neuron i here
+    is neuron permutation[i] of the dense MLP; threshold fp32 0-d; draw_counter int64 0-d.
 
     num_experts   routed experts of equal size, or
     expert_sizes  their sizes (ints) or ratios (floats)
@@ -67,8 +63,12 @@ class DSMoEFFN(nn.Module):
     ste           what inactive pairs tell the router: "active" nothing, "exact" all (the paper),
                   "sampled" an unbiased part of it: each pair with probability sample_prob
     seed          of the draws of "sampled"; None: from torch's generator
-    weights       the three [I,H] tensors to use as they are, instead of random ones
+    activation    "silu", "gelu_tanh" or "gelu"
+    names         of the weights: (gate, up, down), or (gate and up in one [2I,H], down)
+    weights       tensors in these shapes to use as they are, instead of random ones
     """
+
+    _z3_leaf = True  # DeepSpeed's ZeRO-3 then gathers all weights of the module at once
 
     def __init__(
         self,
@@ -90,6 +90,8 @@ class DSMoEFFN(nn.Module):
         ste: str = "active",
         sample_prob: float = 0.25,
         seed: int | None = None,
+        activation: str = "silu",
+        names: Sequence[str] = SPLIT,
         weights: Sequence[Tensor] | None = None,
         device=None,
         dtype: torch.dtype | None = None,
@@ -100,17 +102,18 @@ class DSMoEFFN(nn.Module):
         check_choice("ste", ste, STE_MODES)
         check_choice("router", router, ROUTERS)
         check_choice("router_init", router_init, ROUTER_INITS)
+        check_choice("activation", activation, ACTIVATIONS)
         if not MIN_PROB <= sample_prob <= 1:
             raise ValueError(f"sample_prob must lie in [{MIN_PROB:.0e}, 1], got {sample_prob}")
         dtype = dtype or torch.get_default_dtype()
         if not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating point type, got {dtype}")
-        sizes = expert_layout(intermediate_size, num_experts, expert_sizes, shared_size)
+        self.sizes = expert_layout(intermediate_size, num_experts, expert_sizes, shared_size)
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.shared_size = shared_size
         self.num_shared = 1 if shared_size else 0
-        self.num_experts = len(sizes) - self.num_shared  # the routed ones, R
+        self.num_experts = len(self.sizes) - self.num_shared  # the routed ones, R
         if method == "top_k" and not 0 < top_k <= self.num_experts:
             raise ValueError(
                 f"top_k must lie between 1 and the {self.num_experts} routed experts, got {top_k}"
@@ -120,29 +123,35 @@ class DSMoEFFN(nn.Module):
         self.rescale = gates == "scores" if rescale is None else rescale
         self.ste, self.sample_prob = ste, sample_prob
         self.set_seed(torch.randint(2**62, (), device="cpu").item() if seed is None else seed)
-
-        shape = (intermediate_size, hidden_size)
-        is_new = weights is None
-        if is_new:
-            weights = [torch.empty(shape, device=device, dtype=dtype) for _ in WEIGHTS]
-        for name, weight in zip(WEIGHTS, weights, strict=True):
-            if weight.shape != shape:
-                raise ValueError(f"{name} must have shape {list(shape)}, got {list(weight.shape)}")
-            parameter = nn.Parameter(weight, requires_grad=is_new or weight.requires_grad)
-            self.register_parameter(name, parameter)
+        self.activation, self.names = activation, tuple(names)
+        self._init_weights(weights, device, dtype)
         self._init_router(router, router_init, router_bias, gate_scale, threshold, device, dtype)
 
-        offsets = torch.tensor([0, *sizes], device=device).cumsum(0, dtype=torch.int32)
-        self.register_buffer("expert_offsets", offsets)
+        self.start_threshold = threshold
         self.register_buffer("permutation", torch.arange(intermediate_size, device=device))
         self.register_buffer(
             "threshold", torch.tensor(threshold, dtype=torch.float32, device=device)
         )
         self.register_buffer("draw_counter", torch.zeros((), dtype=torch.int64, device=device))
-        self.activity = ActivityCounter(len(sizes), device)
+        self.activity = ActivityCounter(len(self.sizes), device)
+        self._offsets: Tensor | None = None
         self._packed: ops.PackedWeights | None = None
-        if is_new:
+        if weights is None:
             self.reset_parameters()
+
+    def _init_weights(self, weights, device, dtype) -> None:
+        height = self.intermediate_size * (2 if len(self.names) == 2 else 1)
+        shapes = [(height, self.hidden_size)] * (len(self.names) - 1)
+        shapes.append((self.hidden_size, self.intermediate_size))
+        if weights is None:
+            weights = [torch.empty(shape, device=device, dtype=dtype) for shape in shapes]
+            weights = [nn.Parameter(weight) for weight in weights]
+        for name, shape, weight in zip(self.names, shapes, weights, strict=True):
+            if weight.shape != shape:
+                raise ValueError(f"{name} must have shape {list(shape)}, got {list(weight.shape)}")
+            if not isinstance(weight, nn.Parameter):
+                weight = nn.Parameter(weight, requires_grad=weight.requires_grad)
+            self.add_module(name, Weight(weight))
 
     def _init_router(self, router, router_init, bias, gate_scale, threshold, device, dtype) -> None:
         """Builds the router, and for a dense start the factor that makes its first gates 1."""
@@ -160,10 +169,45 @@ class DSMoEFFN(nn.Module):
         self.router.start_at(logit)
 
     def reset_parameters(self) -> None:
-        """Random expert weights as in nn.Linear."""
-        for name in WEIGHTS:
-            fan_in = self.intermediate_size if name == "down_proj_t" else self.hidden_size
-            nn.init.uniform_(getattr(self, name), -(fan_in**-0.5), fan_in**-0.5)
+        """As it was made: random expert weights as in nn.Linear, the router and all buffers."""
+        for name in self.names:
+            weight = getattr(self, name).weight
+            bound = weight.shape[1] ** -0.5
+            nn.init.uniform_(weight, -bound, bound)
+        self.router.reset_parameters()
+        self.reset_buffers()
+
+    @torch.no_grad()
+    def reset_buffers(self, is_loaded=lambda tensor: tensor.is_meta) -> None:
+        """The buffers as they were made, but those that is_loaded."""
+        for name, value in (
+            ("permutation", torch.arange(self.intermediate_size, device="cpu")),
+            ("threshold", torch.tensor(self.start_threshold, device="cpu")),
+            ("draw_counter", torch.tensor(0, device="cpu")),
+        ):
+            if not is_loaded(getattr(self, name)):
+                self._writable(name).copy_(value)
+
+    def _writable(self, name: str) -> Tensor:
+        """The buffer; a copy takes its place if it was made in inference mode, as that cannot be
+        changed outside."""
+        buffer = getattr(self, name)
+        if torch.compiler.is_compiling():
+            return buffer
+        if buffer.is_inference() and not torch.is_inference_mode_enabled():
+            buffer = buffer.clone()
+            setattr(self, name, buffer)
+        return buffer
+
+    def set_threshold(self, threshold: float | Tensor) -> None:
+        """Moves tau (method "threshold") or the probability mass (method "top_p")."""
+        if self.method not in ("threshold", "top_p"):
+            raise ValueError(f"method {self.method!r} has no threshold that could be moved")
+        if not isinstance(threshold, Tensor) and not math.isfinite(threshold):
+            raise ValueError(f"a threshold must be a finite number, got {threshold}")
+        if self.threshold.is_meta:
+            raise RuntimeError("the threshold is offloaded: load the model without offload_buffers")
+        self._writable("threshold").copy_(torch.as_tensor(threshold))
 
     def set_seed(self, *parts: int) -> None:
         """Picks the stream of draws of ste="sampled". Layers must differ: pass (seed, layer).
@@ -171,6 +215,31 @@ class DSMoEFFN(nn.Module):
         Draws shared between layers would correlate, and so bias, their router gradients.
         """
         self.draw_key = mix_key(*parts)
+
+    # ------------------------------------------------------------ layout
+
+    @property
+    def expert_offsets(self) -> Tensor:
+        """int32 [E+1]: expert e has neurons expert_offsets[e]:expert_offsets[e+1]."""
+        return self.offsets_on(self.threshold.device)
+
+    def offsets_on(self, device: torch.device) -> Tensor:
+        """expert_offsets on a device. Derived from the sizes, so in no checkpoint."""
+        if device.type == "meta":
+            device = torch.device("cpu")
+        if self._offsets is None or self._offsets.device != device:
+            with torch.inference_mode(False):  # or no later backward could keep it
+                bounds = [0, *accumulate(self.sizes)]
+                self._offsets = torch.tensor(bounds, dtype=torch.int32, device=device)
+        return self._offsets
+
+    def expert_weights(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """gate [I,H], up [I,H] (None: both in gate [2I,H]) and down [I,H], as the kernels take
+        them: views of the parameters. x: what adapters may want to look at."""
+        # Called, not read: offloading loads a weight in its module's forward, and LoRA changes it.
+        *gate_up, down = (getattr(self, name)(x) for name in self.names)
+        gate, up = gate_up if len(gate_up) == 2 else (gate_up[0], None)
+        return gate, up, down.t()
 
     # ------------------------------------------------------------ forward
 
@@ -183,34 +252,48 @@ class DSMoEFFN(nn.Module):
     ) -> Tensor | tuple[Tensor, Routing]:
         """x [..., H] -> y [..., H], or (y, Routing) with return_routing.
 
+        Inside a model the padding, the sparsity loss and gradient checkpointing are taken care of
+        (sparsity.py); the arguments are for layers that stand alone.
+
         Args:
             token_mask: [...] bool, False = padding, which the statistics leave out.
             draw: an earlier result of next_draw(), for callers that run the same forward twice.
-            return_routing: return the routing instead of counting it; a caller that runs the same
-                forward twice (gradient checkpointing) counts once itself, with activity.add.
+            return_routing: return the routing instead of counting it.
         """
         if x.shape[-1:] != (self.hidden_size,):
             raise ValueError(f"x must have shape [..., {self.hidden_size}], got {list(x.shape)}")
         tokens = x.reshape(-1, self.hidden_size)
+        run = None if return_routing else sparsity.current()
+        if token_mask is not None:
+            token_mask = token_mask.reshape(-1)
+        elif run is not None:
+            token_mask = run.mask_of(len(tokens))
         if self._can_run_packed(tokens) and not return_routing:
             y, gates = ops.routed_ffn(
                 tokens,
-                self.router.weight,
-                self.router.bias,
+                *self.router.weights(),
                 self.threshold,
                 self._packed,
                 **self.routing_options,
             )
-            y = y.view(x.shape)
         else:
-            gates, scores = ops.route(
-                self.router(tokens), self.threshold, self.expert_offsets, **self.routing_options
+            routing = ops.route(
+                self.router(tokens),
+                self.threshold,
+                self.offsets_on(x.device),
+                **self.routing_options,
             )
-            y = self.run_experts(tokens, gates, draw).view(x.shape)
+            gates = routing.gates
+            if run is not None and draw is None and self.ste == "sampled" and self.training:
+                draw = run.draw_of(self)
+            y = self.run_experts(tokens, gates, draw)
             if return_routing:
-                return y, Routing(gates, scores)
-        self.activity.add(gates, None if token_mask is None else token_mask.reshape(-1))
-        return y
+                return y.view(x.shape), routing
+            if run is not None:
+                y = run.note(self, y, routing)
+        if run is None or not run.is_again:
+            self.activity.add(gates, token_mask)
+        return y.view(x.shape)
 
     @property
     def routing_options(self) -> dict:
@@ -242,12 +325,17 @@ class DSMoEFFN(nn.Module):
             return ops.sparse_ffn(
                 tokens.to(self._packed.dtype) if dtype else tokens, gates, self._packed
             )
-        # Read anew every time: LoRA and other parametrisations compute these on access.
-        weights = (self.gate_proj, self.up_proj, self.down_proj_t)
+        weights = self.expert_weights(tokens)
         if dtype is not None and tokens.dtype != torch.float64:
-            tokens, *weights = (tensor.to(dtype) for tensor in (tokens, *weights))
-        grad_weight = self._grad_weight(gates, draw)
-        return ops.sparse_ffn(tokens, gates, *weights, self.expert_offsets, grad_weight=grad_weight)
+            tokens, *weights = (t if t is None else t.to(dtype) for t in (tokens, *weights))
+        return ops.sparse_ffn(
+            tokens,
+            gates,
+            *weights,
+            self.offsets_on(tokens.device),
+            activation=self.activation,
+            grad_weight=self._grad_weight(gates, draw),
+        )
 
     def _grad_weight(self, gates: Tensor, draw: Tensor | None) -> Tensor | None:
         """The weights [T,E] of the inactive pairs' gradients; None: none of them has any."""
@@ -263,11 +351,12 @@ class DSMoEFFN(nn.Module):
 
         Only the backward uses a draw, and it uses exactly one: under gradient checkpointing that of
         the recomputation, whose sparse_ffn is the one that is differentiated. So a fresh draw there
-        is as unbiased as the first. Passing the draw in (as DSMoELlamaModel does) makes it the same
-        one, and the gradients equal to those without checkpointing, bit for bit.
+        is as unbiased as the first. Inside a model it is the same one (ForwardPass.draw_of), and
+        the gradients are equal to those without checkpointing, bit for bit.
         """
-        draw = self.draw_counter.clone()
-        self.draw_counter += 1
+        counter = self._writable("draw_counter")
+        draw = counter.clone()
+        counter += 1
         return draw
 
     # ------------------------------------------------------------ packing
@@ -280,8 +369,12 @@ class DSMoEFFN(nn.Module):
         """
         if self.training:
             raise RuntimeError("pack() is for inference; call eval() first")
-        weights = (self.gate_proj.detach(), self.up_proj.detach(), self.down_proj_t.detach())
-        self._packed = ops.pack_weights(*weights, self.expert_offsets)
+        weights = [None if w is None else w.detach() for w in self.expert_weights()]
+        if weights[0].is_meta:
+            raise RuntimeError("the weights are offloaded: load the model whole, then pack it")
+        self._packed = ops.pack_weights(
+            *weights, self.offsets_on(weights[0].device), activation=self.activation
+        )
         return self
 
     def train(self, mode: bool = True):
@@ -298,24 +391,16 @@ class DSMoEFFN(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         self._packed = None
-        # What save_pretrained writes has LLaMA's names, and transformers.Trainer resumes from it
-        # with load_state_dict. Without a permutation beside them, LLaMA's order is meant as well.
-        is_permuted = f"{prefix}permutation" in state_dict
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            weight = state_dict.pop(f"{prefix}{name}.weight", None)
-            if weight is not None:
-                rows = weight.t().contiguous() if name == "down_proj" else weight
-                rows = rows if is_permuted else rows[self.permutation.to(rows.device)]
-                state_dict[prefix + name.replace("down_proj", "down_proj_t")] = rows
+        state_dict.pop(f"{prefix}expert_offsets", None)  # of folders saved before 0.2: derived now
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self):
         return {**self.__dict__, "_packed": None}
 
-    # ------------------------------------------------------------ to and from LLaMA's MLP
+    # ------------------------------------------------------------ to and from dense
 
     @classmethod
-    def from_llama_mlp(
+    def from_mlp(
         cls,
         mlp: nn.Module,
         num_experts: int = 8,
@@ -324,33 +409,51 @@ class DSMoEFFN(nn.Module):
         permutation=None,
         **options,
     ) -> "DSMoEFFN":
-        """The sparse FFN of a LlamaMLP (SiLU, no biases).
+        """The sparse FFN of a gated MLP (gated_mlp.py says which modules are one).
 
         Args:
-            permutation: [I], neuron permutation[i] of the MLP becomes row i. Without one, gate_proj
-                and up_proj share the MLP's memory.
+            permutation: [I], neuron permutation[i] of the MLP becomes neuron i. Without one the
+                parameters are the MLP's own.
             options: as for DSMoEFFN.
         """
-        check_llama_mlp(mlp)
-        intermediate_size, hidden_size = mlp.gate_proj.weight.shape
-        device = mlp.gate_proj.weight.device
+        found = describe(mlp)
+        if found is None:
+            raise TypeError(
+                f"{type(mlp).__name__} is no gated MLP: it lacks linear layers "
+                f"{', '.join(SPLIT)} (or others that gated_mlp.NAMES lists)"
+            )
+        weights = found.weights(mlp)
+        # A model on the meta device gets its memory later, and whoever builds it says where.
+        device = None if weights[0].is_meta else weights[0].device
         if permutation is not None:
-            permutation = check_permutation(permutation, intermediate_size, device)
-        weights = weights_from_llama_mlp(mlp, permutation)
-        options |= {"weights": weights, "device": device, "dtype": weights[0].dtype}
-        ffn = cls(hidden_size, intermediate_size, num_experts, threshold, **options)
+            permutation = check_permutation(permutation, found.intermediate_size, device)
+            weights = permuted(weights, permutation)
+        ffn = cls(
+            found.hidden_size,
+            found.intermediate_size,
+            num_experts,
+            threshold,
+            activation=found.activation,
+            names=found.names,
+            weights=weights,
+            device=device,
+            dtype=weights[0].dtype,
+            **options,
+        )
         if permutation is not None:
             ffn.permutation.copy_(permutation)
         return ffn.train(mlp.training)
 
-    def to_llama_mlp(self, config=None) -> nn.Module:
-        """The LlamaMLP (of a LlamaConfig, if given): from_llama_mlp undone, bit for bit."""
-        weights = [getattr(self, name) for name in WEIGHTS]
-        return llama_mlp_from_weights(config, weights, self.permutation).train(self.training)
+    def dense_weights(self) -> list[nn.Parameter]:
+        """The weights in the dense MLP's order, under self.names: from_mlp undone, bit for bit."""
+        weights = [getattr(self, name)() for name in self.names]
+        order = self.permutation.to(weights[0].device).argsort()
+        if torch.equal(order, torch.arange(len(order), device=order.device)):
+            return weights
+        return permuted(weights, order)
 
     def extra_repr(self) -> str:
-        sizes = [] if self.expert_offsets.is_meta else self.expert_offsets.diff().tolist()
-        sizes = sizes[self.num_shared :]
+        sizes = self.sizes[self.num_shared :]
         if len(set(sizes)) == 1:
             experts = f"{self.num_experts} x {sizes[0]}"
         else:
@@ -366,19 +469,3 @@ class DSMoEFFN(nn.Module):
             f"ste={self.ste}",
         ]
         return ", ".join(part for part in parts if part)
-
-
-def ffn_layers(model: nn.Module) -> list[DSMoEFFN]:
-    """The model's DSMoEFFNs, first layer first; an error if it has none."""
-    ffns = [module for module in model.modules() if isinstance(module, DSMoEFFN)]
-    if not ffns:
-        raise ValueError(
-            f"{type(model).__name__} has no DSMoEFFN: convert it first (dsmoe_ext.convert_llama)"
-        )
-    return ffns
-
-
-def set_threshold(model: nn.Module, threshold: float) -> None:
-    """Sets tau in every layer: fewer experts when raised, more when lowered, without retraining."""
-    for ffn in ffn_layers(model):
-        ffn.threshold.fill_(threshold)

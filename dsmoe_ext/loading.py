@@ -11,8 +11,8 @@ from pathlib import Path
 from .command_line.console import expect, is_out_of_memory, say
 from .errors import UserError
 from .files import TOKENIZER_FILES, check_space, owned_files
+from .models import KEY, OLD_MODEL_TYPE
 
-MODEL_TYPES = ("llama", "dsmoe_llama")
 # Ends of names that older versions saved and that are computed from the config.
 _HARMLESS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "embeddings.position_ids")
 
@@ -60,25 +60,24 @@ def load_model(
 ):
     """(model, tokenizer or None) from a folder, a .gguf file, a hub id, or the word "smollm2".
 
-    dtype: "auto" (as saved), "fp32", "bf16", "fp16". only: "llama" refuses a converted model,
-    "dsmoe_llama" a dense one. device: "auto", "cpu", "cuda" or "cuda:N".
+    dtype: "auto" (as saved), "fp32", "bf16", "fp16". only: "dense" refuses a converted model,
+    "sparse" a dense one. device: "auto", "cpu", "cuda" or "cuda:N".
     """
     from .demo.source import resolve_model
 
     folder = resolve_model(str(model))
     config = read_config(folder)
-    kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise UserError(f"{folder} is a {kind or 'model without model_type'}, not a LLaMA")
-    if only and kind != only:
-        wanted = "a dense LLaMA" if only == "llama" else "a converted model (see dsmoe convert)"
-        found = "a dense LLaMA" if kind == "llama" else "already converted"
+    if not config.get("model_type"):
+        raise UserError(f"{folder} is a model without model_type, which transformers cannot open")
+    is_sparse = KEY in config or config["model_type"] == OLD_MODEL_TYPE
+    text_config = config.get("text_config")  # of a vision-language model
+    is_sparse |= isinstance(text_config, dict) and KEY in text_config
+    if only and is_sparse != (only == "sparse"):
+        wanted = "a dense model" if only == "dense" else "a converted model (see dsmoe convert)"
+        found = "already converted" if is_sparse else "a dense model"
         raise UserError(f"{folder} is {found}; this needs {wanted}")
-    import dsmoe_ext.torch_version  # isort: skip
     import torch
     from transformers import AutoModelForCausalLM
-
-    import dsmoe_ext.models  # noqa: F401  registers dsmoe_llama
 
     names = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     with quiet_transformers():

@@ -6,8 +6,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dsmoe_ext.ffn import DSMoEFFN, ffn_layers
+from dsmoe_ext.layers import ffn_layers
+from dsmoe_ext.models.options import options_of
 from dsmoe_ext.ops import Routing
+from dsmoe_ext.sparsity import sparsity_terms
 from dsmoe_ext.statistics import active_share
 
 
@@ -27,13 +29,7 @@ def sparsity_sum(
 
     routing: gates [T,E], scores [T,R]. token_mask [T] (bool): the tokens that count.
     """
-    gates, scores = routing
-    num_shared = gates.shape[1] - scores.shape[1]
-    if binary:
-        sizes = expert_offsets.diff()[num_shared:].to(scores)
-        per_token = (scores * (sizes / sizes.sum())).sum(1)  # no matmul: autocast leaves it alone
-    else:
-        per_token = torch.where(gates[:, num_shared:] != 0, scores, 0.0).mean(1)
+    per_token = sparsity_terms(routing, expert_offsets, binary)
     if token_mask is not None:
         # where, not a product: whatever padding computes, even NaN, must not reach the sum.
         per_token = torch.where(token_mask, per_token, 0.0)
@@ -81,6 +77,7 @@ class _Controller:
 
     def attach(self, optimizer: torch.optim.Optimizer):
         """Calls step() after each optimizer.step(); returns the handle that undoes it."""
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         return optimizer.register_step_post_hook(lambda *_: self.step())
 
     def trainer_callback(self):
@@ -119,14 +116,15 @@ class ThresholdController(_Controller):
             if ffn.method == "top_p":  # there, a higher threshold means more experts
                 error = -error
             move = self.eta * error
-            ffn.threshold.add_(torch.nan_to_num(move)).clamp_(0.0, 1.0)  # NaN: no tokens, no move
+            move = torch.nan_to_num(move)  # NaN: no tokens, no move
+            ffn.set_threshold((ffn.threshold + move).clamp(0.0, 1.0))
 
 
 class LambdaController(_Controller):
     """ReMoE's controller of the sparsity weight: lambda *= alpha ** sign(active - target).
 
-    active is the mean over all layers. Acts on model.config.sparsity_weight, which is saved with
-    the model. Reads one number on the host a step.
+    active is the mean over all layers. Acts on model.config.dsmoe["sparsity_weight"], which is
+    saved with the model. Reads one number on the host a step.
     """
 
     def __init__(
@@ -134,18 +132,13 @@ class LambdaController(_Controller):
     ):
         super().__init__(model, target_active)
         self.alpha = alpha
+        self.options = options_of(model)
         if start is not None:  # ReMoE starts at 1e-8
-            model.config.sparsity_weight = start
+            self.options["sparsity_weight"] = start
 
     @torch.no_grad()
     def step(self) -> None:
         shares = torch.stack([share.cpu() for share in self._shares()])
         error = shares.mean().item() - self.target_active
         if not math.isnan(error):  # NaN: no tokens
-            self.model.config.sparsity_weight *= self.alpha ** ((error > 0) - (error < 0))
-
-
-def layer_sparsity_sum(ffn: DSMoEFFN, routing: Routing, token_mask: Tensor | None) -> Tensor:
-    """sparsity_sum with the layer's own gate mode."""
-    binary = ffn.gates == "binary"
-    return sparsity_sum(routing, ffn.expert_offsets, binary=binary, token_mask=token_mask)
+            self.options["sparsity_weight"] *= self.alpha ** ((error > 0) - (error < 0))

@@ -1,7 +1,5 @@
 """What was active: per-expert counts kept by every DSMoEFFN, and the shares read from them."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +30,8 @@ class ActivityCounter(nn.Module):
 
     def add(self, gates: Tensor, token_mask: Tensor | None = None) -> None:
         """Counts gates [T,E] that are not 0, but not of tokens whose token_mask [T] is False."""
+        if torch.compiler.is_exporting():  # the program that is made is another model
+            return
         gates = gates.detach() if gates.requires_grad else gates
         if torch.compiler.is_compiling() or len(gates) > MAX_PENDING_TOKENS or not gates.is_cpu:
             self._count(gates, token_mask, self.training)
@@ -93,29 +93,3 @@ def active_share(counts: Tensor, expert_offsets: Tensor) -> Tensor:
     """
     sizes = expert_offsets.diff().to(counts)
     return (counts[:-1] * sizes).sum().double() / (counts[-1] * sizes.sum()).double()
-
-
-@dataclass(frozen=True)
-class ActiveFraction:
-    """Shares of the FFN, shared expert included, that the counted tokens used."""
-
-    mean: float
-    per_layer: list[float]
-    num_tokens: int
-
-
-def active_fraction(model: nn.Module) -> ActiveFraction:
-    """The share of the FFNs that was used since this function last looked at them.
-
-    Padding is excluded. `per_layer` follows model.modules(), which is the order of the layers. NaN
-    where no token was seen.
-    """
-    from dsmoe_ext.ffn import ffn_layers  # ffn.py builds on this module
-
-    ffns = ffn_layers(model)
-    counts = [ffn.activity.read() for ffn in ffns]
-    shares = [
-        active_share(fresh, ffn.expert_offsets).item()
-        for fresh, ffn in zip(counts, ffns, strict=True)
-    ]
-    return ActiveFraction(sum(shares) / len(shares), shares, int(counts[0][-1]))

@@ -18,7 +18,7 @@ from dsmoe_ext.calibration.neurons import (
 )
 from dsmoe_ext.calibration.refit import refit_down_proj
 from dsmoe_ext.calibration.router import InputStatistics, fit_router, quantile_threshold
-from dsmoe_ext.ffn import ffn_layers
+from dsmoe_ext.layers import ffn_layers
 
 pytestmark = pytest.mark.quick
 
@@ -71,7 +71,7 @@ def test_reaches_the_target(target, seed):
     assert all(abs(share - target) <= 0.03 for share in active.per_layer), active
     ffn = ffn_layers(sparse)[0]
     assert ffn.shared_size == 24 and ffn.num_experts == 9 and ffn.gates == "binary"
-    assert not ffn.rescale and sparse.config.target_active == target
+    assert not ffn.rescale and sparse.config.dsmoe["target_active"] == target
     unseen = measured_active(sparse, some_text(24))
     assert abs(unseen.mean - target) <= 0.06
 
@@ -150,7 +150,7 @@ def test_a_converted_model_calibrates_as_the_dense_one(seed):
     model, text = tiny_llama(), some_text()
     converted = dsmoe_ext.convert_llama(model, num_experts=4, ste="exact", sparsity_weight=0.3)
     again = calibrate(converted, text)
-    assert again.config.ste == "exact" and again.config.sparsity_weight == 0.3
+    assert again.config.dsmoe["ste"] == "exact" and again.config.dsmoe["sparsity_weight"] == 0.3
     assert torch.equal(logits(again, text), logits(calibrate(model, text), text))
     # A calibrated model can be calibrated anew, at another target.
     assert abs(measured_active(calibrate(again, text, target_active=0.7), text).mean - 0.7) <= 0.03

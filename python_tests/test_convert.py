@@ -76,7 +76,7 @@ def test_folder(make_llama, tmp_path, seed):
     files = [tmp_path / name / "model.safetensors" for name in ("dense", "merged")]
     assert files[0].read_bytes() == files[1].read_bytes()
     config = merged.config.to_diff_dict()
-    assert config == llama.config.to_diff_dict() and "num_experts" not in config
+    assert config == llama.config.to_diff_dict() and "dsmoe" not in config
 
 
 def test_merge_after_training(make_llama, seed):
@@ -100,7 +100,7 @@ def test_shares_weights_and_nothing_else(make_llama):
     llama = make_llama()
     model = dsmoe_ext.convert_llama(llama)
     ours, theirs = model.model.layers[0], llama.model.layers[0]
-    assert ours.mlp.gate_proj.data_ptr() == theirs.mlp.gate_proj.weight.data_ptr()
+    assert ours.mlp.gate_proj.weight is theirs.mlp.gate_proj.weight
     assert ours.self_attn.q_proj.weight is theirs.self_attn.q_proj.weight
     assert not any(p.is_meta for p in [*model.parameters(), *model.buffers()])
     assert len({layer.mlp.draw_key for layer in model.model.layers}) == 3
@@ -142,10 +142,10 @@ def test_errors(make_llama, tmp_path):
     with pytest.raises(ValueError, match="mlp_bias"):
         dsmoe_ext.convert_llama(make_llama(mlp_bias=True))
     with pytest.raises(ValueError, match="SiLU"):
-        dsmoe_ext.convert_llama(make_llama(hidden_act="gelu"))
-    with pytest.raises(TypeError, match="no LlamaForCausalLM"):
+        dsmoe_ext.convert_llama(make_llama(hidden_act="relu"))
+    with pytest.raises(TypeError, match="no transformers model"):
         dsmoe_ext.convert_llama(torch.nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="already converted"):
+    with pytest.raises(TypeError, match="already sparse"):
         dsmoe_ext.convert_llama(dsmoe_ext.convert_llama(llama))
     with pytest.raises(TypeError, match="nothing to merge"):
         dsmoe_ext.merge_to_llama(llama)
@@ -153,9 +153,9 @@ def test_errors(make_llama, tmp_path):
         dsmoe_ext.convert_llama(tmp_path)
     with pytest.raises(FileNotFoundError, match="no folder"):
         dsmoe_ext.convert_llama(tmp_path / "nowhere")
-    transformers.MistralConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="mistral"):
-        dsmoe_ext.convert_llama(tmp_path)
+    gpt = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_head=2, n_layer=1))
+    with pytest.raises(ValueError, match="GPT2LMHeadModel has no gated MLP"):
+        dsmoe_ext.convert_llama(gpt)
 
 
 def test_layout():

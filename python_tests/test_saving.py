@@ -1,4 +1,4 @@
-"""DSMoELlama on disk: the same bits back, plain LLaMA names and shapes, dtypes, shards, errors."""
+"""Sparse models on disk: the same bits back, the dense names and shapes, dtypes, shards."""
 
 import json
 
@@ -35,7 +35,7 @@ def test_save_and_load(make_sparse, tmp_path, tied, seed):
         layer.mlp.draw_counter.fill_(index + 5)
     model.save_pretrained(tmp_path)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert type(loaded) is dsmoe_ext.DSMoELlamaForCausalLM
+    assert type(loaded) is LlamaForCausalLM
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert_same_bits(loaded, model)
     ids = torch.randint(1, 67, (2, 9))
@@ -44,7 +44,7 @@ def test_save_and_load(make_sparse, tmp_path, tied, seed):
         for name in ("method", "gates", "rescale", "gate_scale", "ste", "sample_prob", "draw_key"):
             assert getattr(ours.mlp, name) == getattr(theirs.mlp, name), name
     for name in ("sparsity_weight", "target_active", "expert_sizes", "shared_size", "seed"):
-        assert getattr(loaded.config, name) == getattr(model.config, name), name
+        assert loaded.config.dsmoe[name] == model.config.dsmoe[name], name
     assert dsmoe_ext.active_fraction(loaded).mean == dsmoe_ext.active_fraction(model).mean
 
     loaded.save_pretrained(tmp_path / "again")
@@ -63,18 +63,16 @@ def test_names_and_shapes_on_disk(make_sparse, tmp_path, seed):
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     for name, weight in merged.state_dict().items():
         assert shapes.pop(name) == tuple(weight.shape)
-    extra = {"expert_offsets", "permutation", "threshold", "draw_counter", "weight", "bias"}
+    extra = {"permutation", "threshold", "draw_counter", "weight", "bias"}
     assert {name.rsplit(".", 1)[1] for name in shapes} == extra
 
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == "llama" and config["architectures"] == ["LlamaForCausalLM"]
+    del config["dsmoe"]  # as for a program that does not know us
+    (tmp_path / "config.json").write_text(json.dumps(config))
     plain = LlamaForCausalLM.from_pretrained(tmp_path).eval()
     ids = torch.randint(1, 67, (2, 9))
     torch.testing.assert_close(plain(ids).logits, merged.eval()(ids).logits)
-
-    # The trap: a config.json that says "llama" must not skip the conversion.
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
-    again = dsmoe_ext.DSMoELlamaForCausalLM.from_pretrained(tmp_path)
-    assert_same_bits(again, model)
 
 
 def test_half_precision_loading(make_sparse, tmp_path, seed):
@@ -82,7 +80,7 @@ def test_half_precision_loading(make_sparse, tmp_path, seed):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     ffn = loaded.model.layers[0].mlp
-    assert ffn.down_proj_t.dtype == torch.bfloat16
+    assert ffn.down_proj.weight.dtype == torch.bfloat16
     assert torch.equal(ffn.router.weight, model.model.layers[0].mlp.router.weight)
     assert loaded.generate(torch.ones(1, 3).long(), max_new_tokens=3, min_new_tokens=3).shape == (
         1,
@@ -100,7 +98,15 @@ def test_base_model_and_sharded_folder(make_sparse, tmp_path, seed):
     assert_same_bits(base, model.model)
 
 
-def test_missing_weights_are_an_error(make_llama, tmp_path):
-    make_llama().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="convert_llama"):
-        dsmoe_ext.DSMoELlamaForCausalLM.from_pretrained(tmp_path)
+def test_dense_folder_opened_as_sparse(make_llama, tmp_path, seed):
+    """What the folder lacks is made: routers that leave everything on, buffers from the options."""
+    llama = make_llama()
+    llama.save_pretrained(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    config.dsmoe = {"num_experts": 6, "threshold": 0.3}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
+    ids = torch.randint(1, 67, (2, 9))
+    torch.testing.assert_close(model(ids).logits, llama(ids).logits)
+    ffn = model.model.layers[1].mlp
+    assert ffn.threshold == torch.tensor(0.3) and ffn.draw_counter == 0
+    assert ffn.permutation.tolist() == list(range(48))

@@ -55,7 +55,7 @@ def main() -> None:
         if not hasattr(module, constant):
             raise SystemExit(f"dsmoe_ext.calibration.{file} has no constant {constant}")
         setattr(module, constant, type(getattr(module, constant))(value))
-    dense, tokenizer = load_model(options.model, dtype="fp32", only="llama")
+    dense, tokenizer = load_model(options.model, dtype="fp32", only="dense")
     windows = windows_of(tokenizer, read_text(options.data), options.window)
     train, measured = windows.train, windows.held_out
     if options.validate:

@@ -118,7 +118,7 @@ def model(
     from dsmoe_ext.benchmarks.model import LAYOUTS, SHAPES, dense_model, measure, sparse_model
     from dsmoe_ext.command_line.console import out as console
     from dsmoe_ext.command_line.console import stage
-    from dsmoe_ext.convert import load_llama
+    from dsmoe_ext.convert import load_dense
     from dsmoe_ext.errors import UserError
 
     wanted = tasks.split(",")
@@ -131,7 +131,7 @@ def model(
     console.print(machine.describe(), highlight=False)
     kind = _dtypes(dtype)[0]
     with stage(f"making {shape} dense and sparse"):
-        dense = dense_model(shape, kind) if shape in SHAPES else load_llama(shape, kind)
+        dense = dense_model(shape, kind) if shape in SHAPES else load_dense(shape, kind)
         sparse = sparse_model(dense, layout, active, ste)
     with stage("timing"):
         rows = list(measure(dense, sparse, wanted, tokens, budget))

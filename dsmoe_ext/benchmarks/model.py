@@ -58,12 +58,12 @@ def dense_model(shape: str, dtype: torch.dtype):
 
 def sparse_model(dense, layout: str, active: float, ste: str):
     """The dense model converted: 8 equal experts, or as calibrate() lays them out."""
-    from dsmoe_ext.convert import convert_llama
+    from dsmoe_ext.convert import sparsify
 
     intermediate_size = dense.config.intermediate_size
     shared_size = intermediate_size // 4 if layout == "calibrated" else 0
     num_experts = (intermediate_size - shared_size) // 16 if layout == "calibrated" else 8
-    model = convert_llama(
+    model = sparsify(
         copy.deepcopy(dense),
         num_experts,
         shared_size=shared_size,
@@ -78,10 +78,10 @@ def sparse_model(dense, layout: str, active: float, ste: str):
 @torch.no_grad()
 def hold_active(model, active: float) -> None:
     """Sets every layer's threshold so that this share of its FFN is active on random tokens."""
-    from dsmoe_ext.ffn import ffn_layers
+    from dsmoe_ext.layers import ffn_layers
 
     for ffn in ffn_layers(model):
-        scores = ffn.router(torch.randn(512, ffn.hidden_size).to(ffn.gate_proj.dtype)).sigmoid()
+        scores = ffn.router(torch.randn(512, ffn.hidden_size).to(model.dtype)).sigmoid()
         routed = (active * ffn.intermediate_size - ffn.shared_size) / (
             ffn.intermediate_size - ffn.shared_size
         )
@@ -127,7 +127,7 @@ class ModelRow:
 
 def measure(dense, sparse, tasks: list[str], num_tokens: int, budget: float):
     """Yields a ModelRow per task: "decode", "prefill", "train"."""
-    from dsmoe_ext.statistics import active_fraction
+    from dsmoe_ext.layers import active_fraction, ffn_layers
 
     ids = torch.randint(dense.config.vocab_size, (1, num_tokens))
     make = {"decode": decode, "prefill": prefill, "train": train_step}
@@ -136,7 +136,8 @@ def measure(dense, sparse, tasks: list[str], num_tokens: int, budget: float):
         for model in (dense, sparse):
             model.train(train)
         if not train:
-            sparse.pack()
+            for ffn in ffn_layers(sparse):
+                ffn.pack()
         active_fraction(sparse)
         with torch.set_grad_enabled(train):
             methods = {"dense": [make[task](dense, ids)], "sparse": [make[task](sparse, ids)]}

@@ -20,8 +20,9 @@ from dsmoe_ext.calibration.refit import refit_down_proj
 from dsmoe_ext.calibration.router import SCALE, InputStatistics, fit_router, quantile_threshold
 from dsmoe_ext.calibration.streams import Streams, quick_matmul
 from dsmoe_ext.command_line import console
-from dsmoe_ext.convert import convert_llama, merge_to_llama
-from dsmoe_ext.llama_mlp import check_llama_mlp
+from dsmoe_ext.convert import merge, sparsify
+from dsmoe_ext.layers import ffn_layers, find_ffns
+from dsmoe_ext.models.options import options_of
 from dsmoe_ext.ops import build_info
 
 # The neurons are grouped on about this many of the tokens; more made no difference.
@@ -57,7 +58,7 @@ def calibrate(
     """Makes a LLaMA sparse in closed form, without training -> DSMoELlamaForCausalLM.
 
     model: a dense LlamaForCausalLM, or a converted one (whose cut and routers are replaced). It
-        stays as it is; the result shares its attention weights and embeddings (see convert_llama).
+        stays as it is; the result shares its attention weights and embeddings (see sparsify).
     token_ids: text like that which the model will see: int64 [N,L] windows, or [n] tokens, which
         are cut into windows of `window`. Quality grows with it, up to some 30,000 tokens; time and
         memory are proportional to it.
@@ -160,8 +161,8 @@ def _fit_routing(x, hidden, down_proj_t, layout: Layout, target: float, seed: in
 
 
 def _assemble(dense, layout: Layout, target: float, fits: list[LayerFit], kept: dict):
-    """convert_llama with each layer's order, then routers and refitted weights."""
-    sparse = convert_llama(
+    """sparsify with each layer's order, then routers and refitted weights."""
+    sparse = sparsify(
         dense,
         expert_sizes=layout.expert_sizes,
         shared_size=layout.shared_size,
@@ -171,12 +172,11 @@ def _assemble(dense, layout: Layout, target: float, fits: list[LayerFit], kept: 
         target_active=target,
         **kept,
     )
-    for layer, fit in zip(sparse.model.layers, fits, strict=True):
-        router = layer.mlp.router
-        router.weight.copy_(fit.router_weight)
-        router.bias.copy_(fit.router_bias)
+    for ffn, fit in zip(ffn_layers(sparse), fits, strict=True):
+        ffn.router.weight.copy_(fit.router_weight)
+        ffn.router.bias.copy_(fit.router_bias)
         if fit.down_proj_t is not None:
-            layer.mlp.down_proj_t.copy_(fit.down_proj_t)
+            ffn.expert_weights()[-1].copy_(fit.down_proj_t)
     return sparse
 
 
@@ -184,14 +184,12 @@ def _dense_model(model):
     """(the dense model, what a converted one keeps of its configuration)."""
     from transformers import LlamaForCausalLM
 
-    from dsmoe_ext.models import DSMoELlamaForCausalLM
-
-    if isinstance(model, DSMoELlamaForCausalLM):
-        names = ("ste", "sample_prob", "seed", "sparsity_weight")
-        return merge_to_llama(model), {name: getattr(model.config, name) for name in names}
     if not isinstance(model, LlamaForCausalLM):
-        raise TypeError(f"{type(model).__name__} is neither a LlamaForCausalLM nor a converted one")
-    check_llama_mlp(model.model.layers[0].mlp)
+        raise TypeError(f"{type(model).__name__} is no LlamaForCausalLM")
+    if find_ffns(model):
+        names = ("ste", "sample_prob", "seed", "sparsity_weight")
+        options = options_of(model)
+        return merge(model), {name: options[name] for name in names}
     return model, {}
 
 

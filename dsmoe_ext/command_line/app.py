@@ -106,11 +106,11 @@ def convert(
     sizes = numbers(expert_sizes, int, "--expert-sizes")
     with atomic_directory(out, overwrite, reads=[model]) as folder:
         with console.stage("Loading"):
-            dense, tokenizer = load_model(model, dtype=dtype.value, only="llama")
-        from ..convert import convert_llama
+            dense, tokenizer = load_model(model, dtype=dtype.value, only="dense")
+        from ..convert import sparsify
 
         with console.stage("Converting"), console.expect(ValueError, TypeError):
-            converted = convert_llama(
+            converted = sparsify(
                 dense,
                 num_experts=len(sizes) or experts,
                 expert_sizes=sizes or None,
@@ -192,11 +192,11 @@ def merge(
 
     with atomic_directory(out, overwrite, reads=[model]) as folder:
         with console.stage("Loading"):
-            loaded, tokenizer = load_model(model, dtype=dtype.value, only="dsmoe_llama")
-        from ..convert import merge_to_llama
+            loaded, tokenizer = load_model(model, dtype=dtype.value, only="sparse")
+        from ..convert import merge as merge_model
 
         with console.stage("Merging"), console.expect(ValueError, TypeError):
-            dense = merge_to_llama(loaded)
+            dense = merge_model(loaded)
         save_model(dense, tokenizer, folder)
     print(f"wrote {out}")
 

@@ -6,8 +6,9 @@ import torch
 from rich.table import Table
 
 from ..errors import UserError
+from ..layers import find_ffns
 from ..training.data import TextWindows, check_tokens
-from ..training.evaluate import Evaluation, evaluate, ffn_layers
+from ..training.evaluate import Evaluation, evaluate
 from ..training.measure import (
     active_parameters,
     generate,
@@ -49,8 +50,12 @@ def evaluation_rows(
     model, ids: torch.Tensor, thresholds: list[float], *, batch_size: int = 1, context: int = 0
 ) -> list[dict]:
     """One row as the model is, then one per threshold of the sweep; ready for JSON."""
-    if thresholds and not ffn_layers(model):
+    if thresholds and not find_ffns(model):
         raise UserError("--thresholds needs a converted model; this one is dense")
+    with console.expect(ValueError):
+        for value in thresholds:
+            with threshold(model, value):  # refused before the first evaluation, not after it
+                pass
     rows = []
     ready_for_inference(model)
     for value in [None, *thresholds]:
@@ -159,7 +164,7 @@ def generate_text(
     """Prints prompt and continuation as they come, and the speed on stderr."""
     ids = prompt_ids(tokenizer, text, chat)
     check_tokens(model, tokenizer, ids)
-    if threshold_value is not None and not ffn_layers(model):
+    if threshold_value is not None and not find_ffns(model):
         raise UserError("--threshold needs a converted model; this one is dense")
     ready_for_inference(model)
     before, new, shown = None if chat else ids, [], ""

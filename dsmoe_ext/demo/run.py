@@ -13,6 +13,7 @@ from ..command_line.steps import calibrate_on, evaluate_with_bar, prompt_ids, te
 from ..errors import UserError
 from ..files import DEMO_FILES, atomic_directory, directory_size, json_text
 from ..loading import load_model, model_bytes, need_tokenizer, quiet_transformers
+from ..models.options import options_of
 from ..training.command import describe
 from ..training.data import read_text, second_domain_text, windows_of
 from ..training.evaluate import evaluate, supports_bf16
@@ -120,7 +121,7 @@ def run_demo(settings: DemoSettings) -> dict:
     reads = [settings.model, settings.data]
     with atomic_directory(out, overwrite=ours, reads=reads, owns=DEMO_FILES) as folder:
         with console.stage("Loading the dense model"):
-            dense, tokenizer = load_model(settings.model, dtype="fp32", only="llama")
+            dense, tokenizer = load_model(settings.model, dtype="fp32", only="dense")
         need_tokenizer(tokenizer, settings.model)
         demo = Demo(settings, tokenizer, dense)
         report = _run(demo, dense, folder)
@@ -155,7 +156,7 @@ def _run(demo: Demo, dense, folder: Path) -> dict:
             tokens=CALIBRATION_TOKENS,
             target_active=settings.target_active,
         )
-    sparse.config.sparsity_weight = 0.0  # the thresholds hold the target
+    options_of(sparse)["sparsity_weight"] = 0.0  # the thresholds hold the target
     last = "calibrated"
     demo.measure(last, sparse)
     if settings.steps:

@@ -1,18 +1,9 @@
-"""LLaMA with DSMoEFFN layers for transformers; each name loads transformers when it is first
-used."""
+"""The sparse FFN in transformers' models: START with install.py.
 
-import importlib
+config.json   keeps the model's own model_type and has one more key, "dsmoe" (options.py)
+install.py    every model whose config has the key gets DSMoEFFNs in place of its gated MLPs
+legacy.py     folders and names of the time when there was a LLaMA of our own
+"""
 
-_WHERE = {
-    "DSMoELlamaConfig": "configuration",
-    "DSMoELlamaModel": "modeling",
-    "DSMoELlamaForCausalLM": "modeling",
-}
-
-__all__ = ["DSMoELlamaConfig", "DSMoELlamaForCausalLM", "DSMoELlamaModel"]
-
-
-def __getattr__(name: str):
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+KEY = "dsmoe"
+OLD_MODEL_TYPE = "dsmoe_llama"

@@ -69,10 +69,16 @@ class LinearRouter(nn.Module):
                 return self.logits(x)
         return self.logits(x)
 
-    def logits(self, x: Tensor) -> Tensor:
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        """weight and bias, float32 at least: FSDP2's mixed precision hands out copies in a half
+        type, and DeepSpeed casts the parameters themselves."""
         weight, bias = self.weight, self.bias
-        if weight.itemsize < 4:  # FSDP2's mixed precision hands out copies in a half type
+        if weight.itemsize < 4:
             weight, bias = weight.float(), None if bias is None else bias.float()
+        return weight, bias
+
+    def logits(self, x: Tensor) -> Tensor:
+        weight, bias = self.weights()
         if weight.dtype == torch.float64 or x.dtype == torch.float64:
             x = x.to(weight.dtype)
         return router_logits(x, weight, bias)

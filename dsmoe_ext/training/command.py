@@ -18,9 +18,10 @@ from ..files import (
     made_directory,
     remove_owned,
 )
+from ..layers import find_ffns
+from ..models.options import options_of
 from .checkpoint import find_checkpoints, remove_checkpoint
 from .data import read_text, windows_of
-from .evaluate import ffn_layers
 from .log import read_log
 from .loop import TrainSettings, check_same, fine_tune, run_checks
 
@@ -84,7 +85,7 @@ def _train_into(
         need_tokenizer(tokenizer, model)
         teaching = None
         if teacher:
-            teaching = load_model(teacher, only="llama", device=device)[0].eval()
+            teaching = load_model(teacher, only="dense", device=device)[0].eval()
     if teaching is not None and teaching.config.vocab_size != loaded.config.vocab_size:
         raise UserError(f"{teacher} and {model} have different vocabularies")
     settings = _adapt(loaded, model, settings, ste, sparsity_weight)
@@ -135,7 +136,7 @@ def _train_into(
 
 def _adapt(loaded, name: str, settings: TrainSettings, ste, sparsity_weight) -> TrainSettings:
     """Gives a converted model what the options say, and takes from it the target it has."""
-    layers, config = ffn_layers(loaded), loaded.config
+    layers = find_ffns(loaded)
     if not layers:
         chosen = (settings.target_active, ste, sparsity_weight)
         if any(value is not None for value in chosen):
@@ -143,19 +144,20 @@ def _adapt(loaded, name: str, settings: TrainSettings, ste, sparsity_weight) -> 
                 f"{name} is dense; --target-active, --ste, --sparsity-weight need a converted one"
             )
         return settings
+    options = options_of(loaded)
     if ste is not None:
-        config.ste = ste
+        options["ste"] = ste
         for layer in layers:
             layer.ste = ste
     if settings.target_active is not None:
-        config.target_active = settings.target_active
+        options["target_active"] = settings.target_active
     if sparsity_weight is not None:
-        config.sparsity_weight = sparsity_weight
-    elif config.target_active is not None:
+        options["sparsity_weight"] = sparsity_weight
+    elif options["target_active"] is not None:
         # The thresholds hold the target. A loss that pushes the scores down all the time would only
         # make them follow, and switch experts for nothing.
-        config.sparsity_weight = 0.0
-    return dataclasses.replace(settings, target_active=config.target_active)
+        options["sparsity_weight"] = 0.0
+    return dataclasses.replace(settings, target_active=options["target_active"])
 
 
 def describe(row: dict) -> str:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UserError
+from ..layers import find_ffns
+from ..statistics import active_share
 
 
 @dataclass(frozen=True)
@@ -43,25 +45,16 @@ def autocast(device: torch.device | str, enabled: bool):
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
 
 
-def ffn_layers(model) -> list[torch.nn.Module]:
-    """The converted FFNs of a model in their order; empty for a dense one."""
-    from ..ffn import DSMoEFFN
-
-    return [module for module in model.modules() if isinstance(module, DSMoEFFN)]
-
-
 def activity(model) -> list[torch.Tensor]:
     """How often every expert was used so far, by layer; takes nothing from other readers."""
-    return [ffn.activity.totals() for ffn in ffn_layers(model)]
+    return [ffn.activity.totals() for ffn in find_ffns(model)]
 
 
 def activity_since(model, before: list[torch.Tensor]) -> list[float]:
     """The share of each FFN used since `before` was taken."""
-    from ..statistics import active_share
-
     return [
         active_share((now - seen.to(now.device)).sum(0), ffn.expert_offsets).item()
-        for ffn, now, seen in zip(ffn_layers(model), activity(model), before, strict=True)
+        for ffn, now, seen in zip(find_ffns(model), activity(model), before, strict=True)
     ]
 
 

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UserError
+from ..layers import find_ffns
 from .checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
 from .data import TextWindows
-from .evaluate import activity, activity_since, autocast, ffn_layers, supports_bf16
+from .evaluate import activity, activity_since, autocast, supports_bf16
 from .log import TrainingLog
 
 
@@ -135,7 +136,7 @@ class _Run:
 
     def _hold_target(self, seen: list[torch.Tensor]) -> dict:
         """Moves the thresholds; what was active in this step and where they are now, by layer."""
-        layers = ffn_layers(self.model)
+        layers = find_ffns(self.model)
         if not layers:
             return {}
         shares = activity_since(self.model, seen)

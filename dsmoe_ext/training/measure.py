@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .evaluate import autocast, ffn_layers
+from ..layers import find_ffns
+from .evaluate import autocast
 
 
 def num_parameters(model) -> int:
@@ -22,7 +23,7 @@ def active_parameters(model, active_per_layer: list[float]) -> float:
     """
     total = num_parameters(model)
     idle = 0.0
-    for ffn, active in zip(ffn_layers(model), active_per_layer, strict=False):
+    for ffn, active in zip(find_ffns(model), active_per_layer, strict=False):
         size = sum(p.numel() for name, p in ffn.named_parameters() if "router" not in name)
         idle += size * (1.0 - active)
     return 1.0 - idle / total
@@ -31,8 +32,8 @@ def active_parameters(model, active_per_layer: list[float]) -> float:
 def ready_for_inference(model):
     """The model in evaluation mode, its FFN weights packed as the CPU kernels read them fastest."""
     model.eval()
-    for layer in ffn_layers(model):
-        if layer.gate_proj.device.type == "cpu":
+    for layer in find_ffns(model):
+        if layer.threshold.device.type == "cpu":
             layer.pack()
     return model
 
@@ -40,15 +41,15 @@ def ready_for_inference(model):
 @contextlib.contextmanager
 def threshold(model, value: float) -> Iterator[None]:
     """Every layer's threshold at `value` inside the block, as it was afterwards."""
-    layers = ffn_layers(model)
+    layers = find_ffns(model)
     before = [layer.threshold.clone() for layer in layers]
+    for layer in layers:
+        layer.set_threshold(value)
     try:
-        for layer in layers:
-            layer.threshold.fill_(value)
         yield
     finally:
         for layer, old in zip(layers, before, strict=True):
-            layer.threshold.copy_(old)
+            layer.set_threshold(old)
 
 
 @dataclass(frozen=True)

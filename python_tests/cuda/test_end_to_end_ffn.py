@@ -30,7 +30,7 @@ def random_ffn(dtype, **options):
 
 def train(tokens, dtype, autocast=None):
     def run(ffn, device):
-        own = ffn.gate_proj.dtype
+        own = ffn.gate_proj.weight.dtype
         x, dy = (numbers(s, 2, tokens // 2, 32).to(dtype).to(device, own) for s in (10, 11))
         x.requires_grad_()
         with torch.autocast(device, autocast, enabled=autocast is not None and own != torch.double):
@@ -65,7 +65,7 @@ def test_ffn_infers(tokens, dtype):
 
     @torch.inference_mode()
     def run(ffn, device):
-        x = numbers(12, tokens, 32).to(dtype).to(device, ffn.gate_proj.dtype)
+        x = numbers(12, tokens, 32).to(dtype).to(device, ffn.gate_proj.weight.dtype)
         return {"y": ffn(x), "counts": ffn.activity.totals()}
 
     for method in METHODS.values():

@@ -1,0 +1,67 @@
+"""All sparse FFNs of a model: finding them, moving their thresholds, reading what was active."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from dsmoe_ext.ffn import DSMoEFFN
+from dsmoe_ext.statistics import active_share
+
+
+def find_ffns(model: nn.Module) -> list[DSMoEFFN]:
+    """The model's DSMoEFFNs, first layer first; none of a dense model.
+
+    PEFT's modules_to_save keeps the originals beside the copies that it trains: those are left out.
+    """
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, DSMoEFFN) and "original_module" not in name.split(".")
+    ]
+
+
+def ffn_layers(model: nn.Module) -> list[DSMoEFFN]:
+    """The same; an error if the model has none."""
+    ffns = find_ffns(model)
+    if not ffns:
+        raise ValueError(
+            f"{type(model).__name__} has no DSMoEFFN: convert it first (dsmoe_ext.sparsify)"
+        )
+    return ffns
+
+
+def set_threshold(model: nn.Module, threshold: float) -> None:
+    """Sets tau in every layer: fewer experts when raised (of "top_p": more), without retraining."""
+    for ffn in ffn_layers(model):
+        ffn.set_threshold(threshold)
+
+
+def pack(model: nn.Module) -> nn.Module:
+    """Packs all FFNs for inference on the CPU: faster, for their memory once more."""
+    for ffn in ffn_layers(model):
+        ffn.pack()
+    return model
+
+
+@dataclass(frozen=True)
+class ActiveFraction:
+    """Shares of the FFN, shared expert included, that the counted tokens used."""
+
+    mean: float
+    per_layer: list[float]
+    num_tokens: int
+
+
+def active_fraction(model: nn.Module) -> ActiveFraction:
+    """The share of the FFNs that was used since this function last looked at them.
+
+    Padding is excluded. `per_layer` follows model.modules(), which is the order of the layers. NaN
+    where no token was seen.
+    """
+    ffns = ffn_layers(model)
+    counts = [ffn.activity.read() for ffn in ffns]
+    shares = [
+        active_share(fresh, ffn.expert_offsets).item()
+        for fresh, ffn in zip(counts, ffns, strict=True)
+    ]
+    return ActiveFraction(sum(shares) / len(shares), shares, int(counts[0][-1]))

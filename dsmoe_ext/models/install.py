@@ -1,0 +1,84 @@
+"""Every transformers model whose config has the key "dsmoe" gets sparse FFNs as it is built.
+
+`PreTrainedModel.post_init` is the last call of every model's __init__: of AutoModel..., of
+`Class(config)`, of from_pretrained, of each part of a composite model. `import dsmoe_ext` wraps it,
+lazily: if transformers is not imported yet, a finder waits for its modules.
+"""
+
+import functools
+import importlib.abc
+import importlib.util
+import sys
+
+from dsmoe_ext.models import KEY
+
+
+def install() -> None:
+    """Called by `import dsmoe_ext`; does nothing more if transformers is not installed or used."""
+    for name, adopt in _WAITING.items():
+        if name in sys.modules:
+            adopt(sys.modules[name])
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def _wrap_post_init(module) -> None:
+    model = getattr(module, "PreTrainedModel", None)
+    if model is None or hasattr(model.post_init, "__wrapped__"):
+        return
+    original = model.post_init
+
+    @functools.wraps(original)
+    def post_init(self):
+        config = _config_with_key(self)
+        if config is not None:
+            from dsmoe_ext.models.adopt import adopt
+
+            adopt(self, config)
+        original(self)
+
+    model.post_init = post_init
+
+
+def _config_with_key(model):
+    """The config with the key: the model's own, or that of the part that holds the FFNs."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(getattr(config, KEY, None), dict):
+            return config
+    return None
+
+
+def _register_legacy(module) -> None:
+    from dsmoe_ext.models.legacy import DSMoELlamaConfig
+
+    module.AutoConfig.register(DSMoELlamaConfig.model_type, DSMoELlamaConfig, exist_ok=True)
+
+
+_WAITING = {
+    "transformers.modeling_utils": _wrap_post_init,
+    "transformers.models.auto.configuration_auto": _register_legacy,
+}
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Lets the other finders find the modules, and does what is waiting once one has run."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name not in _WAITING:
+            return None
+        place = sys.meta_path.index(self)
+        sys.meta_path.remove(self)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            sys.meta_path.insert(place, self)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module):
+                run(module)
+                _WAITING[name](module)
+
+            spec.loader.exec_module = exec_module
+        return spec

@@ -1,0 +1,48 @@
+"""Weights of an FFN: held as the dense model holds them, and put into another order of neurons."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Weight(nn.Module):
+    """A weight and no more, called to be read: offloading and adapters work around such calls.
+
+    Holds it under the name and in the shape of the dense model's linear layer, but is no nn.Linear,
+    so that quantisers and LoRA leave it alone.
+    """
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, *_) -> Tensor:
+        return self.weight
+
+    def extra_repr(self) -> str:
+        return f"{list(self.weight.shape)}"
+
+
+def check_permutation(permutation, size: int, device) -> Tensor:
+    """The permutation as an int64 tensor [size] on device; an error if it is none."""
+    permutation = torch.as_tensor(permutation, device=device, dtype=torch.int64)
+    identity = torch.arange(size, device=permutation.device)
+    if permutation.shape != (size,) or not torch.equal(permutation.sort().values, identity):
+        raise ValueError(f"permutation must hold every number from 0 to {size - 1} once")
+    return permutation
+
+
+@torch.no_grad()
+def permuted(weights: Sequence[Tensor], permutation: Tensor) -> list[nn.Parameter]:
+    """Copies of a gated MLP's weights whose neuron i is their neuron permutation[i]."""
+    *gate_up, down = weights
+    copies = []
+    for weight in gate_up:
+        parts = weight.chunk(2 if len(weights) == 2 else 1)
+        copies.append(torch.cat([part[permutation] for part in parts]))
+    copies.append(down[:, permutation])
+    return [
+        nn.Parameter(copy, requires_grad=weight.requires_grad)
+        for copy, weight in zip(copies, weights, strict=True)
+    ]
