@@ -7,8 +7,9 @@ function(add_isa name)
                                    csrc/cpu/router.cpp)
   target_include_directories(dsmoe_${name} PRIVATE csrc)
   target_compile_definitions(dsmoe_${name} PRIVATE DSMOE_ISA_NAMESPACE=${name})
-  # GCC 12 takes the undefined operands inside its own intrinsics for uninitialised variables.
-  target_compile_options(dsmoe_${name} PRIVATE -Wno-maybe-uninitialized -Wno-psabi ${ARGN})
+  # GCC 12 takes the undefined operands inside its own intrinsics for uninitialised variables. Nothing here throws, and
+  # what exceptions would need for destructors are symbols that all share.
+  target_compile_options(dsmoe_${name} PRIVATE -Wno-maybe-uninitialized -Wno-psabi -fno-exceptions ${ARGN})
   target_sources(dsmoe_kernels INTERFACE $<TARGET_OBJECTS:dsmoe_${name}>)
   set(DSMOE_ISAS ${DSMOE_ISAS} ${name} PARENT_SCOPE)
 endfunction()
