@@ -67,6 +67,62 @@ void run_case(const Case& c, Dtype dtype, const char* isa) {
   }
 }
 
+// What is infinite or no number in one expert's weights, or in one token, reaches no other: neither through the
+// last tile of a matrix, whose end lies in the next one, nor through rows and columns that pad a tile.
+void run_poisoned(Dtype dtype, const char* isa) {
+  const Case c{"poisoned", 37, 35, {19, 5, 33}, 0.6, 0.5};
+  const std::string label = std::string(isa) + " " + name(dtype) + " poisoned: ";
+  const int kExpert = 1, kToken = 4;
+  std::vector<std::vector<double>> clean;
+  for (bool is_poisoned : {false, true}) {
+    Problem p(c, dtype, 11);
+    for (int e = 0; e < p.E; ++e) p.gates.set(kToken, e, e == kExpert ? 1 : 0);
+    for (int64_t h = 0; is_poisoned && h < c.H; ++h) {
+      const double bad[] = {NAN, INFINITY, -INFINITY};
+      for (int64_t i = p.offsets[kExpert]; i < p.offsets[kExpert + 1]; ++i)
+        for (Tensor* w : {&p.gate, &p.up, &p.down}) w->set(i, h, bad[(i + h) % 3]);
+      p.x.set(kToken, h, bad[h % 3]);
+      p.dy.set(kToken, h, bad[(h + 1) % 3]);
+    }
+    const cpu::Team team = team_of(2);
+    const WeightStrides strides{0, c.H, 1};
+    PackParams pack{dtype,         c.H,         p.I,           int32_t(p.E),     strides, strides,
+                    p.gate.data(), p.up.data(), p.down.data(), p.offsets.data(), nullptr};
+    std::vector<char> packed(size_t(cpu::packed_bytes(pack)));
+    pack.packed = packed.data();
+    cpu::pack_weights(pack, team);
+    Tensor y(dtype, c.T, c.H), y_packed = y, dx = y, dgate(dtype, p.I, c.H), dup = dgate,
+                               ddown = dgate;
+    cpu::expert_mlp(p.params(y, nullptr, nullptr), team);
+    cpu::expert_mlp(p.params(y_packed, packed.data(), nullptr), team);
+    ExpertMlpBackwardParams b{};
+    b.forward = p.params(y, nullptr, nullptr);
+    b.dgate_up = b.ddown = strides;
+    b.dy_stride = p.dy.stride, b.dy = p.dy.data();
+    b.dx = dx.data(), b.dgate_proj = dgate.data(), b.dup_proj = dup.data();
+    b.ddown_proj_t = ddown.data();
+    cpu::expert_mlp_backward(b, team);
+    std::vector<std::vector<double>> others;  // all that neither the expert nor the token enters
+    for (const Tensor* t : {&y, &y_packed, &dx}) {
+      others.emplace_back();
+      for (int64_t i = 0; i < c.T; ++i)
+        for (int64_t h = 0; h < c.H && p.gates.at(i, kExpert) == 0; ++h)
+          others.back().push_back(t->at(i, h));
+    }
+    for (const Tensor* t : {&dgate, &dup, &ddown}) {
+      others.emplace_back();
+      for (int64_t i = 0; i < p.I; ++i)
+        for (int64_t h = 0; h < c.H; ++h)
+          if (i < p.offsets[kExpert] || i >= p.offsets[kExpert + 1])
+            others.back().push_back(t->at(i, h));
+    }
+    if (!is_poisoned) clean = others;
+    const char* const outputs[] = {"y",          "y of packed", "dx",
+                                   "dgate_proj", "dup_proj",    "ddown_proj_t"};
+    for (size_t i = 0; i < others.size(); ++i) check(label + outputs[i], others[i] == clean[i]);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -74,8 +130,10 @@ int main(int argc, char** argv) {
   for (const char* const* isa = cpu::isas(); *isa; ++isa) {
     if (!only.empty() && only != *isa) continue;
     check("force_isa", cpu::force_isa(*isa) && std::strcmp(cpu::isa(), *isa) == 0);
-    for (Dtype d : {Dtype::kFloat64, Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16})
+    for (Dtype d : {Dtype::kFloat64, Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
       for (const Case& c : edge_table()) run_case(c, d, *isa);
+      run_poisoned(d, *isa);
+    }
     std::printf("%s done, %d failures so far\n", *isa, failures);
   }
   check("unknown ISA", !cpu::force_isa("z80"));

@@ -47,6 +47,7 @@ double tolerance(Dtype d, int64_t k) {
 
 uint16_t to_half(float f) {
   if (f == 0) return 0;
+  if (!std::isfinite(f)) return uint16_t((std::isnan(f) ? 0x7e00 : 0x7c00) | (f < 0 ? 0x8000 : 0));
   int exponent;
   const float m = std::frexp(std::fabs(f), &exponent);  // m in [0.5, 1)
   const int shift = exponent < -13 ? -24 : exponent - 11;
@@ -104,9 +105,22 @@ struct Case {
   int64_t T, H;
   std::vector<int> sizes;
   double density;  // of active pairs; -1: every token only expert 0; -2: expert e only token e
-  double extra_density = 0.5;  // of grad_weight among the inactive pairs
-  int64_t padding = 0;         // of rows of x and dy
+  double extra_density = 0.5;    // of grad_weight among the inactive pairs
+  int64_t padding = 0;           // of rows of x and dy
+  std::vector<int> counts = {};  // if given: expert e takes the first counts[e] tokens
 };
+
+// Every side of a tile of 16 rows, of a block of two and of the 32 that a tile takes of K: experts of each
+// size in turn, for each number of tokens.
+Case tile_borders(int64_t H) {
+  Case c{"tile borders, H=" + std::to_string(H), 33, H, {}, 0};
+  for (int count : {2, 3, 16, 17, 32, 33})
+    for (int size : {1, 15, 17, 33}) {
+      c.counts.push_back(count);
+      c.sizes.push_back(size);
+    }
+  return c;
+}
 
 std::vector<Case> edge_table() {
   std::vector<Case> cases = {
@@ -130,6 +144,7 @@ std::vector<Case> edge_table() {
       {"rows of x a page apart, padded", 11, 2000, {20}, 1, 0.5, 48},
       {"rows of the activations a page apart", 11, 32, {1024, 2048}, 0.9},
   };
+  for (int64_t H : {1, 31, 33}) cases.push_back(tile_borders(H));
   cases.push_back({"E=512", 7, 24, std::vector<int>(512, 3), 0.2, 0.1});
   return cases;
 }
@@ -165,7 +180,8 @@ struct Problem {
     for (Tensor* w : {&gate, &up, &down}) fill(*w, 1 / std::sqrt(double(c.H)));
     for (int64_t t = 0; t < c.T; ++t)
       for (int64_t e = 0; e < E; ++e) {
-        const bool is_active = c.density >= 0    ? uniform(random) < c.density
+        const bool is_active = !c.counts.empty() ? t < c.counts[size_t(e)]
+                               : c.density >= 0  ? uniform(random) < c.density
                                : c.density == -1 ? e == 0
                                                  : e == t;
         gates.set(t, e, is_active ? 0.5 + uniform(random) : 0);
