@@ -67,7 +67,7 @@ class PackedWeights:
 
 def build_info() -> dict:
     """Version, torch built against, compiler, CUDA (empty: none) and the most experts that it
-    takes, instruction sets, the one in use."""
+    takes, instruction sets, the one in use, and whether the CPU's tiles (AMX) are usable."""
     return _C.build_info()
 
 

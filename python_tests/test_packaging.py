@@ -96,6 +96,31 @@ def test_build_info():
     assert info["torch"].split(".")[0] == torch.__version__.split(".")[0]
 
 
+REFUSE_TILES = """
+import ctypes, runpy, struct
+filter = b"".join(struct.pack("HBBI", *instruction) for instruction in [
+    (0x20, 0, 0, 0), (0x15, 0, 3, 158),  # the system call is arch_prctl
+    (0x20, 0, 0, 16), (0x15, 0, 1, 0x1023),  # and its argument ARCH_REQ_XCOMP_PERM:
+    (0x06, 0, 0, 0x50001), (0x06, 0, 0, 0x7FFF0000)])  # "not permitted"; all else is allowed
+filter = ctypes.create_string_buffer(filter)
+program = struct.pack("HxxxxxxP", 6, ctypes.addressof(filter))
+libc = ctypes.CDLL(None)
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0
+runpy.run_module("dsmoe_ext", run_name="__main__")
+"""
+
+
+@pytest.mark.skipif("amx_bf16" not in dsmoe_ext.build_info()["isas"], reason="no AMX here")
+def test_diagnosis_names_tiles_that_the_system_refuses(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "DSMOE_ISA"}
+    result = run_python(REFUSE_TILES, cwd=tmp_path, env=environment)
+    assert "amx           refused by the system (Operation not permitted)" in result.stdout
+    isas = [isa for isa in dsmoe_ext.build_info()["isas"] if isa != "amx_bf16"]
+    assert f"isas          {isas}" in result.stdout
+    assert f"isa           {isas[0]}" in result.stdout
+    assert "self-test     ok" in result.stdout
+
+
 def test_import_needs_no_transformers(tmp_path):
     code = "import sys, dsmoe_ext; print([m for m in sys.modules if m == 'transformers'])"
     assert run_python(code, cwd=tmp_path).stdout.strip() == "[]"

@@ -34,6 +34,7 @@ pybind11::dict build_info() {
   info["max_cuda_experts"] = dsmoe::cuda::kMaxExperts;
   info["isas"] = isas();
   info["isa"] = dsmoe::cpu::isa();
+  info["amx"] = dsmoe::cpu::amx_state_text();
   return info;
 }
 

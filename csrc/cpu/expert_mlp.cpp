@@ -55,7 +55,8 @@ bool has_avx512_bf16() {
 // Best first.
 const Isa kIsas[] = {
 #ifdef DSMOE_X86
-    {"amx_bf16", amx_bf16::kernels, [] { return has_avx512_bf16() && has_amx_bf16(); }},
+    {"amx_bf16", amx_bf16::kernels,
+     [] { return has_avx512_bf16() && amx_state() == AmxState::kUsable; }},
     // Intel's cores issue vdpbf16ps every other cycle, half the rate of fp32 (Emerald Rapids: 82 and 172
     // GFLOP/s), AMD's at twice that rate: where tiles are masked, Intel's widen.
     {"avx512_bf16", avx512_bf16::kernels,

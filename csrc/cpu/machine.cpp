@@ -6,11 +6,13 @@
 #include "cpu/machine.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -181,20 +183,40 @@ double arithmetic_rate(int threads, Kernel kernel) {
 
 }  // namespace
 
-bool has_amx_bf16() {
+namespace {
+struct Amx {
+  AmxState state = AmxState::kAbsent;
+  std::string text = "none";
+};
+const Amx& amx() {
+  static const Amx found = [] {
+    Amx amx;
 #if defined(__x86_64__) && defined(__linux__)
-  static const bool has = [] {
     constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // CPUID 7.0, edx
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
     unsigned a, b, c, d;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile))
-      return false;
-    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-  }();
-  return has;
-#else
-  return false;
+      return amx;
+    if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0) {
+      amx.state = AmxState::kUsable;
+      amx.text = "usable";
+    } else {
+      amx.state = AmxState::kRefused;
+      amx.text = std::string("refused by the system (") + std::strerror(errno) +
+                 "): it may be an old kernel or a filter of system calls";
+    }
 #endif
+    return amx;
+  }();
+  return found;
+}
+}  // namespace
+
+AmxState amx_state() {
+  return amx().state;
+}
+const char* amx_state_text() {
+  return amx().text.c_str();
 }
 
 Peaks measure_peaks(int threads) {
@@ -208,7 +230,7 @@ Peaks measure_peaks(int threads) {
   }
   if (__builtin_cpu_supports("avx512f")) fma = fma_avx512;
   if (__builtin_cpu_supports("avx512bf16")) dot = dot_avx512_bf16;
-  if (has_amx_bf16()) dot = dot_amx_bf16;
+  if (amx_state() == AmxState::kUsable) dot = dot_amx_bf16;
 #endif
   // Huge pages, as under packed weights: with small ones the walks through page tables are measured.
   const std::unique_ptr<char, void (*)(void*)> buffer(

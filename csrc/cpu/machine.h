@@ -11,8 +11,12 @@ struct Peaks {
   double read_bytes;  // streaming reads of memory far beyond the caches, per second
 };
 
-// Whether the CPU has AMX tiles of bf16 and this process may use them: Linux asks for a request, once.
-bool has_amx_bf16();
+// AMX tiles of bf16: whether the processor has them, and whether Linux gives them to this process, which has to
+// ask, once. A container's system call filter may refuse, and so does a kernel that does not know them.
+enum class AmxState { kAbsent, kRefused, kUsable };
+AmxState amx_state();
+// The same in words, with the system's reason.
+[[gnu::visibility("default")]] const char* amx_state_text();
 
 // The best of several short measurements on `threads` threads at once, about half a second in all.
 [[gnu::visibility("default")]] Peaks measure_peaks(int threads);
