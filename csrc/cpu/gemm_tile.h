@@ -82,30 +82,30 @@ struct TileArgs : PanelOfB<T> {
 constexpr int kRun = 16;  // steps between two looks ahead, whose code stays out of the inner loop
 static_assert(kBlockSteps % kRun == 0);
 
-// How far a tile looks ahead in B, in bytes: for L1, and for L2 (AVX2 at T = 64, B in L2: 12 %
-// slower with both). Cores with AMX: far enough for L1 is far enough (below).
-#ifdef DSMOE_AMX
-constexpr int64_t kNear = 4096, kFar = 0;
+// Intel's cores with AVX-512, told by the instruction set that is chosen on them: amx_bf16, or avx512, which on
+// AMD's avx512_bf16 comes before.
+#if defined(DSMOE_AMX) || (defined(__AVX512F__) && !defined(__AVX512BF16__))
+constexpr bool kIsIntel = true;
 #else
-constexpr int64_t kNear = 2048, kFar = kVecBytes == 64 ? 14 << 10 : 0;
+constexpr bool kIsIntel = false;
 #endif
+
+// How far a tile looks ahead in B, in bytes: for L1, and for L2 (AVX2 at T = 64, B in L2: 12 % slower with
+// both; Intel: far enough for L1 is far enough).
+constexpr int64_t kNear = kIsIntel ? 4096 : 2048,
+                  kFar = kVecBytes == 64 && !kIsIntel ? 14 << 10 : 0;
 
 // Whether it does so at all. While the instructions of some twenty lines of B fit the core's window,
 // their misses overlap by themselves and the hardware's prefetchers keep up; asking too costs a
 // fifth. Ten instructions a line: measured on Zen 3 in fp32 and bf16, on Zen 4 in fp32 and bf16 with
-// dot products. Emerald Rapids' prefetchers do not keep up: one token took 1.26 ms with asking and 1.84
-// without (bf16, H 2048, I 5632, half active).
-#ifdef DSMOE_AMX
-constexpr bool kAsksAlways = true;
-#else
-constexpr bool kAsksAlways = false;
-#endif
+// dot products. Intel's prefetchers do not keep up (Emerald Rapids: one token took 1.26 ms with asking and
+// 1.84 without; bf16, H 2048, I 5632, half active).
 template <class T, int R, int W>
 constexpr int kStepInstructions = Compute<T>::kSub * (Compute<T>::kSub * W + R * (1 + W));
 template <class T, int W>
 constexpr int kStepBytes = int(sizeof(T)) * Compute<T>::kPair * W * kLanes<T>;
 template <class T, int R, int W>
-constexpr bool kLooksAhead = kAsksAlways || 64 * kStepInstructions<T, R, W> > 10 * kStepBytes<T, W>;
+constexpr bool kLooksAhead = kIsIntel || 64 * kStepInstructions<T, R, W> > 10 * kStepBytes<T, W>;
 
 // Up to so many rows take two panels at a time (W = 4). With wide vectors that gains nothing (Zen 4: within
 // 3 % of one stream, either way).
