@@ -25,22 +25,19 @@ struct Section {
   QuantizedPanels code_panels = {};
 };
 
-// The same for a block: its rows of sums lie anywhere, so a panel's are multiplied apart and then added.
+// sums += all rows, in blocks, times the panel of args. Their sums lie anywhere, so they are multiplied apart and
+// then added. sums: of the first token and of the panel's first column.
 template <class T>
-static void add_block(const Section<T>& s, int64_t first, int rows, CType<T>* sums, int64_t stride,
-                      TileArgs<T>& args) {
-  alignas(64) CType<T> block[kMostRows<T>][kColumns<T>];
-  const AType<T>* a = s.a + first / kBlockRows * s.a_stride;
-  const T* b = args.b;
-  for (int64_t panel = 0; panel < args.panels; ++panel, sums += kColumns<T>) {
-    args.b = b + panel * args.steps * PackedPanels<T>::kStep;
-    multiply_block(args, a, rows, block[0]);
-    for (int r = 0; r < rows; ++r) {
-      CType<T>* to = sums + s.tokens[first + r] * stride;
-      for (int i = 0; i < kColumns<T>; i += kLanes<T>)
-        store(to + i, load(to + i) + load(block[r] + i));
-    }
-  }
+static void add_blocks(const Section<T>& s, CType<T>* sums, int64_t stride,
+                       const TileArgs<T>& args) {
+  for_each_block(args, s.a, s.a_stride, s.n,
+                 [&](int64_t first, int rows, const CType<T>(*block)[kColumns<T>]) {
+                   for (int r = 0; r < rows; ++r) {
+                     CType<T>* to = sums + s.tokens[first + r] * stride;
+                     for (int i = 0; i < kColumns<T>; i += kLanes<T>)
+                       store(to + i, load(to + i) + load(block[r] + i));
+                   }
+                 });
 }
 
 // sums += rows of A from row `first` and element `term` on, times the B of args. sums: of the first
@@ -48,7 +45,6 @@ static void add_block(const Section<T>& s, int64_t first, int rows, CType<T>* su
 template <class T>
 static void add_tile(const Section<T>& s, int64_t first, int rows, int64_t term, CType<T>* sums,
                      int64_t stride, TileArgs<T>& args) {
-  if (s.in_blocks) return add_block(s, first, rows, sums, stride, args);
   for (int r = 0; r < rows; ++r) {
     args.a[r] = s.a + (first + r) * s.a_stride + term;
     args.c[r] = sums + s.tokens[first + r] * stride;
@@ -60,15 +56,8 @@ static void add_tile(const Section<T>& s, int64_t first, int rows, int64_t term,
 template <class T>
 static Lines tile_rows(const Section<T>& s, int64_t first) {
   constexpr int64_t kBytes = sizeof(AType<T>);
-  if (s.in_blocks && first < s.n)
-    return {(const char*)(s.a + first / kBlockRows * s.a_stride), 1, s.a_stride * kBytes / 64};
   return {(const char*)(s.a + first * s.a_stride), min_of<int64_t>(s.n - first, kMaxRows),
           ceil_div(s.k * kBytes, 64), s.a_stride * kBytes};
-}
-
-template <class T>
-static int64_t rows_at_once(const Section<T>& s) {
-  return s.in_blocks ? kBlockRows : kMaxRows;
 }
 
 // sums[t][0 .. (panel_end - panel_begin) * kColumns) += section, for these panels of the packed matrix.
@@ -79,7 +68,16 @@ static void add_packed(const Section<T>& s, const T* packed, int64_t hidden, int
   const int64_t panels = panel_end - panel_begin, stride = panels * kColumns<T>;
   TileArgs<T> args;
   args.accumulate = true;
-  if (s.n <= kMaxRows && !s.in_blocks) {  // block by block, each one stream
+  if (s.in_blocks) {
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      static_cast<PanelOfB<T>&>(args) = packed_panel(packed, b, panel_begin + panel);
+      Ahead ahead = ahead_in_packed(packed, b, panel_begin + panel + 1);
+      spread(ahead, s.n, 1, args, kBlockRows);
+      add_blocks(s, sums + panel * kColumns<T>, stride, args);
+    }
+    return;
+  }
+  if (s.n <= kMaxRows) {  // block by block, each one stream
     args.panels = panels;
     for (int64_t block = 0; block < b.blocks(); ++block) {
       args.b = packed + b.start(block, panel_begin);
@@ -96,11 +94,11 @@ static void add_packed(const Section<T>& s, const T* packed, int64_t hidden, int
   for (int64_t begin = 0; begin < panels; begin += at_once) {
     const int64_t end = min_of(panels, begin + at_once);
     Ahead ahead = ahead_in_packed(packed, b, panel_begin + begin + 1);
-    spread(ahead, s.n, 1, args, rows_at_once(s));
-    for_each_tile(s.n, s.in_blocks, [&](int64_t first, int rows) {
+    spread(ahead, s.n, 1, args);
+    for_each_tile(s.n, [&](int64_t first, int rows) {
       if (at_once > 1) {
         ahead = {tile_rows(s, first + rows)};
-        spread(ahead, rows, end - begin, args, rows_at_once(s));
+        spread(ahead, rows, end - begin, args);
       }
       args.panels = b.blocks() == 1 ? end - begin : 1;
       for (int64_t panel = begin; panel < end; panel += args.panels) {
@@ -175,15 +173,31 @@ class UnpackedColumns {
     args.steps = steps(s);
     args.panels = current_.panels;
     args.accumulate = true;
-    for_each_tile(s.n, s.in_blocks, [&](int64_t first, int rows) {
-      const int64_t from = next_steps * first / s.n, to = next_steps * (first + rows) / s.n;
+    CType<T>* sums = sums_ + (current_.panel - begin_) * kColumns<T>;
+    // Does a part of the multiplications, and packs as large a part of what is next.
+    const auto interleave = [&](int64_t begin, int64_t end, int64_t count, int64_t rows,
+                                int64_t panels, int64_t rows_at_once, auto multiply) {
+      const int64_t from = next_steps * begin / count, to = next_steps * end / count;
       const int64_t half = next.section.more ? next_steps / 2 : next_steps;
       Ahead ahead = {lines(next, from, min_of(to, half)), lines(next, max_of(from, half), to)};
-      spread(ahead, rows, args.panels, args, rows_at_once(s));
-      args.b = current_.b;
-      add_tile(s, first, rows, 0, sums_ + (current_.panel - begin_) * kColumns<T>, stride, args);
+      spread(ahead, rows, panels, args, rows_at_once);
+      multiply();
       pack(next, from, to);
-    });
+    };
+    if (s.in_blocks) {
+      for (int64_t panel = 0; panel < current_.panels; ++panel)
+        interleave(panel, panel + 1, current_.panels, s.n, 1, kBlockRows, [&] {
+          args.b = current_.b + panel * args.steps * PackedPanels<T>::kStep;
+          add_blocks(s, sums + panel * kColumns<T>, stride, args);
+        });
+    } else {
+      for_each_tile(s.n, [&](int64_t first, int rows) {
+        interleave(first, first + rows, s.n, rows, args.panels, kMaxRows, [&] {
+          args.b = current_.b;
+          add_tile(s, first, rows, 0, sums, stride, args);
+        });
+      });
+    }
     current_ = next;
   }
   const T* row(const Section<T>& s, int64_t i) const {

@@ -402,16 +402,14 @@ struct Backward {
 
   void weight_blocks(int64_t S, const A* a, int64_t a_block, int64_t panels, T* out,
                      TileArgs<T>& args) {
-    alignas(64) C block[kMostRows<T>][kN];
     const T* packed = args.b;
-    for_each_tile(S, true, [&](int64_t i, int count) {
-      for (int64_t panel = 0; panel < panels; ++panel) {
-        args.b = packed + panel * args.steps * PackedPanels<T>::kStep;
-        multiply_block(args, a + i / kBlockRows * a_block, count, block[0]);
-        round_rows(block[0], count, out + i * args.out_stride + panel * kN, args.out_stride,
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      args.b = packed + panel * args.steps * PackedPanels<T>::kStep;
+      for_each_block(args, a, a_block, S, [&](int64_t first, int count, const C(*sums)[kN]) {
+        round_rows(sums[0], count, out + first * args.out_stride + panel * kN, args.out_stride,
                    args.out_width - panel * kN, args.stream);
-      }
-    });
+      });
+    }
   }
 
   void run(int thread, int team_size) {

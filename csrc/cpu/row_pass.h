@@ -138,19 +138,22 @@ struct RowMatrix {
 template <class T, int W = 2, class F>
 DSMOE_INLINE void row_panel(const GatheredRows<T>& a, const PanelOfB<T>& b, Ahead ahead,
                             F epilogue) {
-  alignas(64) CType<T> buffer[kMostRows<T>][kColumns<T>];
   TileArgs<T> args;
   static_cast<PanelOfB<T>&>(args) = b;
   args.accumulate = false;
-  for (int r = 0; r < kMaxRows; ++r) args.c[r] = buffer[r];
   spread(ahead, a.high - a.low, 1, args, a.blocks ? kBlockRows : kMaxRows);
-  for_each_tile(a.high - a.low, a.blocks, [&](int64_t begin, int rows) {
-    if (a.blocks) {
-      multiply_block(args, a.blocks + begin / kBlockRows * a.block_size, rows, buffer[0]);
-    } else {
-      for (int r = 0; r < rows; ++r) args.a[r] = a.a + a.tokens[a.low + begin + r] * a.a_stride;
-      run_tile<T, kRowPointers, W>(rows, args);
-    }
+  if constexpr (kHasTiles<T>) {
+    if (a.blocks)
+      return for_each_block(args, a.blocks, a.block_size, a.high - a.low,
+                            [&](int64_t begin, int rows, const CType<T>(*sums)[kColumns<T>]) {
+                              epilogue(a.low + begin, rows, sums);
+                            });
+  }
+  alignas(64) CType<T> buffer[kMaxRows][kColumns<T>];
+  for (int r = 0; r < kMaxRows; ++r) args.c[r] = buffer[r];
+  for_each_tile(a.high - a.low, [&](int64_t begin, int rows) {
+    for (int r = 0; r < rows; ++r) args.a[r] = a.a + a.tokens[a.low + begin + r] * a.a_stride;
+    run_tile<T, kRowPointers, W>(rows, args);
     epilogue(a.low + begin, rows, buffer);
   });
 }
