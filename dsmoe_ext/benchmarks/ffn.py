@@ -143,7 +143,13 @@ class Row:
 
 
 def measure(
-    machine: Machine, shape: Shape, *, train: bool, exact_ste: bool, budget: float
+    machine: Machine,
+    shape: Shape,
+    *,
+    train: bool,
+    exact_ste: bool,
+    budget: float,
+    methods: Callable[[Case], dict[str, Callable]] | None = None,
 ) -> Iterator[Row]:
     """Checks the kernels on this shape against float64, then times every method on it."""
     few = Shape(
@@ -157,7 +163,7 @@ def measure(
     weight_bytes = 3 * shape.hidden_size * sum(shape.sizes) * shape.dtype.itemsize
     copies = 2 if train else max(2, min(16, CACHE_BYTES // weight_bytes))
     cases = [shape.make(seed, exact_ste) for seed in range(copies)]
-    make = train_methods if train else forward_methods
+    make = methods or (train_methods if train else forward_methods)
     turns = [make(case) for case in cases]
     with torch.set_grad_enabled(train):
         timings = interleaved({name: [turn[name] for turn in turns] for name in turns[0]}, budget)

@@ -19,6 +19,9 @@ COLUMNS = ("T", "active", "method", "ms", "median", "90 %", "TFLOP/s", "GB/s", "
 COLORS = {
     "dense": "#8a94a3",
     "loop": "#c58b2a",
+    "transformers": "#b5651d",
+    "vllm": "#7a9a3a",
+    "sglang": "#9a6fb0",
     "plain": "#6aa2d8",
     "packed": "#2f6fb7",
     "ours": "#2f6fb7",
