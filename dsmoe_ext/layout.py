@@ -52,3 +52,57 @@ def _scale_ratios(ratios: Sequence[float], total: int) -> list[int]:
         mass += ratio
         boundaries.append(round(mass * scale))
     return [end - start for start, end in pairwise(boundaries)]
+
+
+def nested_sizes(intermediate_size: int, levels: int = 4) -> list[int]:
+    """I/8, I/8, I/4, I/2 for four levels: slices whose first 1 to 4 are MatFormer's nested FFNs."""
+    parts = [2.0 ** -min(level, levels - 1) for level in range(levels, 0, -1)]
+    return _scale_ratios(parts, intermediate_size)
+
+
+def parse_sizes(text: str, intermediate_size: int) -> list[int]:
+    """expert_sizes as they are written on the command line, for an FFN of intermediate_size.
+
+    "512,512,256"                      neurons
+    "4.5,0.5,4.0"                      ratios: at least one has a point
+    "pairs:4.5,0.5;4,1;3,2;2.5,2.5"    MoDSE's: ratios in pairs, every pair with the same sum
+    "nested" or "nested:4"             MatFormer's, of four levels
+    """
+    kind, _, rest = text.strip().rpartition(":")
+    if text.strip() == "nested" or kind == "nested":
+        levels = 4 if text.strip() == "nested" else _number(rest, int, text)
+        if not 1 <= levels <= intermediate_size.bit_length():
+            raise ValueError(f"{text!r}: {levels} nested levels do not fit {intermediate_size}")
+        return nested_sizes(intermediate_size, levels)
+    if kind == "pairs":
+        pairs = [[_number(r, float, text) for r in pair.split(",")] for pair in rest.split(";")]
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError(f"{text!r}: every pair has two ratios, such as 4.5,0.5")
+        sums = [sum(pair) for pair in pairs]
+        if max(sums) - min(sums) > 1e-6 * max(sums):
+            raise ValueError(
+                f"{text!r}: the pairs sum to {', '.join(f'{s:g}' for s in sums)}, but must be equal"
+            )
+        return _checked(_scale_ratios([r for pair in pairs for r in pair], intermediate_size), text)
+    if kind:
+        raise ValueError(f"{text!r}: sizes start with pairs: or nested:, or are a list")
+    if "." in text:
+        ratios = [_number(part, float, text) for part in text.split(",")]
+        return _checked(_scale_ratios(ratios, intermediate_size), text)
+    return _checked([_number(part, int, text) for part in text.split(",")], text)
+
+
+def _number(text: str, kind: type, whole: str):
+    try:
+        value = kind(text)
+    except ValueError:
+        raise ValueError(f"{whole!r}: {text!r} is no {kind.__name__}") from None
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{whole!r}: sizes are positive, but one is {text}")
+    return value
+
+
+def _checked(sizes: list[int], text: str) -> list[int]:
+    if min(sizes) < 1:
+        raise ValueError(f"{text!r} leaves an expert without a neuron: sizes {sizes}")
+    return sizes

@@ -6,6 +6,7 @@ list of slice sizes. The dense function does not change; what changes is how muc
 do without (docs/calibration.md has the figures).
 
     contiguous    the order of the dense model
+    random        any order (LLaMA-MoE's independent split)
     gate_rows     balanced k-means of the rows of gate_proj (MoEfication, EMoE)
     coactivation  balanced k-means of how strongly the neurons contribute over tokens
 
@@ -58,6 +59,11 @@ def shared_split(intermediate_size: int, expert_size: int, shared: float) -> tup
 def contiguous(intermediate_size: int) -> Tensor:
     """The order of the dense model: int64 [I]."""
     return torch.arange(intermediate_size)
+
+
+def random_order(intermediate_size: int, *, seed: int = 0) -> Tensor:
+    """A random order, the same for the same seed: int64 [I]."""
+    return torch.randperm(intermediate_size, generator=torch.Generator().manual_seed(seed))
 
 
 def gate_rows(gate_proj: Tensor, expert_sizes: Sequence[int], *, seed: int = 0) -> Tensor:
