@@ -74,5 +74,9 @@ def test_even_use_and_masks(seed):
         torch.testing.assert_close(masked, balance_loss(part, form=form))
         nothing = balance_loss(routing, form=form, token_mask=torch.zeros(50, dtype=torch.bool))
         assert nothing == 0
+        routing.scores.data[~mask] = float("nan")  # what padding computes does not matter
+        assert torch.equal(balance_loss(routing, form=form, token_mask=mask), masked)
+        routing, _ = random_routing()
+        part = Routing(routing.gates[mask], routing.scores[mask])
     with pytest.raises(ValueError, match="switch, cv, load_l1"):
         balance_loss(routing, form="z")

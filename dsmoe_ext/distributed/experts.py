@@ -38,6 +38,7 @@ class ParallelExperts(nn.Module):
     average           divide the weights' gradients by the number of ranks, as DDP and FSDP do with
                       those of replicated weights: right for a loss that is a mean over ranks
     ranks_per_node    None: as torchrun says
+    activation        as for sparse_ffn
 
     Parameters gate_proj, up_proj, down_proj_t: this rank's rows. DTensors `Shard(0)` of [I,H] where
     all ranks have equally many rows, plain tensors otherwise (DTensor knows even parts only).
@@ -52,12 +53,13 @@ class ParallelExperts(nn.Module):
         *,
         average: bool = True,
         ranks_per_node: int | None = None,
+        activation: str = "silu",
     ):
         super().__init__()
         self.mesh, self.group = mesh, mesh.get_group()
         self.rank, self.world = mesh.get_local_rank(), mesh.size()
         self.expert_sizes, self.average = list(expert_sizes), average
-        self.ranks_per_node = ranks_per_node
+        self.ranks_per_node, self.activation = ranks_per_node, activation
         if len(experts_per_rank) != self.world or sum(experts_per_rank) != len(expert_sizes):
             raise ValueError(
                 f"experts_per_rank {list(experts_per_rank)} must give each of {self.world} ranks "
@@ -72,7 +74,7 @@ class ParallelExperts(nn.Module):
         start, stop = rows[own.start], rows[own.stop]
         rows_per_rank = {rows[c.stop] - rows[c.start] for c in self.columns}
         for name, weight in zip(WEIGHTS, weights, strict=True):
-            part = weight.detach()[start:stop].clone()
+            part = weight.detach()[start:stop].clone(memory_format=torch.contiguous_format)
             if len(rows_per_rank) == 1:
                 part = DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
             is_frozen = isinstance(weight, nn.Parameter) and not weight.requires_grad
@@ -131,7 +133,14 @@ class ParallelExperts(nn.Module):
         if not self.own_sizes:  # nobody sends anything, but all ranks meet in the backward, too
             return rows + sum((t.sum() for t in self.local()), gates.sum()).to(rows)
         offsets = self.offsets(rows.device)
-        return sparse_ffn(rows, gates, *self.local(), offsets, grad_weight=grad_weight)
+        return sparse_ffn(
+            rows,
+            gates,
+            *self.local(),
+            offsets,
+            activation=self.activation,
+            grad_weight=grad_weight,
+        )
 
     def local(self) -> list[Tensor]:
         """This rank's rows of the three weights, as plain tensors."""

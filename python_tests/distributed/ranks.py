@@ -1,13 +1,15 @@
-"""Run as `python ranks.py CHECK WORLD FOLDER`: forks WORLD processes that talk by Gloo and runs one
-check in each. Every rank computes the whole on its own as well, and compares.
+"""Run as `python ranks.py FOLDER CHECK:WORLD ...`: forks WORLD processes for each check, which talk
+by Gloo. Every rank computes the whole on its own as well, and compares.
 
-One import serves all ranks, so that a check takes seconds. Exit status 0: every rank is content.
+One import serves all ranks and checks, so that a check takes a second. Exit status 0: every rank is
+content; otherwise the checks that failed stand in the last line.
 """
 
 import os
 import random
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -259,8 +261,8 @@ def check_kill(mesh, rank, world, folder):
         training(model, wrapped, tokens_of(rank, world, False), 60, after)
 
 
-def main(check: str, world: int, folder: str) -> int:
-    torch.set_num_threads(1)
+def run_ranks(check: str, world: int, folder: str) -> bool:
+    """Whether every rank was content."""
     children = []
     for rank in range(world):
         child = os.fork()
@@ -274,19 +276,28 @@ def main(check: str, world: int, folder: str) -> int:
                 globals()[f"check_{check}"](mesh, rank, world, folder)
                 dist.barrier()
                 status = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()
-                if status:
-                    import traceback
-
-                    traceback.print_exc()
-                os._exit(status)
+                os._exit(status)  # no cleanup that would wait for others
         children.append(child)
     failed = [os.waitpid(child, 0)[1] for child in children]
     os.unlink(f"{folder}/rendezvous")
-    return int(any(failed))
+    return not any(failed)
+
+
+def main(folder: str, *checks: str) -> int:
+    torch.set_num_threads(1)
+    failed = []
+    for entry in checks:
+        check, world = entry.split(":")
+        if not run_ranks(check, int(world), folder):
+            failed.append(entry)
+    print("failed:", *failed if failed else ["none"])
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2]), sys.argv[3]))
+    sys.exit(main(*sys.argv[1:]))
