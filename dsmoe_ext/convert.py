@@ -24,14 +24,27 @@ def sparsify(model, num_experts: int = 8, *, permutations=None, dtype=None, **op
     What is found in a model that does not fit (no gated MLP, biases, another activation, something
     else inside) stands in the error.
     """
+    from dsmoe_ext.models.adopt import replace_mlps, text_model
+
+    if isinstance(model, str | Path):
+        model = load_dense(model, dtype)
+    check_dense(model)
+    sparse = _sharing_copy(model)
+    _forget_gguf(sparse)
+    part = text_model(sparse)
+    replace_mlps(part, {"num_experts": num_experts, **options}, permutations)
+    _connect_all(sparse, part.config)
+    return sparse
+
+
+def check_dense(model) -> None:
+    """Raises, with what was found, unless the model can be made sparse."""
     from transformers import PreTrainedModel
 
     from dsmoe_ext.gated_mlp import Unsuitable, describe, probe
     from dsmoe_ext.layers import find_ffns
-    from dsmoe_ext.models.adopt import gated_mlps, replace_mlps, text_model
+    from dsmoe_ext.models.adopt import gated_mlps, text_model
 
-    if isinstance(model, str | Path):
-        model = load_dense(model, dtype)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"{type(model).__name__} is no transformers model")
     if find_ffns(model):
@@ -43,12 +56,6 @@ def sparsify(model, num_experts: int = 8, *, permutations=None, dtype=None, **op
         )
     for mlp in mlps.values():
         probe(mlp, describe(mlp))
-    sparse = _sharing_copy(model)
-    _forget_gguf(sparse)
-    part = text_model(sparse)
-    replace_mlps(part, {"num_experts": num_experts, **options}, permutations)
-    _connect_all(sparse, part.config)
-    return sparse
 
 
 def merge(model):

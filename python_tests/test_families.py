@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import dsmoe_ext
+from dsmoe_ext.calibration.streams import Streams
 from dsmoe_ext.layers import ffn_layers
 
 transformers = pytest.importorskip("transformers")
@@ -46,7 +47,7 @@ FAMILIES = {
     "exaone4": {"sliding_window": 32},
     "ernie4_5": {},
     "hunyuan_v1_dense": {},
-    "seed_oss": {},
+    "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
     "helium": {},
     "lfm2": {},
     "ministral3": {},
@@ -177,3 +178,31 @@ def test_gradient_checkpointing(kind, seed):
             assert torch.equal(got[name], gradient), (use_reentrant, name)
         assert dsmoe_ext.active_fraction(model) == counted
         model.gradient_checkpointing_disable()
+
+
+@families
+def test_calibration(kind, seed):
+    """The layers run again as the model runs them; the target is met; all on is the dense model."""
+    dense, text = tiny(kind), torch.randint(3, 96, (6, 40))
+    seen = []
+    streams = Streams(dense, text)
+    handle = streams.layers[-1].module.register_forward_hook(lambda *args: seen.append(args[-1]))
+    dense(text)
+    handle.remove()
+    for layer in streams.layers:
+        layer = streams.enter(layer)
+        mlp = layer.mlp(streams.x).flatten(0, 1)
+        streams.leave(mlp.__getitem__)
+        assert streams.residual is not None
+    last = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+    assert torch.equal(streams.dense, last)
+    torch.testing.assert_close(streams.sparse, last, atol=1e-4, rtol=1e-4)
+
+    options = dict(expert_size=8, progress=False)
+    exact = dsmoe_ext.calibrate(dense, text, 1.0, refit=False, **options)
+    torch.testing.assert_close(exact(text).logits, dense(text).logits, atol=1e-5, rtol=1e-5)
+    assert_same_bits(dsmoe_ext.merge(exact), dense)
+    half = dsmoe_ext.calibrate(dense, text, 0.5, **options)
+    dsmoe_ext.active_fraction(half)
+    half(text)
+    assert abs(dsmoe_ext.active_fraction(half).mean - 0.5) <= 0.05

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from dsmoe_ext import partition
 from dsmoe_ext.calibration.neurons import (
     Layout,
-    activations,
     expert_norms,
     experts_of_neurons,
     group_neurons,
@@ -18,10 +17,12 @@ from dsmoe_ext.calibration.neurons import (
 )
 from dsmoe_ext.calibration.refit import refit_down_proj
 from dsmoe_ext.calibration.router import SCALE, InputStatistics, fit_router, quantile_threshold
-from dsmoe_ext.calibration.streams import Streams, quick_matmul
+from dsmoe_ext.calibration.streams import Layer, Streams, quick_matmul
 from dsmoe_ext.command_line import console
-from dsmoe_ext.convert import merge, sparsify
+from dsmoe_ext.convert import check_dense, merge, sparsify
+from dsmoe_ext.gated_mlp import describe, mlp_activations
 from dsmoe_ext.layers import ffn_layers, find_ffns
+from dsmoe_ext.models.adopt import gated_mlps, text_model
 from dsmoe_ext.models.options import options_of
 from dsmoe_ext.ops import build_info
 
@@ -55,40 +56,44 @@ def calibrate(
     seed: int = 0,
     progress: bool = True,
 ):
-    """Makes a LLaMA sparse in closed form, without training -> DSMoELlamaForCausalLM.
+    """Makes a dense model sparse in closed form, without training -> a model of its class.
 
-    model: a dense LlamaForCausalLM, or a converted one (whose cut and routers are replaced). It
-        stays as it is; the result shares its attention weights and embeddings (see sparsify).
+    model: a dense transformers model with gated MLPs, or a sparse one (whose cut and routers are
+        replaced). It stays as it is; the result shares its attention weights and embeddings (see
+        sparsify).
     token_ids: text like that which the model will see: int64 [N,L] windows, or [n] tokens, which
         are cut into windows of `window`. Quality grows with it, up to some 30,000 tokens; time and
         memory are proportional to it.
     target_active: the share of the FFN that is on for the average token, shared part included.
     expert_size: neurons of a routed expert; 16 is best, 32 nearly so, and both suit the kernels.
     shared: the share of the FFN that is always on. It grows by what expert_size does not divide.
-    refit: also refit down_proj to the masks. Without, merge_to_llama gives the dense weights back
+    refit: also refit down_proj to the masks. Without, merge gives the dense weights back
         bit for bit.
     seed: of the grouping. The same seed, text, machine and thread count give the same bits.
     progress: show a progress bar on stderr.
 
-    The result has binary gates and no rescaling, and config.target_active is set for training.
+    The result has binary gates and no rescaling; config.dsmoe["target_active"] is set for training.
     Besides the models it needs (I + 5 H + 3 R) · T + 6 I² floats for T tokens, whatever the number
     of layers: 0.4 GB for 16,384 tokens of SmolLM2-135M.
     """
     dense, kept = _dense_model(model)
-    sizes = partition.shared_split(dense.config.intermediate_size, expert_size, shared)
+    sizes = partition.shared_split(_intermediate_size(dense), expert_size, shared)
     layout = Layout(*sizes)
     windows = _check_windows(token_ids, dense, window)
     _check_target(target_active, layout)
     _warn_of_many_experts(len(sizes[1]) + (sizes[0] > 0))
     training = dense.training
     dense.eval()
-    layers = dense.model.layers
     fits = []
-    bar = console.progress("Calibrating", len(layers), "layers") if progress else _no_progress()
+    num_layers = len(gated_mlps(text_model(dense)))
+    bar = console.progress("Calibrating", num_layers, "layers") if progress else _no_progress()
     try:
         with quick_matmul(), bar as advance:
             streams = Streams(dense, windows.to(dense.device))
-            for index, layer in enumerate(layers):
+            for index, layer in enumerate(streams.layers):
+                if layer.mlp_name is None:
+                    streams.enter(layer)
+                    continue
                 fits.append(fit_layer(streams, layer, layout, target_active, refit, seed + index))
                 advance(1, note=f"layer error {fits[-1].error:.3f}")
     finally:
@@ -108,22 +113,18 @@ def _warn_of_many_experts(num_experts: int) -> None:
 
 
 def fit_layer(
-    streams: Streams, layer: nn.Module, layout: Layout, target: float, refit: bool, seed: int
+    streams: Streams, layer: Layer, layout: Layout, target: float, refit: bool, seed: int
 ) -> LayerFit:
     """Finds one layer's order, router and weights, and moves both streams behind the layer."""
-    layer = streams.in_working_precision(layer)
-    mlp, norm = layer.mlp, layer.post_attention_layernorm
-    down_proj_t = mlp.down_proj.weight.T.contiguous()  # [I,H]
-    num_tokens, hidden_size = streams.dense[..., 0].numel(), streams.dense.shape[-1]
-    x = streams.sparse.new_empty(num_tokens, hidden_size)
-    hidden = streams.sparse.new_empty(num_tokens, layout.intermediate_size)
-
-    # The dense stream runs on; the sparse one waits in front of the FFN until that is known.
-    streams.advance(layer)
-    for chunk, rows in streams.token_rows():
-        x[rows] = norm(streams.sparse[chunk]).flatten(0, 1)
-        hidden[rows] = activations(mlp, x[rows])
-        streams.dense[chunk] += mlp(norm(streams.dense[chunk]))
+    # The dense stream runs on; the sparse one waits for its FFN's output until that is known.
+    layer = streams.enter(layer)
+    found = layer.found
+    weights = found.weights(layer.mlp)
+    down_proj_t = weights[-1].T.contiguous()  # [I,H]
+    x = streams.x.flatten(0, 1)  # [T,H]
+    hidden = x.new_empty(len(x), layout.intermediate_size)
+    for _, rows in streams.token_rows():
+        hidden[rows] = mlp_activations(x[rows], weights, found.activation)
     order, weight, bias, on = _fit_routing(x, hidden, down_proj_t, layout, target, seed)
 
     # x's memory now takes the wanted output: this layer's own on what it sees, and a part of what
@@ -131,13 +132,12 @@ def fit_layer(
     wanted, experts = x, experts_of_neurons(order, layout)
     for chunk, rows in streams.token_rows():
         own = hidden[rows] @ down_proj_t
-        missing = (streams.dense[chunk] - streams.sparse[chunk]).flatten(0, 1)
-        wanted[rows] = own.lerp_(missing, CORRECTION) if refit else own
+        wanted[rows] = own.lerp_(streams.missing(chunk, own), CORRECTION) if refit else own
         switch_off(hidden[rows], on[rows], experts)
     if refit:
         down_proj_t = refit_down_proj(hidden, wanted, down_proj_t)
     output = hidden @ down_proj_t
-    streams.sparse += output.view_as(streams.sparse)
+    streams.leave(lambda rows: output[rows])
     power = wanted.square().sum().clamp(min=1e-30)
     error = wanted.sub_(output).square().sum() / power
     return LayerFit(
@@ -182,15 +182,21 @@ def _assemble(dense, layout: Layout, target: float, fits: list[LayerFit], kept: 
 
 def _dense_model(model):
     """(the dense model, what a converted one keeps of its configuration)."""
-    from transformers import LlamaForCausalLM
-
-    if not isinstance(model, LlamaForCausalLM):
-        raise TypeError(f"{type(model).__name__} is no LlamaForCausalLM")
-    if find_ffns(model):
+    if isinstance(model, nn.Module) and find_ffns(model):
         names = ("ste", "sample_prob", "seed", "sparsity_weight")
         options = options_of(model)
         return merge(model), {name: options[name] for name in names}
+    check_dense(model)
     return model, {}
+
+
+def _intermediate_size(dense) -> int:
+    mlps = gated_mlps(text_model(dense)).items()
+    sizes = {describe(mlp).intermediate_size: name for name, mlp in mlps}
+    if len(sizes) > 1:
+        names = " and ".join(f"{name} ({size})" for size, name in list(sizes.items())[:2])
+        raise ValueError(f"calibrate() needs MLPs of one size, but {names} differ")
+    return next(iter(sizes))
 
 
 def _check_windows(token_ids, dense, window: int) -> Tensor:
@@ -204,17 +210,16 @@ def _check_windows(token_ids, dense, window: int) -> Tensor:
     ids = ids.long()  # token files often hold uint16, which torch can hardly compute with
     if ids.dim() == 1:
         ids = ids[: len(ids) // window * window].view(-1, window)
-    needed = dense.config.hidden_size + 1
+    config = dense.config.get_text_config(decoder=True)
+    needed = config.hidden_size + 1
     if ids.numel() < needed:
         raise ValueError(
             f"{ids.numel()} tokens in whole windows are too few to calibrate on: with hidden size "
             f"{needed - 1} the routers need at least {needed}, and a good result some 16,000"
         )
     low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= dense.config.vocab_size:
-        raise ValueError(
-            f"token_ids must lie in 0 to {dense.config.vocab_size - 1}, got {low} to {high}"
-        )
+    if low < 0 or high >= config.vocab_size:
+        raise ValueError(f"token_ids must lie in 0 to {config.vocab_size - 1}, got {low} to {high}")
     return ids.long()
 
 

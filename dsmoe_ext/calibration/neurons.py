@@ -1,6 +1,6 @@
 """Which neurons of an FFN are always on, and which form an expert.
 
-a_i = silu(x g_i) (x u_i)        neuron i's activation            (g, u, d: its weights)
+a_i = act(x g_i) (x u_i)         neuron i's activation            (g, u, d: its weights)
 c_i = |a_i| ‖d_i‖                its contribution: the norm of what it adds to the output
 """
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsmoe_ext import partition
 
@@ -28,11 +28,6 @@ class Layout:
         """The share of the routed neurons that must be on, for target_active of all."""
         routed = sum(self.expert_sizes)
         return (target_active * self.intermediate_size - self.shared_size) / routed
-
-
-def activations(mlp: nn.Module, x: Tensor) -> Tensor:
-    """a [T,I] of x [T,H]."""
-    return F.silu(mlp.gate_proj(x)).mul_(mlp.up_proj(x))
 
 
 def group_neurons(

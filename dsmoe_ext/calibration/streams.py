@@ -1,18 +1,26 @@
-"""The calibration text on its way through the model, one layer at a time.
+"""The calibration text on its way through any model, one layer at a time.
 
 Two hidden states are carried from layer to layer: that of the dense model, which says what each
 layer should give, and that of the model made sparse so far, which is what the next layer will
-really see.
+really see. The model's own layers do the work: how the model calls them (masks, rotary embeddings)
+is recorded once, and a layer is then called again with another hidden state and with something else
+in place of its MLP's output.
+
+How that output v enters the hidden state, layer(v) - layer(0), is tried out:
+    m v                LLaMA, Qwen, Phi-3 (m = 1), Granite (residual_multiplier), Cohere (parallel)
+    w v / rms(v)       Gemma 2 and 3, OLMo 2, GLM-4, EXAONE 4: a norm behind the MLP
 """
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import create_causal_mask
 
+from dsmoe_ext.gated_mlp import GatedMLP, describe
+from dsmoe_ext.models.adopt import gated_mlps, text_model
 from dsmoe_ext.routers import at_least_float32
 
 # Tokens per chunk: temporaries are a few [CHUNK, I] matrices, and GEMMs of this height run at full
@@ -20,54 +28,183 @@ from dsmoe_ext.routers import at_least_float32
 CHUNK_TOKENS = 4096
 
 
+class _Stop(Exception):
+    """Enough has been seen of a forward."""
+
+
+@dataclass
+class Layer:
+    """A layer of the stack, and how the model calls it."""
+
+    module: nn.Module
+    mlp_name: str | None  # of its gated MLP; None: this layer has none, and stays as it is
+    calls: dict[int, tuple] = field(default_factory=dict)  # batch size -> (args, kwargs)
+
+    @property
+    def mlp(self) -> nn.Module:
+        return getattr(self.module, self.mlp_name)
+
+    @property
+    def found(self) -> GatedMLP:
+        return describe(self.mlp)
+
+    def __call__(self, state: Tensor) -> Tensor:
+        """The layer's output [n,L,H] of a hidden state [n,L,H]."""
+        args, kwargs = self.calls[len(state)]
+        args, kwargs = (state, *args[1:]), kwargs
+        if not self.calls[len(state)][0]:
+            args, kwargs = (), kwargs | {"hidden_states": state}
+        out = self.module(*args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def with_mlp(self, state: Tensor, mlp: Callable[[Tensor], Tensor]) -> Tensor:
+        """The same with another function in place of the MLP."""
+        self.mlp.forward = mlp
+        try:
+            return self(state)
+        finally:
+            del self.mlp.forward
+
+
+@dataclass(frozen=True)
+class Residual:
+    """What layer(v) - layer(0) is of the MLP's output v."""
+
+    is_normed: bool
+    factor: float | Tensor  # m, or w [H]
+
+    def wanted(self, target: Tensor, own: Tensor) -> Tensor:
+        """The v that adds target [T,H]; behind a norm, where any length would, that of own."""
+        if not self.is_normed:
+            return target if self.factor == 1.0 else target / self.factor
+        v = target / torch.where(self.factor == 0, 1.0, self.factor)
+        return v * own.norm(dim=-1, keepdim=True) / v.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+
+
 class Streams:
     """dense, sparse [N,L,H] float32 (float64 for such a model): the two hidden states.
 
-    After advance(l), both stand behind layer l's attention, in front of its FFN. Then the owner
-    adds an FFN output to each (`add`) before the next layer.
+    `enter(layer)` brings both behind the layer, the sparse one without its MLP, whose input is then
+    in x [N,L,H]. `leave` adds what the sparse MLP gives.
     """
 
     def __init__(self, model: nn.Module, windows: Tensor):
-        self.model = model.model
+        self.model = text_model(model)
         self.dtype = at_least_float32(model.dtype)
-        self.dense = self.model.embed_tokens(windows).to(self.dtype)
-        self.sparse = self.dense.clone()
+        self.layers = _layers(self.model)
         step = max(1, CHUNK_TOKENS // windows.shape[1])
         self.chunks = [slice(i, i + step) for i in range(0, len(windows), step)]
+        self.dense = torch.cat([self._first_input(windows[chunk]) for chunk in self.chunks])
+        self._first_input(windows[:1])  # `_probe` calls layers on one window
+        self.sparse = self.dense.clone()
+        self.x = torch.empty_like(self.dense)
 
-    def advance(self, layer: nn.Module) -> None:
-        """Adds layer's attention output to both states, in place."""
-        length = self.dense.shape[1]
-        positions = torch.arange(length, device=self.dense.device).unsqueeze(0)
-        rotary = self.model.rotary_emb(self.dense, position_ids=positions)
-        for state in (self.dense, self.sparse):
+    def _first_input(self, windows: Tensor) -> Tensor:
+        """Records how the layers are called for so many windows; the first one's hidden state."""
+        first, size = [], len(windows)
+
+        def record(layer, args, kwargs):
+            state = args[0] if args else kwargs["hidden_states"]
+            first.append(state)
+            layer.calls[size] = (args[:1] and (None, *args[1:]), dict(kwargs))
+            if layer is self.layers[-1]:
+                raise _Stop
+            return state
+
+        embeddings = self.model.get_input_embeddings()(windows).to(self.dtype)
+        with contextlib.ExitStack() as stack:
+            for layer in self.layers:
+                layer.module.forward = lambda *args, layer=layer, **kw: record(layer, args, kw)
+                stack.callback(delattr, layer.module, "forward")
+            with contextlib.suppress(_Stop):
+                self.model(inputs_embeds=embeddings, use_cache=False)
+        return first[0].clone()
+
+    def enter(self, layer: Layer) -> Layer:
+        """Moves both states; the layer itself, or a float32 copy of one in half precision."""
+        if next(layer.module.parameters()).dtype != self.dtype:
+            module = copy.deepcopy(layer.module).to(self.dtype)
+            layer = Layer(module, layer.mlp_name, layer.calls)
+        for chunk in self.chunks:
+            self.dense[chunk] = layer(self.dense[chunk])
+        if layer.mlp_name is None:
             for chunk in self.chunks:
-                x = layer.input_layernorm(state[chunk])
-                mask = create_causal_mask(
-                    config=self.model.config,
-                    inputs_embeds=x,
-                    attention_mask=None,
-                    cache=None,
-                    position_ids=positions,
-                )
-                attended, _ = layer.self_attn(
-                    hidden_states=x,
-                    attention_mask=mask,
-                    position_ids=positions,
-                    position_embeddings=rotary,
-                )
-                state[chunk] += attended
+                self.sparse[chunk] = layer(self.sparse[chunk])
+            return layer
+        self.layer, self.residual = layer, _probe(layer, self.sparse[:1])
+        if self.residual is None or self.residual.is_normed:
+            self.before = self.sparse.clone()
+        for chunk in self.chunks:
+            seen = self.x[chunk]
 
-    def in_working_precision(self, layer: nn.Module) -> nn.Module:
-        """The layer itself, or a float32 copy of a half-precision one (this layer only)."""
-        weight = layer.mlp.gate_proj.weight
-        return layer if weight.dtype == self.dtype else copy.deepcopy(layer).to(self.dtype)
+            def nothing(x, seen=seen):
+                seen.copy_(x)
+                return torch.zeros_like(x)
+
+            self.sparse[chunk] = layer.with_mlp(self.sparse[chunk], nothing)
+        return layer
+
+    def leave(self, output: Callable[[slice], Tensor]) -> None:
+        """Adds what the sparse MLP gives, [t,H], asked for by the rows in [T,...] matrices."""
+        for chunk, rows in self.token_rows():
+            v = output(rows).view_as(self.sparse[chunk])
+            if self.residual is not None and not self.residual.is_normed:
+                self.sparse[chunk] += v if self.residual.factor == 1.0 else self.residual.factor * v
+            else:  # once more through the layer: exact whatever becomes of v there
+                self.sparse[chunk] = self.layer.with_mlp(self.before[chunk], lambda x, v=v: v)
+
+    def missing(self, chunk: slice, own: Tensor) -> Tensor:
+        """What the MLP would have to give [t,H] for the sparse state to become the dense one; own
+        [t,H], what it gives, where it cannot be told."""
+        if self.residual is None:
+            return own
+        target = (self.dense[chunk] - self.sparse[chunk]).flatten(0, 1)
+        return self.residual.wanted(target, own)
 
     def token_rows(self) -> Iterator[tuple[slice, slice]]:
         """(windows of a chunk, their rows in a [T,...] matrix of all tokens)."""
         num_windows, length = self.dense.shape[:2]
         for chunk in self.chunks:
             yield chunk, slice(chunk.start * length, min(chunk.stop, num_windows) * length)
+
+
+def _layers(model: nn.Module) -> list[Layer]:
+    """All layers of the stack that holds the gated MLPs."""
+    names = [name.rpartition(".") for name in gated_mlps(model)]
+    stack = names[0][0].rpartition(".")[0]
+    mlps = {layer: mlp for layer, _, mlp in names}
+    if any(layer.rpartition(".")[0] != stack for layer in mlps):
+        raise ValueError(f"{type(model).__name__} has gated MLPs in more than one stack of layers")
+    return [
+        Layer(module, mlps.get(f"{stack}.{index}" if stack else index))
+        for index, module in model.get_submodule(stack).named_children()
+    ]
+
+
+def _probe(layer: Layer, state: Tensor) -> Residual | None:
+    """Tries how the MLP's output enters the hidden state; None: in neither of the known ways."""
+
+    def given(v: Tensor) -> Tensor:
+        return layer.with_mlp(state, lambda _: v)
+
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(state.shape, generator=generator, dtype=state.dtype).to(state.device)
+    # Neither lost in the rounding of the state, nor so small that a norm's epsilon shows.
+    v *= state.square().mean().sqrt().clamp(min=1.0)
+    nothing = given(torch.zeros_like(v))
+    once, twice = given(v) - nothing, given(2 * v) - nothing
+    factor = ((once * v).sum() / v.square().sum()).item()
+    tolerance = 1e-3 * once.abs().max()
+    is_linear = (once - factor * v).abs().max() <= tolerance
+    if is_linear and (twice - 2 * once).abs().max() <= 2 * tolerance:
+        return Residual(False, round(factor, 6))
+    if (twice - once).abs().max() <= tolerance:
+        weight = once / v * v.square().mean(-1, keepdim=True).sqrt()
+        weight = weight.flatten(0, -2).median(0).values
+        guess = weight * v / v.square().mean(-1, keepdim=True).sqrt()
+        if (guess - once).abs().max() <= tolerance:
+            return Residual(True, weight)
+    return None
 
 
 @contextlib.contextmanager

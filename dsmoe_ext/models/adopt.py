@@ -72,8 +72,9 @@ def connect(model: PreTrainedModel, config) -> None:
     watch(model, config)
     text_config = model.config.get_text_config(decoder=True)
     setattr(text_config, KEY, getattr(config, KEY))  # one dict, also where configs were copied
-    loss = model.loss_function
-    if not isinstance(loss, LossWithSparsity):
+    has_loss = getattr(model, "loss_type", None) is not None  # not so of a base model
+    loss = model.loss_function if has_loss else None
+    if has_loss and not isinstance(loss, LossWithSparsity):
         name = getattr(loss, "__name__", "")
         model.loss_function = LossWithSparsity(
             causal_lm_loss if name == "ForCausalLMLoss" else loss
