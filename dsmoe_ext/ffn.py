@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from dsmoe_ext import ops, sparsity
 from dsmoe_ext.gated_mlp import SPLIT, describe
 from dsmoe_ext.layout import expert_layout
-from dsmoe_ext.ops import Routing
+from dsmoe_ext.ops import Routing, as_rows
+from dsmoe_ext.quantization.codes import quantize_weights
+from dsmoe_ext.quantization.experts import QuantizedExperts
+from dsmoe_ext.quantization.gptq import quantize_with_gram
 from dsmoe_ext.reference import ACTIVATIONS, GATES, METHODS
 from dsmoe_ext.routers import ROUTERS, LinearRouter, without_half_casts
 from dsmoe_ext.sampling import MIN_PROB, draw_weights, mix_key
@@ -136,6 +139,7 @@ class DSMoEFFN(nn.Module):
         self.activity = ActivityCounter(len(self.sizes), device)
         self._offsets: Tensor | None = None
         self._packed: ops.PackedWeights | None = None
+        self.experts: QuantizedExperts | None = None  # in place of the weights
         if weights is None:
             self.reset_parameters()
 
@@ -235,7 +239,10 @@ class DSMoEFFN(nn.Module):
 
     def expert_weights(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
         """gate [I,H], up [I,H] (None: both in gate [2I,H]) and down [I,H], as the kernels take
-        them: views of the parameters. x: what adapters may want to look at."""
+        them: views of the parameters. x: what adapters may want to look at. Of quantized experts
+        copies, in float32."""
+        if self.experts is not None:
+            return self.experts.weights(self.offsets_on(torch.device("cpu"))).dequantize()
         # Called, not read: offloading loads a weight in its module's forward, and LoRA changes it.
         *gate_up, down = (getattr(self, name)(x) for name in self.names)
         gate, up = gate_up if len(gate_up) == 2 else (gate_up[0], None)
@@ -311,7 +318,7 @@ class DSMoEFFN(nn.Module):
         return (
             self._packed is not None
             and not torch.is_grad_enabled()
-            and tokens.dtype == self._packed.dtype
+            and self._packed.takes(tokens.dtype)
             and type(self.router) is LinearRouter
         )
 
@@ -325,6 +332,10 @@ class DSMoEFFN(nn.Module):
             return ops.sparse_ffn(
                 tokens.to(self._packed.dtype) if dtype else tokens, gates, self._packed
             )
+        if self.experts is not None:
+            tokens = tokens.to(dtype) if dtype else tokens
+            grad_weight = self._grad_weight(gates, draw)
+            return self.experts.sparse_ffn(tokens, gates, self.expert_offsets, grad_weight)
         weights = self.expert_weights(tokens)
         if dtype is not None and tokens.dtype != torch.float64:
             tokens, *weights = (t if t is None else t.to(dtype) for t in (tokens, *weights))
@@ -361,29 +372,84 @@ class DSMoEFFN(nn.Module):
 
     # ------------------------------------------------------------ packing
 
-    def pack(self) -> "DSMoEFFN":
+    def pack(self, **form) -> "DSMoEFFN":
         """Packs a copy of the weights for inference without gradients.
 
         train(), loading and moves undo it. Weights that are changed in place in eval mode (by an
         optimizer, an average of models) want to be packed again.
+
+        Args:
+            form: bits=8 or 4, group_size, symmetric: the copy is rounded (see ops.pack_weights).
+                Quantized experts are packed as they are, and their codes move into the layout: to
+                save or train them afterwards, load the model again.
         """
         if self.training:
             raise RuntimeError("pack() is for inference; call eval() first")
+        if self.experts is not None:
+            if form:
+                raise ValueError(f"the experts have {self.experts.bits} bits already")
+            if not self.experts.is_released:
+                self._packed = ops.pack_quantized(self.experts.weights(self.expert_offsets))
+                self.experts.release()
+            return self
         weights = [None if w is None else w.detach() for w in self.expert_weights()]
         if weights[0].is_meta:
             raise RuntimeError("the weights are offloaded: load the model whole, then pack it")
         self._packed = ops.pack_weights(
-            *weights, self.offsets_on(weights[0].device), activation=self.activation
+            *weights, self.offsets_on(weights[0].device), activation=self.activation, **form
         )
+        return self
+
+    @torch.no_grad()
+    def quantize(
+        self,
+        bits: int = 8,
+        group_size: int | None = None,
+        symmetric: bool | None = None,
+        *,
+        grams: tuple[Tensor, Tensor] | None = None,
+    ) -> "DSMoEFFN":
+        """Puts codes of 8 or 4 bits in place of the weights: for inference, frozen in training.
+
+        Args:
+            grams: xᵀx [H,H] of the inputs and aᵀa [I,I] of the activations on some text: rounding
+                then makes up for its errors (GPTQ).
+        """
+        if self.experts is not None:
+            raise ValueError(f"the experts have {self.experts.bits} bits already")
+        form = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+        weights = self.expert_weights()
+        if weights[0].is_meta:  # of a model being built: a checkpoint has the codes
+            experts = QuantizedExperts.empty(
+                self.hidden_size, self.sizes, activation=self.activation, device="meta", **form
+            )
+        else:
+            offsets = self.offsets_on(torch.device("cpu"))
+            weights = as_rows(*weights)
+            if grams is None:
+                codes = quantize_weights(*weights, offsets, activation=self.activation, **form)
+            else:
+                codes = quantize_with_gram(
+                    *weights, offsets, *grams, activation=self.activation, **form
+                )
+            experts = QuantizedExperts(codes)
+        for name in self.names:
+            delattr(self, name)
+        self.experts, self._packed = experts, None
         return self
 
     def train(self, mode: bool = True):
         if mode:
-            self._packed = None
+            self._unpack()
         return super().train(mode)
 
-    def _apply(self, fn, recurse=True):
+    def _unpack(self) -> None:
+        if self._packed is not None and self.experts is not None:
+            self.experts.check_held()
         self._packed = None
+
+    def _apply(self, fn, recurse=True):
+        self._unpack()
         threshold = without_half_casts(fn)(self.threshold).float()
         super()._apply(fn, recurse)
         self.threshold = threshold
@@ -444,9 +510,19 @@ class DSMoEFFN(nn.Module):
             ffn.permutation.copy_(permutation)
         return ffn.train(mlp.training)
 
+    @property
+    def num_expert_weights(self) -> int:
+        """Of gate_proj, up_proj and down_proj, whether they are parameters or codes."""
+        return 3 * self.hidden_size * self.intermediate_size
+
     def dense_weights(self) -> list[nn.Parameter]:
         """The weights in the dense MLP's order, under self.names: from_mlp undone, bit for bit."""
-        weights = [getattr(self, name)() for name in self.names]
+        if self.experts is not None:
+            gate, up, down = self.expert_weights()
+            gate_up = [torch.cat([gate, up])] if len(self.names) == 2 else [gate, up]
+            weights = [nn.Parameter(weight) for weight in (*gate_up, down.t().contiguous())]
+        else:
+            weights = [getattr(self, name)() for name in self.names]
         order = self.permutation.to(weights[0].device).argsort()
         if torch.equal(order, torch.arange(len(order), device=order.device)):
             return weights
@@ -467,5 +543,6 @@ class DSMoEFFN(nn.Module):
             "" if self.threshold.is_meta else f"threshold={self.threshold.item():.4g}",
             f"gates={self.gates}, rescale={self.rescale}, gate_scale={self.gate_scale:.4g}",
             f"ste={self.ste}",
+            f"packed={self._packed.form}" if self._packed is not None else "",
         ]
         return ", ".join(part for part in parts if part)

@@ -182,7 +182,8 @@ def need_tokenizer(tokenizer, model: str | Path):
 
 def model_bytes(model) -> int:
     """Bytes that the weights take on disk, tied ones once."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def save_model(model, tokenizer, folder: Path) -> None:

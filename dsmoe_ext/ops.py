@@ -64,6 +64,17 @@ class PackedWeights:
     bits: int = 0  # 8 or 4: quantized
     group_size: int = 0
 
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether x may have this dtype."""
+        return dtype != torch.float64 if self.bits else dtype == self.dtype
+
+    @property
+    def form(self) -> str:
+        """In words: "bfloat16", "8 bits", "4 bits in groups of 32"."""
+        if not self.bits:
+            return str(self.dtype).removeprefix("torch.")
+        return f"{self.bits} bits" + (f" in groups of {self.group_size}" * bool(self.group_size))
+
 
 def build_info() -> dict:
     """Version, torch built against, compiler, CUDA (empty: none) and the most experts that it
@@ -394,7 +405,7 @@ def pack_weights(
     """
     activation_index(activation)
     if bits:
-        weights = _as_rows(gate_proj, up_proj, down_proj_t)
+        weights = as_rows(gate_proj, up_proj, down_proj_t)
         quantized = quantize_weights(*weights, expert_offsets, bits=bits, group_size=group_size,
                                      symmetric=symmetric, activation=activation)  # fmt: skip
         return replace(pack_quantized(quantized), dtype=gate_proj.dtype)
@@ -419,7 +430,7 @@ def pack_quantized(weights: QuantizedWeights) -> PackedWeights:
     return PackedWeights(data, offsets, *sizes, torch.bfloat16, weights.activation, *form)
 
 
-def _as_rows(gate_proj: Tensor, up_proj: Tensor | None, down_proj_t: Tensor) -> tuple[Tensor, ...]:
+def as_rows(gate_proj: Tensor, up_proj: Tensor | None, down_proj_t: Tensor) -> tuple[Tensor, ...]:
     """gate_proj, up_proj and down_proj_t as [I,H] each, of any that `sparse_ffn` takes."""
     if up_proj is None:
         gate_proj, up_proj = gate_proj.chunk(2, dim=-2)

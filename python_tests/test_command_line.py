@@ -19,7 +19,7 @@ from dsmoe_ext.training.data import builtin_text
 from dsmoe_ext.training.log import read_log
 from dsmoe_ext.training.tiny import save_tiny_llama, tiny_llama
 
-COMMANDS = ("convert", "calibrate", "merge", "eval", "generate", "train", "demo")
+COMMANDS = ("convert", "calibrate", "merge", "quantize", "eval", "generate", "train", "demo")
 MAIN = [sys.executable, "-c", "from dsmoe_ext.command_line.app import main; main()"]
 
 
@@ -116,6 +116,28 @@ def test_convert_eval_and_merge_are_exact(shared, tmp_path):
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["model_type"] == "llama"
     assert (tmp_path / "merged" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantize(shared, tmp_path, bits):
+    text = ("--data", shared / "text.txt", "--window", 32)
+    run("quantize", shared / "sparse", tmp_path / "codes", "--bits", bits, *text)
+    rows = [
+        json.loads(run("eval", folder, *text, "--json"))[0]
+        for folder in (shared / "sparse", tmp_path / "codes")
+    ]
+    assert rows[1]["perplexity"] == pytest.approx(rows[0]["perplexity"], rel=0.05)
+    assert rows[1]["parameters"] == rows[0]["parameters"]
+    size = [
+        sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        for folder in (shared / "sparse", tmp_path / "codes")
+    ]
+    assert size[1] < size[0]
+    assert "quantized already" in fails("quantize", tmp_path / "codes", tmp_path / "x", *text)
+    assert "4 bits need groups" in fails(
+        "quantize", shared / "sparse", tmp_path / "x", "--bits", 4, "--group-size", 0, "--plain"
+    )
+    assert not (tmp_path / "x").exists()
 
 
 def test_eval_sweeps_thresholds(shared):

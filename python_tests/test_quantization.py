@@ -12,6 +12,7 @@ from dsmoe_ext.quantization import codes
 from dsmoe_ext.quantization.codes import MATRICES, quantize_weights
 from dsmoe_ext.quantization.experts import QuantizedExperts
 from dsmoe_ext.quantization.gptq import quantize_with_gram
+from dsmoe_ext.quantization.model import quantize
 from dsmoe_ext.testing import error_bounds, random_case
 
 FORMATS = {
@@ -233,13 +234,16 @@ def test_module_of_codes(form, seed):
     quantized = quantize_weights(*case.inputs()[2:], **FORMATS[form])
     experts = QuantizedExperts(quantized).to(torch.bfloat16)
     again = QuantizedExperts.empty(
-        33, case.expert_offsets, bits=quantized.bits, group_size=quantized.group_size,
+        33, [40, 7], bits=quantized.bits, group_size=quantized.group_size,
         symmetric=quantized.gate_proj.mins is None,
     )  # fmt: skip
     again.load_state_dict(experts.state_dict())
     got = again.weights(case.expert_offsets).dequantize()
     for one, other in zip(quantized.dequantize(), got, strict=True):
         assert torch.equal(one, other)
+    again.release()
+    with pytest.raises(RuntimeError, match="load the model again"):
+        again.state_dict()
 
 
 @pytest.mark.quick
@@ -259,3 +263,55 @@ def test_rounding_that_knows_the_data(form, seed):
         error = [(seen @ ((q - weight) if name == "down_proj_t" else (q - weight).T)).norm()
                  for q in (one, other)]  # fmt: skip
         assert error[1] < 0.8 * error[0], name
+
+
+# ------------------------------------------------------------------------------- whole models
+
+
+@pytest.mark.parametrize("form", ["8", "4", "4, symmetric"])
+def test_model_saved_and_loaded(form, make_llama, tmp_path):
+    """Codes and nothing else come back; packed logits are those of the dequantized experts."""
+    form = FORMATS[form]
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.randint(1, 67, (2, 24))
+    sparse = dsmoe_ext.sparsify(make_llama(), num_experts=4).eval()
+    sparse.save_pretrained(tmp_path / "whole")
+    quantize(sparse, **form, token_ids=ids)
+    with torch.no_grad():
+        want = sparse(ids).logits
+    sparse.save_pretrained(tmp_path / "codes")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "codes")
+    assert loaded.config.dsmoe["quantization"]["bits"] == form["bits"]
+    for name, tensor in sparse.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    loaded.pack()
+    with torch.no_grad():
+        got = loaded(ids).logits
+    assert (got - want).abs().max() < 1e-4 * want.abs().max()
+    with pytest.raises(RuntimeError, match="load the model again"):
+        loaded.save_pretrained(tmp_path / "again")
+    assert f"bits={form['bits']}" in repr(loaded)
+
+
+def test_model_trains_past_codes(make_llama):
+    sparse = quantize(dsmoe_ext.sparsify(make_llama(), num_experts=4, ste="exact"), 8)
+    ids = torch.randint(1, 67, (2, 16))
+    sparse.train()
+    sparse(ids, labels=ids).loss.backward()
+    ffn = sparse.model.layers[0].mlp
+    assert ffn.router.weight.grad.abs().sum() > 0
+    assert sparse.model.embed_tokens.weight.grad.abs().sum() > 0
+    assert not list(ffn.experts.parameters())
+
+
+def test_model_pack_with_bits(make_llama):
+    sparse = dsmoe_ext.sparsify(make_llama(), num_experts=4).eval()
+    ids = torch.randint(1, 67, (1, 5))
+    with torch.no_grad():
+        want = sparse(ids).logits
+        got = sparse.pack(bits=8) and sparse(ids).logits
+    assert (got - want).norm() < 0.05 * want.norm()
+    assert "packed=8 bits" in repr(sparse)
+    with pytest.raises(ValueError, match="quantized already"):
+        quantize(quantize(sparse, 8), 8)

@@ -25,9 +25,14 @@ def calibrate_on(model, windows: TextWindows, *, tokens: int, **options):
     """calibrate() on training windows spread evenly through the text, about `tokens` of them."""
     from ..calibration import calibrate
 
+    return calibrate(model, spread_windows(windows, tokens), **options)
+
+
+def spread_windows(windows: TextWindows, tokens: int) -> torch.Tensor:
+    """About `tokens` tokens of training windows [N,L], spread evenly through the text."""
     wanted = max(1, min(len(windows.train), -(-tokens // windows.length)))
     rows = torch.linspace(0, len(windows.train) - 1, wanted).round().long()
-    return calibrate(model, windows.train[rows], **options)
+    return windows.train[rows]
 
 
 def evaluate_with_bar(

@@ -53,6 +53,8 @@ def replace_mlps(model: PreTrainedModel, options: dict, permutations=None) -> in
             given["permutation"] = permutations[index]
         ffn = DSMoEFFN.from_mlp(mlp, seed=0, **given)
         ffn.set_seed(options["seed"], index)
+        if options["quantization"]:
+            ffn.quantize(**options["quantization"])
         options["gate_scale"] = ffn.gate_scale
         model.set_submodule(name, ffn)
     setattr(model.config, KEY, options)

@@ -21,9 +21,15 @@ FFN_DEFAULTS = {
     "ste": "active",
     "sample_prob": 0.25,
 }
-# Of the model: seed of the sampled STE; lambda, by which training adds the sparsity loss; the share
-# of the FFN that training should hold (ThresholdController).
-DEFAULTS = FFN_DEFAULTS | {"seed": 0, "sparsity_weight": 1.0, "target_active": None}
+# Of the model: what its experts are quantized to, {"bits": .., "group_size": .., "symmetric": ..};
+# seed of the sampled STE; lambda, by which training adds the sparsity loss; the share of the FFN
+# that training should hold (ThresholdController).
+DEFAULTS = FFN_DEFAULTS | {
+    "quantization": None,
+    "seed": 0,
+    "sparsity_weight": 1.0,
+    "target_active": None,
+}
 
 
 def complete(given: dict, intermediate_size: int) -> dict:

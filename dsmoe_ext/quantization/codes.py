@@ -36,7 +36,7 @@ class QuantizedWeights:
     gate_proj: QuantizedMatrix
     up_proj: QuantizedMatrix
     down_proj_t: QuantizedMatrix
-    expert_offsets: Tensor  # int32 [E+1]
+    expert_offsets: Tensor | None  # int32 [E+1]
     bits: int
     group_size: int  # 0: a scale per neuron
     activation: str = "silu"
@@ -95,7 +95,7 @@ def quantize_weights(
     options = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
     matrices = {}
     for name, weight in weights.items():
-        weight = weight.detach().cpu().float()
+        weight = weight.detach().cpu().float().contiguous()
         if not weight.isfinite().all():
             raise ValueError(
                 f"{name} holds NaN or infinity, which has no code: repair the weights."

@@ -1,12 +1,14 @@
 """The module that holds an FFN's experts as codes, in place of its three weights."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from dsmoe_ext import ops
 from dsmoe_ext.gradients import only_wanted, refuse_create_graph
 from dsmoe_ext.quantization import codes
-from dsmoe_ext.quantization.codes import MATRICES, QuantizedWeights, neuron_groups
+from dsmoe_ext.quantization.codes import MATRICES, QuantizedWeights, check_format
 
 
 class _Codes(nn.Module):
@@ -72,28 +74,53 @@ class QuantizedExperts(nn.Module):
 
     @classmethod
     def empty(
-        cls, hidden_size: int, expert_offsets: Tensor, *, bits: int, group_size: int,
-        symmetric: bool, activation: str = "silu", device=None,
+        cls, hidden_size: int, sizes: Sequence[int], *, bits: int, group_size: int | None = None,
+        symmetric: bool | None = None, activation: str = "silu", device=None,
     ) -> "QuantizedExperts":  # fmt: skip
-        """Of zeros, for a checkpoint to fill."""
-        rows = int(expert_offsets[-1])
-        columns = -(-hidden_size // max(group_size, 1))
-        groups = int(neuron_groups(expert_offsets, max(group_size, 1))[-1]) + 1 if rows else 0
+        """Of zeros, for a checkpoint to fill. sizes: of the experts."""
+        group_size, symmetric = check_format(bits, group_size, symmetric)
+        rows = sum(sizes)
         matrices = []
         for name in MATRICES:
-            shape = (groups, hidden_size) if name == "down_proj_t" else (rows, columns)
-            numbers = torch.zeros(
-                shape if group_size else (rows,),
-                dtype=torch.float16 if group_size else torch.float32,
-                device=device,
-            )
+            if not group_size:
+                shape = (rows,)
+            elif name == "down_proj_t":
+                shape = (sum(-(-size // group_size) for size in sizes), hidden_size)
+            else:
+                shape = (rows, -(-hidden_size // group_size))
+            dtype = torch.float16 if group_size else torch.float32
+            numbers = torch.zeros(shape, dtype=dtype, device=device)
             zeros = torch.zeros(rows, hidden_size, dtype=torch.int8, device=device)
             mins = None if symmetric else torch.zeros_like(numbers)
             matrices.append(codes.QuantizedMatrix(zeros, numbers, mins))
-        return cls(QuantizedWeights(*matrices, expert_offsets, bits, group_size, activation))
+        return cls(QuantizedWeights(*matrices, None, bits, group_size, activation))
+
+    @property
+    def is_released(self) -> bool:
+        """Whether the codes have moved into packed weights."""
+        return self.gate_proj.codes is None
+
+    def release(self) -> None:
+        """Lets go of the codes: packed weights hold them now."""
+        for matrix in self.children():
+            for name in dict(matrix.named_buffers()):
+                setattr(matrix, name, None)
+
+    def check_held(self) -> None:
+        """An error if the codes are no longer here."""
+        if self.is_released:
+            raise RuntimeError(
+                "The codes of these experts were packed for inference and let go of: load the "
+                "model again to save, train or move it."
+            )
+
+    def _save_to_state_dict(self, *args, **kwargs):
+        self.check_held()
+        super()._save_to_state_dict(*args, **kwargs)
 
     def weights(self, expert_offsets: Tensor) -> QuantizedWeights:
         """As ops.pack_quantized takes them."""
+        self.check_held()
         tensors = {
             f"{name}.{part}": buffer.view(_NUMBERS.get(buffer.dtype, buffer.dtype))
             for name in MATRICES

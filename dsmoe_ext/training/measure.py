@@ -13,7 +13,8 @@ from .evaluate import autocast
 
 def num_parameters(model) -> int:
     """All parameters, tied ones once."""
-    return sum(p.numel() for p in model.parameters())
+    codes = sum(ffn.num_expert_weights for ffn in find_ffns(model) if ffn.experts is not None)
+    return sum(p.numel() for p in model.parameters()) + codes
 
 
 def active_parameters(model, active_per_layer: list[float]) -> float:
@@ -24,8 +25,7 @@ def active_parameters(model, active_per_layer: list[float]) -> float:
     total = num_parameters(model)
     idle = 0.0
     for ffn, active in zip(find_ffns(model), active_per_layer, strict=False):
-        size = sum(p.numel() for name, p in ffn.named_parameters() if "router" not in name)
-        idle += size * (1.0 - active)
+        idle += ffn.num_expert_weights * (1.0 - active)
     return 1.0 - idle / total
 
 
