@@ -37,6 +37,7 @@ _LAZY = {
     "DSMoEFFN": "ffn",
     "pack": "layers",
     "set_threshold": "layers",
+    "shard_routers": "layers",
     "active_fraction": "layers",
     "LambdaController": "losses",
     "ThresholdController": "losses",

@@ -29,6 +29,7 @@ def sparsify(model, num_experts: int = 8, *, permutations=None, dtype=None, **op
     if isinstance(model, str | Path):
         model = load_dense(model, dtype)
     check_dense(model)
+    refuse_offloaded(model)
     sparse = _sharing_copy(model)
     _forget_gguf(sparse)
     part = text_model(sparse)
@@ -72,6 +73,7 @@ def merge(model):
 
     if not isinstance(model, PreTrainedModel) or not find_ffns(model):
         raise TypeError(f"{type(model).__name__} has no sparse FFN, so there is nothing to merge")
+    refuse_offloaded(model)
     dense = _sharing_copy(model)
     for module in dense.modules():
         if isinstance(module, PreTrainedModel):
@@ -112,6 +114,12 @@ def load_dense(path, dtype=None):
     name = (config.architectures or [""])[0]
     cls = getattr(transformers, name, AutoModelForCausalLM)
     return cls.from_pretrained(path, dtype=dtype or "auto")
+
+
+def refuse_offloaded(model) -> None:
+    """Weights on disk, which come and go around every call, cannot be shared by two models."""
+    if getattr(model, "hf_device_map", None) and any(p.is_meta for p in model.parameters()):
+        raise RuntimeError("parts of the model are offloaded: load it whole, without device_map")
 
 
 def _sharing_copy(model):

@@ -24,7 +24,7 @@ from dsmoe_ext.reference import ACTIVATIONS, GATES, METHODS
 from dsmoe_ext.routers import ROUTERS, LinearRouter, without_half_casts
 from dsmoe_ext.sampling import MIN_PROB, draw_weights, mix_key
 from dsmoe_ext.statistics import ActivityCounter
-from dsmoe_ext.weights import Weight, check_permutation, permuted
+from dsmoe_ext.weights import Weight, check_permutation, permuted, replicated
 
 STE_MODES = ("active", "exact", "sampled")
 ROUTER_INITS = ("dense", "paper")
@@ -320,6 +320,7 @@ class DSMoEFFN(nn.Module):
             and not torch.is_grad_enabled()
             and self._packed.takes(tokens.dtype)
             and type(self.router) is LinearRouter
+            and not self.router.weight.is_meta  # offloaded: the router must be called
         )
 
     def run_experts(self, tokens: Tensor, gates: Tensor, draw: Tensor | None = None) -> Tensor:
@@ -392,9 +393,9 @@ class DSMoEFFN(nn.Module):
                 self._packed = ops.pack_quantized(self.experts.weights(self.expert_offsets))
                 self.experts.release()
             return self
-        weights = [None if w is None else w.detach() for w in self.expert_weights()]
-        if weights[0].is_meta:
+        if any(parameter.is_meta for parameter in self.parameters()):
             raise RuntimeError("the weights are offloaded: load the model whole, then pack it")
+        weights = [None if w is None else w.detach() for w in self.expert_weights()]
         self._packed = ops.pack_weights(
             *weights, self.offsets_on(weights[0].device), activation=self.activation, **form
         )
@@ -455,8 +456,19 @@ class DSMoEFFN(nn.Module):
         self.threshold = threshold
         return self
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Of a model sharded by FSDP2, loaders expect tensors on its mesh, also of buffers.
+        mesh = getattr(getattr(self, self.names[0]).weight, "device_mesh", None)
+        if mesh is not None:
+            for name in self._buffers:
+                destination[prefix + name] = replicated(destination[prefix + name], mesh)
+
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         self._packed = None
+        for key in (prefix + name for name in self._buffers):
+            if hasattr(state_dict.get(key), "device_mesh"):
+                state_dict[key] = state_dict[key].to_local()
         state_dict.pop(f"{prefix}expert_offsets", None)  # of folders saved before 0.2: derived now
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

@@ -44,6 +44,18 @@ def pack(model: nn.Module, **form) -> nn.Module:
     return model
 
 
+def shard_routers(model: nn.Module, **options) -> None:
+    """FSDP2: gives every router a group of its own; call it before fully_shard of the layers.
+
+    Routers are float32, and a group of parameters must have one dtype. options: as for fully_shard.
+    (accelerate does this by itself.)
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    for ffn in ffn_layers(model):
+        fully_shard(ffn.router, **options)
+
+
 @dataclass(frozen=True)
 class ActiveFraction:
     """Shares of the FFN, shared expert included, that the counted tokens used."""

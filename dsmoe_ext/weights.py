@@ -46,3 +46,10 @@ def permuted(weights: Sequence[Tensor], permutation: Tensor) -> list[nn.Paramete
         nn.Parameter(copy, requires_grad=weight.requires_grad)
         for copy, weight in zip(copies, weights, strict=True)
     ]
+
+
+def replicated(tensor: Tensor, mesh) -> Tensor:
+    """The tensor as a DTensor that every rank of the mesh holds whole."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
