@@ -33,7 +33,7 @@ TOKENIZER_FILES = (
 )
 MODEL_FILES = (
     *("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
-    *("model.safetensors.index.json", "*processor_config.json", *TOKENIZER_FILES),
+    *("model.safetensors.index.json", "*processor_config.json", "dsmoe_auto.py", *TOKENIZER_FILES),
 )
 CHECKPOINT_FILES = (
     *("state.json", "model.safetensors", "optimizer.safetensors", "random.safetensors"),

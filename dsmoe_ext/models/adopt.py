@@ -72,6 +72,7 @@ def adopt(model: PreTrainedModel, config) -> None:
 def connect(model: PreTrainedModel, config) -> None:
     """Makes a model that holds sparse FFNs, itself or in a part of it, work with them."""
     watch(model, config)
+    model.config.__dict__.pop("auto_map", None)  # of the folder; saving writes it anew
     text_config = model.config.get_text_config(decoder=True)
     setattr(text_config, KEY, getattr(config, KEY))  # one dict, also where configs were copied
     has_loss = getattr(model, "loss_type", None) is not None  # not so of a base model

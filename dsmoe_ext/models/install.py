@@ -11,6 +11,7 @@ import importlib.util
 import sys
 
 from dsmoe_ext.models import KEY
+from dsmoe_ext.models.remote_code import saves_remote_code
 
 
 def install() -> None:
@@ -38,6 +39,7 @@ def _wrap_post_init(module) -> None:
         original(self)
 
     model.post_init = post_init
+    model.save_pretrained = saves_remote_code(model.save_pretrained)
 
 
 def _config_with_key(model):
