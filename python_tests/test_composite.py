@@ -148,6 +148,9 @@ def test_every_constructor(seed):
         transformers.Qwen3ForTokenClassification(config),
     ):
         assert len(ffn_layers(model)) == 2
+        # Tensor parallelism splits attention, not experts.
+        assert model._tp_plan and not [name for name in model._tp_plan if ".mlp." in name]
+        assert "base_model_tp_plan" not in model.config.to_dict()
         ffn = ffn_layers(model)[0]
         assert 0.01 < ffn.down_proj.weight.std() < 0.03 and ffn.router.weight.std() > 0.01
         ids = torch.randint(3, 140, (1, 7))

@@ -206,3 +206,28 @@ def test_calibration(kind, seed):
     dsmoe_ext.active_fraction(half)
     half(text)
     assert abs(dsmoe_ext.active_fraction(half).mean - 0.5) <= 0.05
+
+
+@families
+def test_resume(kind, tmp_path, seed):
+    """Two steps, saved, opened and two more are four steps: draws and thresholds come back."""
+    given = batch()
+    whole = route(dsmoe_ext.sparsify(tiny(kind), 4, ste="sampled"))
+    parts = copy.deepcopy(whole)
+
+    def steps(model, number):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        controller = dsmoe_ext.ThresholdController(model.train(), 0.5)
+        controller.attach(optimizer)
+        for _ in range(number):
+            model(**given).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    steps(whole, 4)
+    steps(parts, 2)
+    parts.save_pretrained(tmp_path)
+    resumed = AutoModelForCausalLM.from_pretrained(tmp_path)
+    steps(resumed, 2)
+    assert_same_bits(resumed, whole)
+    assert ffn_layers(resumed)[0].draw_counter == 4

@@ -201,6 +201,28 @@ def test_gradient_checkpointing(make_sparse, use_reentrant, ste, seed):
     assert model.model.layers[1].mlp.router.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+def test_two_forwards_in_one_backward(make_sparse, use_reentrant, seed):
+    """Their loss scaled, too, as a GradScaler does; reentrant checkpointing cannot tell them apart
+    and says so."""
+    model = make_sparse(sparsity_weight=3.0).train()
+    batches = [random_batch(3), random_batch(2)]
+    for batch in batches:
+        (1024 * model(**batch).loss).backward()
+    want = gradients(model)
+    model.zero_grad()
+    if use_reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    loss = 1024 * sum(model(**batch).loss for batch in batches)
+    if use_reentrant:
+        with pytest.raises(RuntimeError, match="use_reentrant"):
+            loss.backward()
+        return
+    loss.backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, want[name], atol=2e-3, rtol=1e-4)
+
+
 def test_statistics_leave_padding_out(make_sparse, seed):
     """The share is that of the same text without padding, whichever side it is on."""
     model = make_sparse().eval()
@@ -217,6 +239,12 @@ def test_statistics_leave_padding_out(make_sparse, seed):
             assert dsmoe_ext.active_fraction(model) == plain
     model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert dsmoe_ext.active_fraction(model).num_tokens == 7 + 3
+    padded = torch.nn.functional.pad(ids, (5, 0)).expand(2, -1)
+    mask = (padded != 0).long()
+    options = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, attention_mask=mask)
+    for cache in (None, "static"):  # the latter hands the model masks that are made already
+        model.generate(padded, cache_implementation=cache, **options)
+        assert dsmoe_ext.active_fraction(model).num_tokens == 2 * (7 + 3)
 
 
 def test_generate_with_and_without_cache(make_sparse, seed):
