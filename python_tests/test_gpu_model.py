@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from dsmoe_ext.benchmarks import gpu_model as model
 from dsmoe_ext.benchmarks.gpu_backward import cut, neurons, passes
 from dsmoe_ext.benchmarks.gpu_load import DTYPES, Load, draw, read_trace
-from dsmoe_ext.benchmarks.gpu_specs import GPUS
+from dsmoe_ext.benchmarks.gpu_specs import GPUS, read_calibration, sustained
 from dsmoe_ext.command_line import app as cli
 
 pytestmark = pytest.mark.quick
@@ -24,9 +24,10 @@ def load(tokens, hidden, sizes, active=1.0, **options):
 
 def test_datasheet_rates_agree_with_cycles_per_mma():
     """4 quarters per SM, 2 x 16 x 8 x 16 operations an mma."""
-    for gpu, share in ((A100, 1.0), (GPUS["h100"], 0.63)):
+    for name, share in {"a100": 1.0, "h100": 0.63, "h200": 0.63, "l40s": 1.0, "5090": 1.0}.items():
+        gpu = GPUS[name]
         rate = gpu.sms * 4 * 4096 / gpu.mma_cycles * gpu.hertz
-        assert rate == pytest.approx(share * gpu.flops, rel=0.01)
+        assert rate == pytest.approx(share * gpu.flops, rel=0.02)
     h100 = GPUS["h100"]
     rate = h100.sms * 4 * 4096 / h100.wgmma_cycles * h100.hertz
     assert rate == pytest.approx(h100.flops, rel=0.01)
@@ -135,7 +136,7 @@ def test_tiles_of_the_backward_by_wgmma():
     h100, case = GPUS["h100"], load(300, 200, [16, 40, 300])
     tiles = [p.tiles for p in model.predict(h100, replace(case, is_backward=True))]
     assert tiles[:6] == [3, 3, 3 * 4, 3, 3, 3 * 2]
-    assert tiles[6:] == [model.down(h100, case).tiles, 3 * 2 * (1 + 1 + 2)]
+    assert tiles[6:8] == [model.down(h100, case).tiles, 3 * 2 * (1 + 1 + 2)]
 
 
 def test_pipes_follow_the_busiest_warp():
@@ -297,7 +298,7 @@ def test_backward_does_eight_products_and_takes_longer_than_any_resource():
         kernels = model.predict(gpu, case)
         named = dict.fromkeys(p.kernel.rpartition(" ")[2].partition("<")[0] for p in kernels)
         recomputed = ["recompute"] if gpu.loop is model.WGMMA else []
-        assert list(named) == [*recomputed, "neurons", "down", "weights"]
+        assert list(named) == [*recomputed, "neurons", "down", "weights", "permute"]
         assert all(p.seconds > max(p.parts.values()) for p in kernels)
         assert sum(p.seconds for p in kernels) > case.roofline(gpu)
 
@@ -315,7 +316,7 @@ def test_command_reads_a_trace(tmp_path):
 def test_unknown_gpu():
     result = CliRunner().invoke(cli.app, ["bench", "gpu-model", "--gpu", "tpu"])
     assert result.exit_code == 1
-    assert "--gpu must be of a100, h100, h100-mma, but is 'tpu'" in result.output
+    assert "--gpu must be of a100, h100, h200, l40s, 5090, h100-mma, but is 'tpu'" in result.output
 
 
 def test_command_in_other_modes():
@@ -325,3 +326,53 @@ def test_command_in_other_modes():
         result = CliRunner().invoke(cli.app, command)
         assert result.exit_code == 0, result.output
         assert f"{dtype}, activations saved" in result.output and unit in result.output
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_what_a_chip_holds_is_less_than_its_datasheet_says(gpu):
+    case = load(8192, 4096, [1376] * 8, 3 / 8)
+    printed, held = (
+        sum(p.seconds for p in model.predict(chip, case))
+        for chip in (GPUS[gpu], sustained(GPUS[gpu]))
+    )
+    assert 1.1 < held / printed < 2
+
+
+def calibration(tmp_path, **changes):
+    ceilings = {"matmul_flops": 790e12, "dram_bytes_per_second": 4.3e12,
+                "l2_bytes_per_second": 5.8e12, "launch_seconds": 2e-6}  # fmt: skip
+    device = {"name": "NVIDIA H200", "sms": 132} | changes
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps({"device": device, "ceilings": ceilings}))
+    return path
+
+
+def test_a_calibration_replaces_the_datasheet(tmp_path):
+    chip = read_calibration(GPUS["h200"], calibration(tmp_path))
+    assert (chip.flops, chip.bandwidth, chip.launch_seconds) == (790e12, 4.3e12, 2e-6)
+    assert chip.hertz == pytest.approx(1.83e9 * 790 / 989)
+    assert chip.l2_bandwidth == pytest.approx(5.8e12)
+
+
+def test_a_calibration_of_another_chip_is_refused(tmp_path):
+    arguments = ["bench", "gpu-model", "--gpu", "a100", "--calibrated"]
+    result = CliRunner().invoke(cli.app, [*arguments, str(calibration(tmp_path))])
+    assert result.exit_code == 1
+    assert "is of NVIDIA H200 with 132 SMs, not 108" in result.output
+
+
+def test_the_device_benchmark_checks_on_the_cpu(tmp_path):
+    """All but the clock of `dsmoe bench gpu` runs without a GPU, on a tiny layer."""
+    out = tmp_path / "gpu.json"
+    arguments = ["bench", "gpu", "--only", "check", "--device", "cpu", "--small", "--out", str(out)]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    checked = json.loads(out.read_text())["check"]
+    assert [row["saved"] for row in checked] == [True, False]
+    assert set(checked[0]["errors"]) >= {"y", "dx", "dgates", "ddown_proj_t", "y, inference"}
+
+
+def test_the_device_benchmark_times_gpus_only():
+    result = CliRunner().invoke(cli.app, ["bench", "gpu", "--device", "cpu"])
+    assert result.exit_code == 1
+    assert "add --only check" in result.output

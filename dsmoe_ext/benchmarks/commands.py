@@ -25,6 +25,7 @@ ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="Threads; torch's number if left out.")
 ]
 BudgetOption = Annotated[float, typer.Option(callback=finite, help="Seconds a case.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 OutOption = Annotated[Path | None, typer.Option(help="Folder for bench.json and bench.png.")]
 
 DEFAULT_SHAPE = "2048,5632"
@@ -40,10 +41,13 @@ def ffn(
     dtype: DtypeOption = "bf16,fp32",
     threads: ThreadsOption = None,
     budget: BudgetOption = 2.0,
+    device: DeviceOption = "cpu",
     out: OutOption = None,
 ) -> None:
     """Forward of one FFN: dense torch, a loop over experts, ours plain and packed."""
-    _run("forward", shape, experts, expert_sizes, active, tokens, dtype, threads, budget, out)
+    _run(
+        "forward", shape, experts, expert_sizes, active, tokens, dtype, threads, budget, device, out
+    )
 
 
 @app.command()
@@ -56,10 +60,13 @@ def decode(
     dtype: DtypeOption = "bf16,fp32",
     threads: ThreadsOption = None,
     budget: BudgetOption = 1.0,
+    device: DeviceOption = "cpu",
     out: OutOption = None,
 ) -> None:
     """The same for a few tokens, where reading the weights is what takes time."""
-    _run("decode", shape, experts, expert_sizes, active, tokens, dtype, threads, budget, out)
+    _run(
+        "decode", shape, experts, expert_sizes, active, tokens, dtype, threads, budget, device, out
+    )
 
 
 @app.command()
@@ -72,6 +79,7 @@ def train(
     dtype: DtypeOption = "bf16,fp32",
     threads: ThreadsOption = None,
     budget: BudgetOption = 3.0,
+    device: DeviceOption = "cpu",
     exact_ste: Annotated[
         bool, typer.Option(help="Give inactive pairs' router gradients too (the paper's STE).")
     ] = False,
@@ -88,6 +96,7 @@ def train(
         dtype,
         threads,
         budget,
+        device,
         out,
         exact_ste,
     )
@@ -123,7 +132,7 @@ def peers(
     methods = backward_methods if train else partial(forward_methods, has_library=has_library)
     kind = "train" if train else "peers"
     sizes = (shape, experts, None)
-    _run(kind, *sizes, active, tokens, dtype, threads, budget, out, methods=methods)
+    _run(kind, *sizes, active, tokens, dtype, threads, budget, "cpu", out, methods=methods)
 
 
 @app.command()
@@ -141,6 +150,7 @@ def model(
     ste: Annotated[str, typer.Option(help="active, exact or sampled, for train.")] = "exact",
     threads: ThreadsOption = None,
     budget: Annotated[float, typer.Option(callback=finite, help="Seconds a task.")] = 20.0,
+    device: DeviceOption = "cpu",
     out: Annotated[Path | None, typer.Option(help="Folder for model.json.")] = None,
 ) -> None:
     """A whole model, dense in transformers against sparse: tokens a second and their ratio."""
@@ -153,6 +163,7 @@ def model(
     from dsmoe_ext.command_line.console import stage
     from dsmoe_ext.convert import load_dense
     from dsmoe_ext.errors import UserError
+    from dsmoe_ext.loading import choose_device
 
     wanted = tasks.split(",")
     if layout not in LAYOUTS or not set(wanted) <= {"decode", "prefill", "train"}:
@@ -160,12 +171,14 @@ def model(
     report.prepare_folder(out, "model.json")
     if threads:
         torch.set_num_threads(threads)
-    machine = measure_machine()
+    place = choose_device(device)
+    machine = measure_machine(place)
     console.print(machine.describe(), highlight=False)
     kind = _dtypes(dtype)[0]
     with stage(f"making {shape} dense and sparse"):
         dense = dense_model(shape, kind) if shape in SHAPES else load_dense(shape, kind)
         sparse = sparse_model(dense, layout, active, ste)
+        dense, sparse = dense.to(place), sparse.to(place)
     with stage("timing"):
         rows = list(measure(dense, sparse, wanted, tokens, budget))
     console.print(report.model_table(f"{shape}, {dtype}, {layout} experts", rows))
@@ -174,9 +187,45 @@ def model(
         report.save_json(out / "model.json", machine, [setting | asdict(row) for row in rows])
 
 
+@app.command()
+def gpu(
+    only: Annotated[
+        str, typer.Option(help="Of check, ceilings, time, kernels.")
+    ] = "check,ceilings,time,kernels",
+    device: Annotated[str, typer.Option(help="cuda, or cpu: for check alone.")] = "cuda",
+    small: Annotated[bool, typer.Option("--small", help="check a tiny layer only")] = False,
+    out: Annotated[Path | None, typer.Option(help="JSON file, written after every part.")] = None,
+) -> None:
+    """Everything to know of a GPU in one go: right at full size, ceilings, times, kernels.
+
+    Takes about eight minutes. docs/gpu.md says what to make of it; gpu-model --calibrated reads it.
+    """
+    import torch
+
+    from dsmoe_ext.benchmarks.gpu_run import PARTS, run
+    from dsmoe_ext.errors import UserError
+    from dsmoe_ext.loading import choose_device
+
+    wanted = only.split(",")
+    if not set(wanted) <= set(PARTS):
+        raise UserError(f"--only must be of {', '.join(PARTS)}, but is {only!r}")
+    if choose_device(device) == "cpu" and wanted != ["check"]:
+        raise UserError("--device cpu can only check: add --only check")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    run(wanted, device, small, out)
+
+
 @app.command("gpu-model")
 def gpu_model(
-    gpu: Annotated[str, typer.Option(help="a100, h100 or h100-mma: without wgmma.")] = "a100",
+    gpu: Annotated[
+        str, typer.Option(help="a100, h100, h200, l40s, 5090, or h100-mma: without wgmma.")
+    ] = "a100",
+    calibrated: Annotated[
+        Path | None, typer.Option(help="What `dsmoe bench gpu --out` wrote: rates as measured.")
+    ] = None,
+    datasheet: Annotated[
+        bool, typer.Option("--datasheet", help="boost clocks and peak rates, as if they held")
+    ] = False,
     shape: ShapeOption = "4096,11008",
     experts: ExpertsOption = 8,
     expert_sizes: SizesOption = None,
@@ -196,15 +245,16 @@ def gpu_model(
 ) -> None:
     """Predict the CUDA kernels' time; beside it the measured time, where a GPU is present.
 
-    From the datasheet, the tiles that the kernels would run, and the instructions and bytes of a
-    tile, counted while the interpreter of the tests ran them. Forward, up to 16 tokens decode, or
-    backward: all outputs; predicted only.
+    From the rates that such chips hold (--datasheet: those printed), the tiles that the kernels
+    would run, and the instructions and bytes of a tile, counted while the interpreter of the tests
+    ran them. Forward, up to 16 tokens decode, or backward: all outputs; predicted only.
     """
     import torch
 
     from dsmoe_ext.benchmarks import gpu_load, gpu_model
     from dsmoe_ext.benchmarks.gpu_report import prediction_table
-    from dsmoe_ext.benchmarks.gpu_specs import GPUS
+    from dsmoe_ext.benchmarks.gpu_specs import GPUS, read_calibration, sustained
+    from dsmoe_ext.command_line.console import expect
     from dsmoe_ext.command_line.console import out as console
     from dsmoe_ext.command_line.options import numbers
     from dsmoe_ext.errors import UserError
@@ -221,12 +271,18 @@ def gpu_model(
             for t in numbers(tokens, int, "--tokens")
             for fraction in numbers(active, float, "--active")
         ]
+    chip = GPUS[gpu]
+    if calibrated:
+        with expect(OSError, KeyError, ValueError, TypeError):
+            chip = read_calibration(chip, calibrated)
+    elif not datasheet:
+        chip = sustained(chip)
     for mask in loads:
         load = gpu_load.Load(hidden_size, tuple(sizes), mask, backward, dtype, saved)
-        kernels = gpu_model.predict(GPUS[gpu], load)
+        kernels = gpu_model.predict(chip, load)
         is_measured = torch.cuda.is_available() and not backward and not saved
         measured = gpu_model.measure(load) if is_measured else None
-        console.print(prediction_table(GPUS[gpu], load, _layout(sizes), kernels, measured))
+        console.print(prediction_table(chip, load, _layout(sizes), kernels, measured))
 
 
 @app.command("replay")
@@ -277,6 +333,7 @@ def _run(
     dtypes,
     threads,
     budget,
+    device,
     out,
     exact_ste=False,
     methods=None,
@@ -289,13 +346,15 @@ def _run(
     from dsmoe_ext.command_line.console import out as console
     from dsmoe_ext.command_line.console import progress
     from dsmoe_ext.command_line.options import numbers
+    from dsmoe_ext.loading import choose_device
 
     kinds = _dtypes(dtypes)
     hidden_size, sizes = _sizes(shape, experts, expert_sizes)
     report.prepare_folder(out, *(f"{kind}_{name}.json" for name in dtypes.split(",")))
     if threads:
         torch.set_num_threads(threads)
-    machine = measure_machine()
+    place = choose_device(device)
+    machine = measure_machine(place)
     console.print(machine.describe(), highlight=False)
     cases = [
         (t, r) for t in numbers(tokens, int, "--tokens") for r in numbers(active, float, "--active")
@@ -306,14 +365,8 @@ def _run(
             for num_tokens, fraction in cases:
                 case = Shape(hidden_size, tuple(sizes), num_tokens, fraction, dtype)
                 is_train = kind == "train"
-                rows += measure(
-                    machine,
-                    case,
-                    train=is_train,
-                    exact_ste=exact_ste,
-                    budget=budget,
-                    methods=methods,
-                )
+                how = dict(exact_ste=exact_ste, budget=budget, methods=methods, device=place)
+                rows += measure(machine, case, train=is_train, **how)
                 advance()
         console.print(
             report.table(f"{kind}, {name}, H {hidden_size}, experts {_layout(sizes)}", rows)

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -81,16 +81,18 @@ def expert_loop(case: Case) -> torch.Tensor:
 
 
 def forward_methods(case: Case) -> dict[str, Callable]:
-    """Dense torch, the loop, and ours with plain and with packed weights."""
+    """Dense torch, the loop, and ours with plain and, on the CPU, with packed weights."""
     x, gates, *weights = case.inputs()
-    packed = ops.pack_weights(*weights)
     down_proj = case.down_proj_t.t().contiguous()
-    return {
+    methods = {
         "dense": lambda: dense(x, case.gate_proj, case.up_proj, down_proj),
         "loop": lambda: expert_loop(case),
         "plain": lambda: ops.sparse_ffn(x, gates, *weights),
-        "packed": lambda: ops.sparse_ffn(x, gates, packed),
     }
+    if x.is_cpu:
+        packed = ops.pack_weights(*weights)
+        methods["packed"] = lambda: ops.sparse_ffn(x, gates, packed)
+    return methods
 
 
 def train_methods(case: Case) -> dict[str, Callable]:
@@ -142,6 +144,22 @@ class Row:
         }
 
 
+def on_device(case: Case, device: str) -> Case:
+    """The same case there."""
+    tensors = {f.name: getattr(case, f.name) for f in fields(case)}
+    return Case(**{n: None if t is None else t.to(device) for n, t in tensors.items()})
+
+
+def checked_on(device: str) -> Callable:
+    """sparse_ffn there, of tensors here."""
+
+    def call(*inputs, grad_weight=None):
+        weight = None if grad_weight is None else grad_weight.to(device)
+        return ops.sparse_ffn(*(t.to(device) for t in inputs), grad_weight=weight).cpu()
+
+    return call
+
+
 def measure(
     machine: Machine,
     shape: Shape,
@@ -150,6 +168,7 @@ def measure(
     exact_ste: bool,
     budget: float,
     methods: Callable[[Case], dict[str, Callable]] | None = None,
+    device: str = "cpu",
 ) -> Iterator[Row]:
     """Checks the kernels on this shape against float64, then times every method on it."""
     few = Shape(
@@ -159,14 +178,15 @@ def measure(
         shape.active,
         shape.dtype,
     )
-    check_case(ops.sparse_ffn, few.make(0, exact_ste))
+    check_case(checked_on(device), few.make(0, exact_ste))
     weight_bytes = 3 * shape.hidden_size * sum(shape.sizes) * shape.dtype.itemsize
     copies = 2 if train else max(2, min(16, CACHE_BYTES // weight_bytes))
-    cases = [shape.make(seed, exact_ste) for seed in range(copies)]
+    cases = [on_device(shape.make(seed, exact_ste), device) for seed in range(copies)]
     make = methods or (train_methods if train else forward_methods)
     turns = [make(case) for case in cases]
     with torch.set_grad_enabled(train):
-        timings = interleaved({name: [turn[name] for turn in turns] for name in turns[0]}, budget)
+        by_method = {name: [turn[name] for turn in turns] for name in turns[0]}
+        timings = interleaved(by_method, budget, device)
     cost = train_cost if train else forward_cost
     whole = Shape(shape.hidden_size, shape.sizes, shape.num_tokens, 1.0, shape.dtype).make(0)
     for name, timing in timings.items():

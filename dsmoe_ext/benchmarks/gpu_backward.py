@@ -12,6 +12,7 @@ from dsmoe_ext.benchmarks.gpu_model import (
     deal,
     down,
     gathered,
+    helpers,
     rows_read,
     run_tiles,
 )
@@ -131,7 +132,9 @@ def backward(gpu: Gpu, load: Load) -> list[Prediction]:
     for over_columns in all_passes:
         for i, part in enumerate(over_columns):
             made = neurons(gpu, part) * (2 if in_parts else 1)
-            launched += [*made, dx(gpu, part, ends=i == 0), *weights(gpu, part)]
+            # clip_experts, place_columns, sum_dgates, clear_inactive twice; lists once
+            small = helpers(gpu, part, launches=5 + 3 * (i == 0))
+            launched += [*made, dx(gpu, part, ends=i == 0), *weights(gpu, part), small]
     same: dict[str, list[Prediction]] = {}
     for prediction in launched:
         same.setdefault(prediction.kernel, []).append(prediction)

@@ -7,8 +7,10 @@ kernel's time is the slowest SM, or the traffic of L2 or DRAM if that takes long
 The counts come from gpu_counts.json; `python python_tests/cuda/count_work.py --write` makes it by
 running the kernels in the interpreter.
 
-Not in the model: clocks below boost, DRAM below its datasheet rate, misses in L2 beyond those
-stated, and stalls within a warp that its SM's other warps do not fill.
+Schedulers walk past experts, which nothing hides where an SM holds one CTA. `down`'s strips that L2
+cannot hold go to DRAM and back with every expert. Not in the model: misses in L2 beyond those
+stated, and stalls within a warp that its SM's other warps do not fill. The rates are those of
+`gpu_specs.sustained`, of a calibration, or of the datasheet.
 """
 
 import json
@@ -33,9 +35,9 @@ MULTIPLIED_ROWS = {"gate_up<16>": BY_64, "gate_up<32>": BY_32, "gate_up<64>": BY
                    "neurons<64>, saved": BY_64, "neurons<128>, saved": BY_32,
                    "weights": (32, 64, 128)}  # fmt: skip
 LATENCY_SECONDS = 0.6e-6  # of DRAM, once per kernel
-LAUNCH_SECONDS = 1.5e-6  # between kernels of one stream
 CALLS = 10  # in a row, when a GPU is measured
 HELPER_LAUNCHES = 5  # place_columns, count, scan, write, clear_inactive
+WALK_CYCLES = 80  # of a scheduler, from one expert to the next: loads that hit L1
 
 
 @dataclass(frozen=True)
@@ -113,13 +115,16 @@ def run_tiles(
     ctas: list[list[tuple[int, int]]],
     dram: float,
     units: list[list[int]] | None = None,
+    walked: int = 0,
 ) -> Prediction:
     """ctas: for every CTA its tiles as (rows, steps); units: the tokens of its units, where those
-    were counted apart from tiles."""
+    were counted apart from tiles; walked: experts that a CTA's scheduler passes in all."""
     sums = dict.fromkeys((gpu.loop.unit, "issue", "shared memory"), 0.0)
     busy, longest, moved = [0.0] * gpu.sms, [0.0] * gpu.sms, 0.0
     for index, tiles in enumerate(ctas):
-        sm, chain = index % gpu.sms, 0.0
+        sm, chain = index % gpu.sms, walked * float(WALK_CYCLES)
+        if gpu.loop.ctas_per_sm == 1:
+            busy[sm] += chain
         for rows, steps in tiles:
             step = pipes(gpu, kernel, rows)
             own, slots, own_bytes = aside(gpu, kernel, rows, "tile")
@@ -140,7 +145,7 @@ def run_tiles(
     parts |= {"L2": moved / gpu.l2_bandwidth, "DRAM": dram / gpu.bandwidth}
     seconds = max(sm_seconds, parts["L2"], parts["DRAM"])
     num_tiles = sum(map(len, ctas))
-    fixed = LAUNCH_SECONDS + (LATENCY_SECONDS if num_tiles else 0.0)
+    fixed = gpu.launch_seconds + (LATENCY_SECONDS if num_tiles else 0.0)
     return Prediction(kernel, num_tiles, num_tiles / max(len(ctas), 1), parts, seconds + fixed)
 
 
@@ -198,7 +203,10 @@ def gathered(
             tokens = min(load.num_tokens, GROUP * load.num_tokens * len(experts) / active)
             read = rows_read(gpu, load, tokens * hidden * matrices, active)
             moved += matrices * hidden * read
-        out.append(run_tiles(gpu, kernel, deal_evenly(gpu, tiles), load.number_bytes * moved))
+        rounds = math.ceil(max((len(rows) for _, rows in experts), default=0) / group) + 1
+        walked = rounds * len(load.sizes)
+        dealt = deal_evenly(gpu, tiles)
+        out.append(run_tiles(gpu, kernel, dealt, load.number_bytes * moved, walked=walked))
         smallest = largest + 1
     return out
 
@@ -256,9 +264,21 @@ def down(gpu: Gpu, load: Load, sources: int = 1, ends: bool = True) -> Predictio
     waves = math.ceil(len(units) / (loop.ctas_per_sm * gpu.sms))
     dram = sources * (read + waves * number * load.hidden_size * sum(load.sizes))
     dram += number * load.num_tokens * load.hidden_size
+    if loop is not FP32 and load.dtype == "bf16":
+        dram += strips_missing(gpu, ctas, columns, unit_tokens)
     apart = deal(gpu, tokens) if loop is WGMMA and ends else None
     kernel = f"{loop.prefix}down" + (f"<{columns}>" if loop is WGMMA else "")
-    return run_tiles(gpu, kernel, ctas, dram, apart)
+    walked = len(load.sizes) * max(map(len, deal(gpu, units)), default=0)
+    return run_tiles(gpu, kernel, ctas, dram, apart, walked=walked)
+
+
+def strips_missing(gpu: Gpu, ctas: list, columns: int, unit_tokens: int) -> float:
+    """Bytes of fp32 sums that DRAM moves, since the strips that all CTAs are at are more than L2
+    holds: read and written with every tile, in the share that does not fit."""
+    held = sum(map(bool, ctas)) * columns * unit_tokens * 4.0
+    missing = max(0.0, 1.0 - gpu.l2_bytes / held) if held else 0.0
+    rows = sum(rows for tiles in ctas for rows, _ in tiles)
+    return missing * 2 * 4.0 * rows * columns
 
 
 def row_tiles_of(loop: Loop, rows: int, terms: int, sources: int) -> list[tuple[int, int]]:
@@ -288,9 +308,17 @@ def decode(gpu: Gpu, load: Load) -> list[Prediction]:
             "L2": total["load_bytes"] / gpu.l2_bandwidth,
             "DRAM": share * load.weight_bytes() / gpu.bandwidth,
         }
-        seconds = max(parts.values()) + LAUNCH_SECONDS + LATENCY_SECONDS
+        seconds = max(parts.values()) + gpu.launch_seconds + LATENCY_SECONDS
         out.append(Prediction(kernel, tiles, 1.0, parts, seconds))
     return out
+
+
+def helpers(gpu: Gpu, load: Load, launches: int) -> Prediction:
+    """The small kernels around the products; gates are read by count, by write, by
+    clear_inactive."""
+    moved = 3 * 4.0 * load.active.numel() / gpu.bandwidth
+    seconds = launches * (gpu.launch_seconds + LATENCY_SECONDS) + moved
+    return Prediction("permute", 0, 0.0, {"DRAM": moved}, seconds)
 
 
 def predict(gpu: Gpu, load: Load) -> list[Prediction]:
@@ -302,10 +330,7 @@ def predict(gpu: Gpu, load: Load) -> list[Prediction]:
         return backward(gpu, load)
     if load.num_tokens <= DECODE_TOKENS and load.dtype == "bf16" and not load.is_saved:
         return decode(gpu, load)
-    moved = 3 * 4.0 * load.active.numel()  # gates, read by count, by write, by clear_inactive
-    seconds = HELPER_LAUNCHES * LAUNCH_SECONDS + moved / gpu.bandwidth
-    helpers = Prediction("permute", 0, 0.0, {"DRAM": moved / gpu.bandwidth}, seconds)
-    return [helpers, *gate_up(gpu, load), down(gpu, load)]
+    return [helpers(gpu, load, HELPER_LAUNCHES), *gate_up(gpu, load), down(gpu, load)]
 
 
 def measure(load: Load) -> float:

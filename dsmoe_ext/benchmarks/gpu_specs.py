@@ -1,7 +1,9 @@
 """What the model of GPU time knows beforehand: datasheets, and how the kernels cut their work."""
 
+import json
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 ANY = 2**31
 
@@ -84,7 +86,7 @@ FP32 = Loop(
 
 @dataclass(frozen=True)
 class Gpu:
-    """Datasheet numbers, dense."""
+    """Datasheet numbers, dense; `sustained` and `read_calibration` turn them into what holds."""
 
     name: str
     sms: int
@@ -94,10 +96,15 @@ class Gpu:
     mma_cycles: float  # an mma.m16n8k16 on an SM quarter's tensor unit; as many in tf32 for half
     fma_cycles: float  # a warp's fused multiply-add in fp32 on an SM quarter
     l2_bytes: float
-    l2_bytes_per_cycle: float  # assumed for H100, whose datasheet does not say
+    l2_bytes_per_cycle: float  # of A100's datasheet; assumed for others, whose do not say
     arch: str
     loop: Loop = MMA
     wgmma_cycles: float = 0.0  # for as much as an mma.m16n8k16
+    # what long products keep of the boost clock: 790 of 989 TFLOP/s by cuBLAS on an H200. Assumed
+    # to be as much on chips that are as hot
+    held_clock: float = 0.8
+    l2_held: float = 0.6  # of L2 that one matrix can stay in: its two halves keep some lines twice
+    launch_seconds: float = 1.5e-6  # between kernels of one stream, in a graph
 
     @property
     def l2_bandwidth(self) -> float:
@@ -120,5 +127,45 @@ H100 = Gpu("H100 SXM", 132, 1.83e9, 989e12, 3.35e12, 4.0 / 0.63, 1.0, 50e6, 5120
 GPUS = {
     "a100": Gpu("A100 SXM", 108, 1.41e9, 312e12, 2.0e12, 8.0, 2.0, 40e6, 5120, "80"),
     "h100": H100,
+    "h200": replace(H100, name="H200 SXM", bandwidth=4.8e12),
+    "l40s": Gpu("L40S", 142, 2.52e9, 362e12, 0.864e12, 16.0, 1.0, 96e6, 2048, "89"),
+    "5090": Gpu("RTX 5090", 170, 2.407e9, 209.5e12, 1.792e12, 32.0, 1.0, 96e6, 2048, "120"),
     "h100-mma": replace(H100, name="H100 SXM, mma.sync", loop=MMA),
 }
+
+HELD_BANDWIDTH = 0.9  # of DRAM's datasheet rate: 4.3 of 4.8 TB/s by a copy on an H200
+LAUNCH_SECONDS = 3e-6  # from the end of a kernel to the first loads of the next one
+
+
+def sustained(gpu: Gpu) -> Gpu:
+    """What the chip holds instead of what its datasheet says: clock, DRAM, L2, launches."""
+    return replace(
+        gpu,
+        hertz=gpu.hertz * gpu.held_clock,
+        flops=gpu.flops * gpu.held_clock,
+        bandwidth=gpu.bandwidth * HELD_BANDWIDTH,
+        l2_bytes=gpu.l2_bytes * gpu.l2_held,
+        launch_seconds=LAUNCH_SECONDS,
+    )
+
+
+def read_calibration(gpu: Gpu, path: Path) -> Gpu:
+    """The rates that `dsmoe bench gpu --out` measured on a chip of this kind.
+
+    Raises KeyError if the file lacks a ceiling, ValueError if it is of a chip with other SMs.
+    """
+    measured = json.loads(path.read_text())
+    sms, ceilings = measured["device"]["sms"], measured["ceilings"]
+    if sms != gpu.sms:
+        raise ValueError(f"{path} is of {measured['device']['name']} with {sms} SMs, not {gpu.sms}")
+    hertz = gpu.hertz * ceilings["matmul_flops"] / gpu.flops
+    return replace(
+        gpu,
+        name=f"{measured['device']['name']}, as measured",
+        hertz=hertz,
+        flops=ceilings["matmul_flops"],
+        bandwidth=ceilings["dram_bytes_per_second"],
+        l2_bytes=gpu.l2_bytes * gpu.l2_held,
+        l2_bytes_per_cycle=ceilings["l2_bytes_per_second"] / hertz,
+        launch_seconds=ceilings["launch_seconds"],
+    )

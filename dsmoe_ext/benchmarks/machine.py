@@ -14,7 +14,8 @@ REPEATS = 3
 
 @dataclass(frozen=True)
 class Machine:
-    """The processor and its peaks on `threads` threads, in operations and bytes a second."""
+    """The processor and its peaks on `threads` threads (a GPU: 0), in operations and bytes a
+    second."""
 
     processor: str
     isa: str
@@ -36,9 +37,10 @@ class Machine:
 
     def describe(self) -> str:
         """One line for the head of a table."""
+        threads = f"{self.threads} thread(s), " if self.threads else ""
         bf16 = f"bf16 {self.bf16_flops / 1e9:.0f} GFLOP/s, " if self.bf16_flops else ""
         return (
-            f"{self.processor}, {self.threads} thread(s), {self.isa}, torch {self.torch}; measured "
+            f"{self.processor}, {threads}{self.isa}, torch {self.torch}; measured "
             f"peaks: fp32 {self.fp32_flops / 1e9:.0f} GFLOP/s, {bf16}"
             f"read {self.read_bytes / 1e9:.1f} GB/s"
         )
@@ -54,8 +56,22 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def measure_machine() -> Machine:
-    """Peaks on torch's number of threads, each the best of REPEATS; takes a few seconds."""
+def measure_machine(device: str = "cpu") -> Machine:
+    """Peaks on torch's number of threads, each the best of REPEATS; takes a few seconds. Of a GPU:
+    what cuBLAS and a copy reach."""
+    if device.startswith("cuda"):
+        from dsmoe_ext.benchmarks import gpu
+
+        found, peaks = gpu.device(), gpu.ceilings()
+        return Machine(
+            found["name"],
+            f"compute capability {found['capability']}, bf16",
+            0,
+            torch.__version__,
+            peaks["fp32_matmul_flops"],
+            peaks["matmul_flops"],
+            peaks["dram_bytes_per_second"],
+        )
     threads = torch.get_num_threads()
     measured = [_C.measure_peaks(threads) for _ in range(REPEATS)]
     peaks = {name: max(peaks[name] for peaks in measured) for name in measured[0]}

@@ -81,7 +81,8 @@ def hold_active(model, active: float) -> None:
     from dsmoe_ext.layers import ffn_layers
 
     for ffn in ffn_layers(model):
-        scores = ffn.router(torch.randn(512, ffn.hidden_size).to(model.dtype)).sigmoid()
+        sample = torch.randn(512, ffn.hidden_size).to(model.device, model.dtype)
+        scores = ffn.router(sample).sigmoid()
         routed = (active * ffn.intermediate_size - ffn.shared_size) / (
             ffn.intermediate_size - ffn.shared_size
         )
@@ -129,19 +130,20 @@ def measure(dense, sparse, tasks: list[str], num_tokens: int, budget: float):
     """Yields a ModelRow per task: "decode", "prefill", "train"."""
     from dsmoe_ext.layers import active_fraction, ffn_layers
 
-    ids = torch.randint(dense.config.vocab_size, (1, num_tokens))
+    device = dense.device
+    ids = torch.randint(dense.config.vocab_size, (1, num_tokens)).to(device)
     make = {"decode": decode, "prefill": prefill, "train": train_step}
     for task in tasks:
         train = task == "train"
         for model in (dense, sparse):
             model.train(train)
-        if not train:
+        if not train and device.type == "cpu":
             for ffn in ffn_layers(sparse):
                 ffn.pack()
         active_fraction(sparse)
         with torch.set_grad_enabled(train):
             methods = {"dense": [make[task](dense, ids)], "sparse": [make[task](sparse, ids)]}
-            timing = interleaved(methods, budget)
+            timing = interleaved(methods, budget, device.type)
         count = 1 if task == "decode" else num_tokens
         active = active_fraction(sparse).mean
         yield ModelRow(task, count, timing["dense"], timing["sparse"], active)

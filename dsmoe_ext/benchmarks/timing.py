@@ -18,22 +18,33 @@ class Timing:
     slow: float
 
 
-def interleaved(methods: dict[str, list[Callable]], budget: float) -> dict[str, Timing]:
+def waiter(device: str) -> Callable:
+    """Waits for what was asked of the device: of a GPU, a call returns before it is done."""
+    import torch
+
+    return torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+
+
+def interleaved(
+    methods: dict[str, list[Callable]], budget: float, device: str = "cpu"
+) -> dict[str, Timing]:
     """Times every method for about `budget` seconds in all.
 
     A method is a list of callables that take turns: the same work on other inputs and other copies
     of the weights, so that small weights do not sit in the cache as they never would in a model.
     """
-    seconds = {name: [] for name in methods}
+    seconds, wait = {name: [] for name in methods}, waiter(device)
     for turns in methods.values():
         for call in turns:
             call()
+    wait()
     start, rounds = time.perf_counter(), 0
     while rounds < MIN_ROUNDS or (time.perf_counter() - start < budget and rounds < MAX_ROUNDS):
         for name, turns in methods.items():
             call = turns[rounds % len(turns)]
             begin = time.perf_counter()
             call()
+            wait()
             seconds[name].append(time.perf_counter() - begin)
         rounds += 1
     return {
