@@ -346,7 +346,7 @@ def test_packed_errors(seed):
     with pytest.raises(RuntimeError, match="but the packed weights are"):
         dsmoe_ext.sparse_ffn(x.detach().bfloat16(), gates, packed)
     foreign = packed.data.clone()
-    foreign[-28:-4] = torch.tensor(list(b"avx1024".ljust(24, b"\0")), dtype=torch.uint8)
+    foreign[-40:-16] = torch.tensor(list(b"avx1024".ljust(24, b"\0")), dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="The weights were packed for avx1024"):
         dsmoe_ext.sparse_ffn(x.detach(), gates, replace(packed, data=foreign))
     with pytest.raises(RuntimeError, match="must be what pack_weights returned"):

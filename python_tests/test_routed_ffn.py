@@ -40,7 +40,8 @@ def test_without_bias_and_opcheck(seed):
     logits = router_logits(x, weight)
     assert torch.equal(gates, dsmoe_ext.route(logits, threshold, offsets).gates)
     arguments = (x, weight, None, threshold, packed.data, offsets, 16, sum(SIZES))
-    torch.library.opcheck(torch.ops.dsmoe.routed_ffn.default, (*arguments, 0, 0, False, True, 1.0))
+    options = (0, 0, 0, False, True, 1.0)  # activation, method, top_k, binary, rescale, gate_scale
+    torch.library.opcheck(torch.ops.dsmoe.routed_ffn.default, (*arguments, *options))
 
 
 def test_errors(seed):
