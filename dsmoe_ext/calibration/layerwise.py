@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,16 @@ from dsmoe_ext.calibration.neurons import (
     switch_off,
 )
 from dsmoe_ext.calibration.refit import refit_down_proj
-from dsmoe_ext.calibration.router import SCALE, InputStatistics, fit_router, quantile_threshold
-from dsmoe_ext.calibration.streams import Layer, Streams, quick_matmul
+from dsmoe_ext.calibration.router import (
+    SCALE,
+    Strength,
+    count_strength,
+    fit_router,
+    log_strength,
+    strength_histogram,
+)
+from dsmoe_ext.calibration.streams import Layer, Streams, quick_dtype, quick_matmul
+from dsmoe_ext.calibration.sums import Moments
 from dsmoe_ext.command_line import console
 from dsmoe_ext.convert import check_dense, merge, sparsify
 from dsmoe_ext.gated_mlp import describe, mlp_activations
@@ -26,10 +35,14 @@ from dsmoe_ext.models.adopt import gated_mlps, text_model
 from dsmoe_ext.models.options import options_of
 from dsmoe_ext.ops import build_info
 
-# The neurons are grouped on about this many of the tokens; more made no difference.
-GROUPING_TOKENS = 4096
+# The neurons are grouped on at most this many of the tokens.
+GROUPING_TOKENS = 16384
 # How much of the error that earlier layers left in the hidden state a layer's refit takes on.
 CORRECTION = 0.5
+
+# Starts anew on the text, chunk after chunk: the FFN's input x [t,H], and a function of what the
+# dense FFN gives for it [t,H]: what it would have to give to make up for earlier layers too [t,H].
+Chunks = Callable[[], Iterable[tuple[Tensor, Callable[[Tensor], Tensor]]]]
 
 
 @dataclass(frozen=True)
@@ -37,10 +50,15 @@ class LayerFit:
     """What makes one dense FFN sparse."""
 
     order: Tensor  # int64 [I]: the neurons, shared first, then expert after expert
-    router_weight: Tensor  # [R,H]
-    router_bias: Tensor  # [R]
-    down_proj_t: Tensor | None  # [I,H] in that order; None: the dense one
+    experts: Tensor  # int64 [I]: the routed expert of every neuron, R for the shared ones
+    strength: Strength  # an expert is on where its predicted strength exceeds 0
+    down_proj_t: Tensor  # [I,H], neurons in the dense model's order
     error: float  # ‖sparse - wanted output‖² / ‖wanted‖²
+
+    def output(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """The sparse FFN's output [t,H]. x [t,H], hidden [t,I]: the dense activations (lost)."""
+        switch_off(hidden, self.strength.of(x) > 0, self.experts)
+        return (hidden @ self.down_proj_t.to(hidden.dtype)).to(x.dtype)
 
 
 @torch.no_grad()
@@ -62,9 +80,9 @@ def calibrate(
         replaced). It stays as it is; the result shares its attention weights and embeddings (see
         sparsify).
     token_ids: text like that which the model will see: int64 [N,L] windows, or [n] tokens, which
-        are cut into windows of `window`. Quality grows with it, up to some 30,000 tokens; time and
-        memory are proportional to it.
+        are cut into windows of `window`. Quality grows with it; time is proportional to it.
     target_active: the share of the FFN that is on for the average token, shared part included.
+        Where it equals `shared`, no routed expert is ever on: a pruned model, without routing.
     expert_size: neurons of a routed expert; 16 is best, 32 nearly so, and both suit the kernels.
     shared: the share of the FFN that is always on. It grows by what expert_size does not divide.
     refit: also refit down_proj to the masks. Without, merge gives the dense weights back
@@ -73,8 +91,8 @@ def calibrate(
     progress: show a progress bar on stderr.
 
     The result has binary gates and no rescaling; config.dsmoe["target_active"] is set for training.
-    Besides the models it needs (I + 5 H + 3 R) · T + 6 I² floats for T tokens, whatever the number
-    of layers: 0.4 GB for 16,384 tokens of SmolLM2-135M.
+    Besides the models it needs the hidden states of the text, 3 H · T floats for T tokens, and sums
+    of some 8 I² floats for one layer at a time.
     """
     dense, kept = _dense_model(model)
     sizes = partition.shared_split(_intermediate_size(dense), expert_size, shared)
@@ -94,11 +112,11 @@ def calibrate(
                 if layer.mlp_name is None:
                     streams.enter(layer)
                     continue
-                fits.append(fit_layer(streams, layer, layout, target_active, refit, seed + index))
+                fits.append(_fit_next(streams, layer, layout, target_active, refit, seed + index))
                 advance(1, note=f"layer error {fits[-1].error:.3f}")
     finally:
         dense.train(training)
-    return _assemble(dense, layout, target_active, fits, kept).train(training)
+    return _assemble(dense, layout, target_active, refit, fits, kept).train(training)
 
 
 def _warn_of_many_experts(num_experts: int) -> None:
@@ -112,55 +130,101 @@ def _warn_of_many_experts(num_experts: int) -> None:
         )
 
 
-def fit_layer(
-    streams: Streams, layer: Layer, layout: Layout, target: float, refit: bool, seed: int
-) -> LayerFit:
-    """Finds one layer's order, router and weights, and moves both streams behind the layer."""
+def _fit_next(streams: Streams, layer: Layer, *options) -> LayerFit:
+    """Fits the layer that both streams have come to, and moves them behind it."""
     # The dense stream runs on; the sparse one waits for its FFN's output until that is known.
     layer = streams.enter(layer)
     found = layer.found
     weights = found.weights(layer.mlp)
-    down_proj_t = weights[-1].T.contiguous()  # [I,H]
-    x = streams.x.flatten(0, 1)  # [T,H]
-    hidden = x.new_empty(len(x), layout.intermediate_size)
-    for _, rows in streams.token_rows():
-        hidden[rows] = mlp_activations(x[rows], weights, found.activation)
-    order, weight, bias, on = _fit_routing(x, hidden, down_proj_t, layout, target, seed)
+    quick = [w.to(quick_dtype(streams.dtype, w.device)) for w in weights]
 
-    # x's memory now takes the wanted output: this layer's own on what it sees, and a part of what
-    # is still missing from earlier layers.
-    wanted, experts = x, experts_of_neurons(order, layout)
-    for chunk, rows in streams.token_rows():
-        own = hidden[rows] @ down_proj_t
-        wanted[rows] = own.lerp_(streams.missing(chunk, own), CORRECTION) if refit else own
-        switch_off(hidden[rows], on[rows], experts)
-    if refit:
-        down_proj_t = refit_down_proj(hidden, wanted, down_proj_t)
-    output = hidden @ down_proj_t
-    streams.leave(lambda rows: output[rows])
-    power = wanted.square().sum().clamp(min=1e-30)
-    error = wanted.sub_(output).square().sum() / power
-    return LayerFit(
-        order, SCALE * weight, SCALE * bias, down_proj_t[order] if refit else None, error.item()
-    )
+    def chunks():
+        for chunk, _ in streams.token_rows():
+            x = streams.x[chunk].flatten(0, 1)
+            yield x, lambda own, chunk=chunk: streams.missing(chunk, own)
+
+    def activate(x: Tensor) -> Tensor:
+        return mlp_activations(x.to(quick[0].dtype), quick, found.activation)
+
+    def output(rows: slice) -> Tensor:
+        x = streams.x.flatten(0, 1)[rows]
+        return fit.output(x, activate(x))
+
+    fit = fit_layer(chunks, activate, weights[-1].T.contiguous(), *options)
+    streams.leave(output)
+    return fit
 
 
-def _fit_routing(x, hidden, down_proj_t, layout: Layout, target: float, seed: int):
-    """(order [I], router weight [R,H], bias [R], on [T,R] bool) from x [T,H], hidden [T,I]."""
-    statistics = InputStatistics.of(x)
+def fit_layer(
+    chunks: Chunks,
+    activate: Callable[[Tensor], Tensor],
+    down_proj_t: Tensor,
+    layout: Layout,
+    target: float,
+    refit: bool,
+    seed: int,
+) -> LayerFit:
+    """Finds one layer's order, router and weights, from sums over any number of tokens.
+
+    activate(x): the dense FFN's activations a [t,I] of x [t,H], a fresh tensor, which may be in a
+    narrower dtype than x; down_proj_t [I,H].
+    """
     strength = down_proj_t.norm(dim=1)  # [I]
-    sample = slice(None, None, max(1, len(x) // GROUPING_TOKENS))
-    order = group_neurons(
-        hidden[sample].abs() * strength, x[sample], statistics.cholesky, layout, seed
-    )
-    norms = expert_norms(hidden, strength, experts_of_neurons(order, layout), layout)
-    weight, bias = fit_router(x, norms, statistics)
-    predicted = torch.addmm(bias, x, weight.T, out=norms)  # [T,R]
-    threshold = quantile_threshold(predicted, layout.expert_sizes, layout.routed_share(target))
-    return order, weight, bias - threshold, predicted > threshold
+    seen = Moments()
+    for x, _ in chunks():
+        take = slice(None, max(1, GROUPING_TOKENS - seen.count))
+        seen.add(x[take], activate(x[take]).to(x.dtype).abs_().mul_(strength))
+        if seen.count >= GROUPING_TOKENS:
+            break
+    order = group_neurons(seen, layout, seed)
+    experts = experts_of_neurons(order, layout)
+
+    logs = Moments()
+    for x, _ in chunks():
+        norms = expert_norms(activate(x), strength, experts, layout).to(x.dtype)
+        logs.add(x, log_strength(norms))
+    predicted = fit_router(logs, down_proj_t.dtype)
+    histogram = strength_histogram(predicted, logs)
+    for x, _ in chunks():
+        count_strength(histogram, predicted.of(x), layout.expert_sizes)
+    bias = predicted.bias - histogram.value_above_which(layout.routed_share(target))
+    predicted = Strength(predicted.weight, bias)
+
+    if refit:
+        down_proj_t, error = _refit(chunks, activate, down_proj_t, predicted, experts)
+    else:
+        error = _error(chunks, activate, down_proj_t, predicted, experts)
+    return LayerFit(order, experts, predicted, down_proj_t, error)
 
 
-def _assemble(dense, layout: Layout, target: float, fits: list[LayerFit], kept: dict):
+def _refit(chunks: Chunks, activate, down_proj_t: Tensor, predicted: Strength, experts: Tensor):
+    """(down_proj_t [I,H] refitted to the masks, the relative error left)."""
+    sums = Moments(centred=False)
+    for x, missing in chunks():
+        hidden = activate(x)
+        # Wanted: the layer's own dense output on what it sees, and a part of what is still missing
+        # from earlier layers.
+        wanted = (hidden @ down_proj_t.to(hidden.dtype)).to(x.dtype)
+        wanted = wanted.lerp(missing(wanted), CORRECTION)
+        switch_off(hidden, predicted.of(x) > 0, experts)
+        sums.add(hidden.to(x.dtype), wanted)
+    found, error = refit_down_proj(sums, down_proj_t)
+    return found.to(down_proj_t.dtype), error
+
+
+def _error(chunks: Chunks, activate, down_proj_t: Tensor, predicted: Strength, experts: Tensor):
+    """‖sparse - dense output‖² / ‖dense output‖² of a layer with its dense weights."""
+    lost, power = 0.0, 0.0
+    for x, _ in chunks():
+        hidden = activate(x).to(x.dtype)
+        wanted = hidden @ down_proj_t
+        power += wanted.square().sum().item()
+        switch_off(hidden, predicted.of(x) > 0, experts)
+        lost += wanted.sub_(hidden @ down_proj_t).square().sum().item()
+    return lost / max(power, 1e-30)
+
+
+def _assemble(dense, layout: Layout, target: float, refit: bool, fits: list[LayerFit], kept: dict):
     """sparsify with each layer's order, then routers and refitted weights."""
     sparse = sparsify(
         dense,
@@ -173,10 +237,10 @@ def _assemble(dense, layout: Layout, target: float, fits: list[LayerFit], kept: 
         **kept,
     )
     for ffn, fit in zip(ffn_layers(sparse), fits, strict=True):
-        ffn.router.weight.copy_(fit.router_weight)
-        ffn.router.bias.copy_(fit.router_bias)
-        if fit.down_proj_t is not None:
-            ffn.expert_weights()[-1].copy_(fit.down_proj_t)
+        ffn.router.weight.copy_(SCALE * fit.strength.weight)
+        ffn.router.bias.copy_(SCALE * fit.strength.bias)
+        if refit:
+            ffn.expert_weights()[-1].copy_(fit.down_proj_t[fit.order])
     return sparse
 
 
@@ -225,9 +289,9 @@ def _check_windows(token_ids, dense, window: int) -> Tensor:
 
 def _check_target(target: float, layout: Layout) -> None:
     share = layout.shared_size / layout.intermediate_size
-    if not share < target <= 1:
+    if not share <= target <= 1:
         raise ValueError(
-            f"target_active={target} counts the shared part, so it must lie above that "
+            f"target_active={target} counts the shared part, so it must not lie below that "
             f"({share:.3f}) and be 1 at most"
         )
 

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsmoe_ext import partition
+from dsmoe_ext.calibration.router import RIDGE, ridge_cholesky
+from dsmoe_ext.calibration.sums import Moments
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,10 @@ class Layout:
         return (target_active * self.intermediate_size - self.shared_size) / routed
 
 
-def group_neurons(
-    contributions: Tensor, x: Tensor, whitener: Tensor, layout: Layout, seed: int
-) -> Tensor:
+def group_neurons(sums: Moments, layout: Layout, seed: int) -> Tensor:
     """The order of the neurons, int64 [I]: the shared ones, then expert after expert.
 
-    contributions [P,I] and FFN inputs x [P,H] of some tokens; whitener [H,H]: the Cholesky factor
-    of x's (regularised) covariance.
+    sums: Moments of (FFN input x [P,H], contributions [P,I]) on some tokens.
 
     Shared are the neurons that contribute most on average. The others are clustered by the part of
     their contribution that a linear router can see: the least-squares map from whitened x to the
@@ -44,15 +43,13 @@ def group_neurons(
     an expert. Against clustering the contributions over tokens themselves this drops the noise of
     the sample and the part that is not predictable.
     """
-    by_strength = contributions.mean(dim=0).argsort(descending=True, stable=True)
+    by_strength = sums.mean_y.argsort(descending=True, stable=True)
     shared = by_strength[: layout.shared_size].sort().values
     routed = by_strength[layout.shared_size :].sort().values
-    profile = contributions[:, routed]
-    profile = profile - profile.mean(dim=0)
-    seen = (x - x.mean(dim=0)).T @ profile  # [H, routed]
-    visible = torch.linalg.solve_triangular(whitener, seen.double(), upper=False)
+    whitener, _ = ridge_cholesky(sums.gram, RIDGE)
+    visible = torch.linalg.solve_triangular(whitener, sums.moment[:, routed], upper=False)
     order = partition.balanced_kmeans(
-        visible.T.to(x.dtype).contiguous(), layout.expert_sizes, seed=seed
+        visible.T.float().contiguous(), layout.expert_sizes, seed=seed
     )
     return torch.cat([shared, routed[order.to(routed.device)]])
 
@@ -69,14 +66,11 @@ def experts_of_neurons(order: Tensor, layout: Layout) -> Tensor:
 def expert_norms(activations: Tensor, strength: Tensor, experts: Tensor, layout: Layout) -> Tensor:
     """[T,R]: for each routed expert the norm of its neurons' contributions.
 
-    activations [T,I], strength [I] (‖d_i‖), experts [I] as above. As one thin GEMM in chunks.
+    activations [T,I], strength [I] (‖d_i‖), experts [I] as above. As one thin GEMM.
     """
     num_experts = len(layout.expert_sizes)
     members = F.one_hot(experts, num_experts + 1)[:, :num_experts] * strength.square()[:, None]
-    norms = activations.new_empty(len(activations), members.shape[1])
-    for part, out in zip(activations.split(4096), norms.split(4096), strict=True):
-        torch.mm(part.square(), members, out=out)
-    return norms.sqrt_()
+    return (activations.square() @ members.to(activations.dtype)).sqrt_()
 
 
 def switch_off(activations: Tensor, on: Tensor, experts: Tensor) -> None:

@@ -3,12 +3,15 @@ the FFN's output is linear in it.
 
     minimise ‖A V - Y‖² + ridge ‖V - W‖²    A [T,I] masked activations, Y [T,H] wanted output
     V = (AᵀA + ridge)⁻¹ (AᵀY + ridge W)     W [I,H] the dense model's down_proj, transposed
+
+AᵀA and AᵀY are sums over tokens (Moments of (A, Y), not centred): no token need be kept.
 """
 
 import torch
 from torch import Tensor
 
 from dsmoe_ext.calibration.router import ridge_cholesky
+from dsmoe_ext.calibration.sums import Moments
 
 # In units of the mean diagonal of AᵀA. It pulls towards the dense weights, so neurons that the text
 # hardly uses keep theirs.
@@ -16,9 +19,14 @@ RIDGE = 0.1
 
 
 def refit_down_proj(
-    masked: Tensor, wanted: Tensor, weight: Tensor, ridge: float | None = None
-) -> Tensor:
-    """masked [T,I], wanted [T,H], the dense weight [I,H] -> the new weight [I,H]."""
-    system, ridge = ridge_cholesky(masked.T @ masked, RIDGE if ridge is None else ridge)
-    moment = (masked.T @ wanted).double() + ridge * weight.double()
-    return torch.cholesky_solve(moment, system).to(weight.dtype)
+    sums: Moments, weight: Tensor, ridge: float | None = None
+) -> tuple[Tensor, float]:
+    """sums of (masked activations, wanted output), the dense weight [I,H] -> (the new one [I,H],
+    what it leaves of the wanted output's power: ‖A V - Y‖² / ‖Y‖²)."""
+    system, ridge = ridge_cholesky(sums.gram, RIDGE if ridge is None else ridge)
+    weight = weight.double()
+    found = torch.cholesky_solve(sums.moment + ridge * weight, system)
+    # AᵀA V = AᵀY + ridge (W - V), so that no product of size I² H is needed for the error.
+    power = sums.power_y.sum()
+    error = power - (found * sums.moment).sum() + ridge * (found * (weight - found)).sum()
+    return found, (error / power.clamp(min=1e-30)).item()

@@ -4,7 +4,8 @@
     logits = SCALE (x B + b - t)                    t: the quantile that leaves the wanted share on
 
 An expert is on where its predicted strength exceeds t, the same for all experts of a layer: so an
-expert that is usually weak is usually off.
+expert that is usually weak is usually off. All comes from sums over tokens: Moments of (X, log N)
+for the regression, a Histogram of the predictions for t.
 """
 
 from dataclasses import dataclass
@@ -12,59 +13,67 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsmoe_ext.calibration.sums import Histogram, Moments
+
 # The ridge, in units of the mean diagonal of XᵀX (centred).
 RIDGE = 0.05
 # Strength is in natural logarithms, of which errors are about one half; times 4 the sigmoid is
 # decided for most pairs, and still has a gradient near the threshold for fine-tuning.
 SCALE = 4.0
+SPREAD = 0.0
+# How far from the mean prediction the histogram reaches, in standard deviations.
+HISTOGRAM_REACH = 10.0
 
 
 @dataclass(frozen=True)
-class InputStatistics:
-    """mean [H] of the FFN's inputs and cholesky [H,H] (float64, lower) of XᵀX + ridge, centred."""
+class Strength:
+    """The predicted strength x weightᵀ + bias of every routed expert. weight [R,H], bias [R]."""
 
-    mean: Tensor
-    cholesky: Tensor
+    weight: Tensor
+    bias: Tensor
 
-    @classmethod
-    def of(cls, x: Tensor) -> "InputStatistics":
-        """From x [T,H]."""
-        mean = x.mean(dim=0)
-        centred = x - mean
-        return cls(mean, ridge_cholesky(centred.T @ centred, RIDGE)[0])
+    def of(self, x: Tensor) -> Tensor:
+        """[T,R] of x [T,H]."""
+        return torch.addmm(self.bias, x, self.weight.T)
 
 
 def ridge_cholesky(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """(lower Cholesky factor of gram [n,n] + r · 1, r), float64, r = ridge · mean diagonal."""
-    gram = gram.double()
-    diagonal = gram.diagonal()
     # The smallest normal number keeps inputs that are all zero (a dead layer) solvable.
-    ridge = ridge * diagonal.mean() + torch.finfo(torch.float32).tiny
-    diagonal += ridge
-    return torch.linalg.cholesky(gram), ridge
+    ridge = ridge * gram.diagonal().double().mean() + torch.finfo(torch.float32).tiny
+    system = gram.to(torch.float64, copy=True)
+    system.diagonal().add_(ridge)
+    return torch.linalg.cholesky(system), ridge
 
 
-def fit_router(x: Tensor, norms: Tensor, statistics: InputStatistics) -> tuple[Tensor, Tensor]:
-    """weight [R,H], bias [R] of the predicted log norms. x [T,H], norms [T,R] (overwritten)."""
-    # A neuron can be silent; the floor keeps its logarithm finite and unimportant.
-    strength = norms.add_(1e-8 * norms.mean() + torch.finfo(norms.dtype).tiny).log_()
-    mean = strength.mean(dim=0)
-    moment = (x - statistics.mean).T @ (strength - mean)
-    weight = torch.cholesky_solve(moment.double(), statistics.cholesky).to(x.dtype).T.contiguous()
-    return weight, mean - weight @ statistics.mean
+def log_strength(norms: Tensor) -> Tensor:
+    """log of the experts' norms [T,R], in place; a silent expert counts as very weak."""
+    # The floor keeps the logarithm finite and unimportant.
+    return norms.add_(1e-8 * norms.mean() + torch.finfo(norms.dtype).tiny).log_()
 
 
-def quantile_threshold(strength: Tensor, sizes: list[int], share: float) -> Tensor:
-    """The value above which `share` of the routed neurons lie, 0-d. strength [T,R].
+def fit_router(sums: Moments, dtype: torch.dtype = torch.float32) -> Strength:
+    """From the Moments of (x [T,H], log norms [T,R])."""
+    cholesky, _ = ridge_cholesky(sums.gram, RIDGE)
+    weight = torch.cholesky_solve(sums.moment, cholesky).T
+    bias = sums.mean_y - weight @ sums.mean_x
+    left = (sums.power_y - (weight * sums.moment.T).sum(dim=1)).clamp(min=0) / sums.count
+    bias += SPREAD * left
+    return Strength(weight.to(dtype).contiguous(), bias.to(dtype))
 
-    Experts count by their size; ties aside, the share is met within one (token, expert) pair.
-    """
-    flat = strength.flatten()
-    if len(set(sizes)) == 1:
-        rank = round((1 - share) * flat.numel())
-        return flat.kthvalue(rank).values if rank else flat.min() - 1
-    values, order = flat.sort()
-    weight = torch.tensor(sizes, device=flat.device, dtype=torch.float64)
-    below = weight.repeat(len(strength))[order].cumsum(0)
-    rank = int(torch.searchsorted(below, (1 - share) * below[-1], right=True))
-    return values[rank - 1] if rank else values[0] - 1
+
+def strength_histogram(strength: Strength, sums: Moments) -> Histogram:
+    """An empty histogram that is wide enough for the predictions on the text of the sums."""
+    weight = strength.weight.double()
+    mean = sums.mean_y
+    deviation = ((weight @ sums.gram) * weight).sum(dim=1).clamp(min=0).div(sums.count).sqrt()
+    low = (mean - HISTOGRAM_REACH * deviation).min().item()
+    high = (mean + HISTOGRAM_REACH * deviation).max().item()
+    return Histogram(low, high, sums.gram.device)
+
+
+def count_strength(histogram: Histogram, predicted: Tensor, sizes: list[int]) -> None:
+    """Adds predictions [T,R] to the histogram; every expert counts by its size."""
+    of_size = torch.tensor(sizes, device=predicted.device)
+    for size in set(sizes):
+        histogram.add(predicted[:, of_size == size], size)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dsmoe_ext.gated_mlp import GatedMLP, describe
 from dsmoe_ext.models.adopt import gated_mlps, text_model
 from dsmoe_ext.routers import at_least_float32
+from dsmoe_ext.training.evaluate import supports_bf16
 
 # Tokens per chunk: temporaries are a few [CHUNK, I] matrices, and GEMMs of this height run at full
 # speed.
@@ -205,6 +206,16 @@ def _probe(layer: Layer, state: Tensor) -> Residual | None:
         if (guess - once).abs().max() <= tolerance:
             return Residual(True, weight)
     return None
+
+
+def quick_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What to compute activations in, where sums over them are kept in `dtype`.
+
+    bf16 where the processor has fast products for it (AMX: some three times as fast as float32,
+    elementwise steps twice): the model itself is often run in bf16.
+    """
+    is_quick = dtype == torch.float32 and device.type == "cpu" and supports_bf16(device)
+    return torch.bfloat16 if is_quick else dtype
 
 
 @contextlib.contextmanager
