@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from ..errors import UserError
 from ..layers import find_ffns
 from .checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
+from .controller import controller_for
 from .data import TextWindows
 from .evaluate import activity, activity_since, autocast, supports_bf16
 from .log import TrainingLog
@@ -38,7 +39,7 @@ class TrainSettings:
     clip: float = 1.0  # largest norm of the gradient; 0: no limit
     distill: float = 0.0  # share of the loss that is the KL divergence to the teacher
     target_active: float | None = None  # share of the FFN to hold; None: thresholds stay
-    controller_rate: float = 0.05  # eta of the threshold controller
+    controller_rate: float = 0.5  # of the thresholds, per step (controller.py)
     bf16: bool | None = None  # autocast; None: where the processor is faster that way
     seed: int = 0
 
@@ -91,17 +92,19 @@ class _Run:
     """Model, optimiser and controller of one run, and what a checkpoint needs of them."""
 
     def __init__(self, model, windows: TextWindows, settings: TrainSettings, teacher):
-        from ..losses import ThresholdController
-
         self.model, self.windows, self.settings, self.teacher = model, windows, settings, teacher
         self.device = next(model.parameters()).device
         self.bf16 = computes_in_bf16(model, settings)
         self.optimizer = make_optimizer(model, settings)
         self.controller = None
         if settings.target_active is not None and router_parameters(model):
-            self.controller = ThresholdController(
+            self.controller = controller_for(
                 model, settings.target_active, settings.controller_rate
             )
+
+    def close(self) -> None:
+        if self.controller:
+            self.controller.close()
 
     def step(self, step: int) -> dict:
         """One optimiser step; the row for the log."""
@@ -186,6 +189,7 @@ def fine_tune(
             if run_dir and checkpoint_every and done % checkpoint_every == 0:
                 save_checkpoint(run_dir, done, model, run.optimizer, {"checks": checks})
     finally:
+        run.close()
         model.train(was_training)
         log.close()
     return log.rows

@@ -1,0 +1,60 @@
+"""QuantileController: the active share is at its target from the first steps on."""
+
+import pytest
+import torch
+
+import dsmoe_ext
+from dsmoe_ext.training.controller import QuantileController, score_above_which
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.mark.parametrize("sizes", [[4, 4, 4], [2, 5, 9]])
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_score_above_which(sizes, share, seed):
+    logits = torch.randn(5, 100, 3)
+    on = torch.sigmoid(logits) > score_above_which(logits, sizes, share)
+    active = (on.double().mean((0, 1)) * torch.tensor(sizes)).sum() / sum(sizes)
+    assert active == pytest.approx(share, abs=0.01)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_all_or_nothing_stays_a_score(share, seed):
+    for sizes in ([4, 4], [3, 4]):
+        assert 0 < score_above_which(torch.randn(9, 2), sizes, share) < 1
+
+
+def test_holds_the_target_while_the_scores_move(seed):
+    """Scores that drift every step, as in distillation, from a layer that is at its target."""
+    ffn = dsmoe_ext.DSMoEFFN(
+        16, 96, expert_sizes=[8] * 9, shared_size=24, gates="binary", router_init="paper"
+    )
+    controller = QuantileController(ffn, 0.5, rate=0.5)
+    with torch.no_grad():
+        start = ffn.router(torch.randn(4096, 16))
+        ffn.threshold.copy_(score_above_which(start, [8] * 9, (48 - 24) / 72))
+    shares = []
+    for step in range(30):
+        with torch.no_grad():
+            ffn.router.weight.mul_(1.02)
+        x = torch.randn(2048, 16) + 0.02 * step
+        dsmoe_ext.active_fraction(ffn)
+        ffn(x).sum().backward()
+        shares.append(dsmoe_ext.active_fraction(ffn).mean)
+        controller.step()
+    assert all(abs(share - 0.5) <= 0.02 for share in shares), shares
+    before = ffn.threshold.clone()
+    controller.step()  # nothing seen: nothing moves
+    ffn.eval()(x)
+    controller.step()
+    assert torch.equal(ffn.threshold, before)
+    controller.close()
+    ffn.train()(x)
+    controller.step()
+    assert torch.equal(ffn.threshold, before)
+
+
+def test_other_methods_are_refused():
+    ffn = dsmoe_ext.DSMoEFFN(16, 96, 6, method="top_p", router_init="paper")
+    with pytest.raises(ValueError, match="top_p"):
+        QuantileController(ffn, 0.5)
