@@ -38,8 +38,9 @@ MODEL_FILES = (
 CHECKPOINT_FILES = (
     *("state.json", "model.safetensors", "optimizer.safetensors", "random.safetensors"),
 )
+OWN_TEXT = "own_text.pt"  # what the teacher said, to go on with after a kill
 RUN_FILES = (
-    *("train.jsonl", "run.json", "tensorboard/events.out.tfevents.*"),
+    *("train.jsonl", "run.json", OWN_TEXT, "tensorboard/events.out.tfevents.*"),
     *(f"checkpoint-*/{name}" for name in CHECKPOINT_FILES),
 )
 DEMO_FILES = (

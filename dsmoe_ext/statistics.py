@@ -1,5 +1,8 @@
 """What was active: per-expert counts kept by every DSMoEFFN, and the shares read from them."""
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +29,7 @@ class ActivityCounter(nn.Module):
         with torch.inference_mode(False):  # or no later forward could add to it
             self.counts = torch.zeros(2, num_experts + 1, dtype=torch.int64, device=device)
         self._pending: list[tuple[Tensor, Tensor | None, bool]] = []
+        self._watchers: list[Callable[[Tensor], None]] = []
         self._last_read: Tensor | None = None
 
     def add(self, gates: Tensor, token_mask: Tensor | None = None) -> None:
@@ -33,12 +37,23 @@ class ActivityCounter(nn.Module):
         if torch.compiler.is_exporting():  # the program that is made is another model
             return
         gates = gates.detach() if gates.requires_grad else gates
+        for watcher in self._watchers:
+            watcher(gates)
         if torch.compiler.is_compiling() or len(gates) > MAX_PENDING_TOKENS or not gates.is_cpu:
             self._count(gates, token_mask, self.training)
             return
         self._pending.append((gates, token_mask, self.training))
         if len(self._pending) >= MAX_PENDING:
             self._flush()
+
+    @contextlib.contextmanager
+    def watched_by(self, watcher: Callable[[Tensor], None]) -> Iterator[None]:
+        """Hands every batch's gates [T,E] to watcher(gates) inside the block."""
+        self._watchers.append(watcher)
+        try:
+            yield
+        finally:
+            self._watchers.remove(watcher)
 
     def _count(self, gates: Tensor, token_mask: Tensor | None, training: bool) -> None:
         if self.counts.device != gates.device:

@@ -19,7 +19,17 @@ from dsmoe_ext.training.data import builtin_text
 from dsmoe_ext.training.log import read_log
 from dsmoe_ext.training.tiny import save_tiny_llama, tiny_llama
 
-COMMANDS = ("convert", "calibrate", "merge", "quantize", "eval", "generate", "train", "demo")
+COMMANDS = (
+    "report",
+    "convert",
+    "calibrate",
+    "merge",
+    "quantize",
+    "eval",
+    "generate",
+    "train",
+    "demo",
+)
 MAIN = [sys.executable, "-c", "from dsmoe_ext.command_line.app import main; main()"]
 
 
@@ -152,6 +162,33 @@ def test_eval_sweeps_thresholds(shared):
     assert "as saved" in table and "0.9" in table and "layer" in table
 
 
+def test_eval_of_several_texts_and_a_teacher(shared, tmp_path):
+    (tmp_path / "wiki.raw").write_text("some words of a wiki \n" * 300)
+    (tmp_path / "other.jsonl").write_text(json.dumps({"text": "other words " * 60}) + "\n")
+    options = ("--data", shared / "text.txt", "--data", tmp_path / "other.jsonl", "--limit", 1)
+    options += ("--wikitext", tmp_path / "wiki.raw", "--teacher", shared / "dense", "--window", 32)
+    rows = json.loads(run("eval", shared / "sparse", *options, "--json"))
+    assert [row["text"] for row in rows] == ["text.txt", "other.jsonl", "WikiText-2"]
+    assert [row["window"] for row in rows] == [32, 32, 2048]
+    for row in rows:  # a converted model computes what the dense one does, with all experts
+        assert row["divergence"] == pytest.approx(0, abs=1e-5)
+        assert row["experts_per_token"]["edges"][0] == 4
+        assert sum(row["experts_per_token"]["shares"]) == pytest.approx(1)
+    assert "KL" in run("eval", shared / "sparse", *options, "--per-layer")
+    assert "own text" in fails("eval", shared / "dense", "--data", "self")
+
+
+def test_no_text_at_all(shared, tmp_path):
+    """The dense model's own text is enough to calibrate, and with a teacher to train."""
+    options = ("--window", 32, "--tokens", 1024)
+    run("calibrate", shared / "dense", tmp_path / "half", *options, "--expert-size", 8)
+    assert "--teacher" in fails("train", tmp_path / "half", tmp_path / "no", "--data", "self")
+    teacher = ("--teacher", shared / "dense", "--distill", 1)
+    mixed = ("--data", "self", "--data", f"{shared / 'text.txt'}=2")
+    run("train", tmp_path / "half", tmp_path / "out", *options, *teacher, *mixed, "--steps", 3)
+    assert len(read_log(tmp_path / "out" / "train.jsonl")) == 3
+
+
 def test_unequal_experts_and_a_shared_one(shared, tmp_path):
     options = ("--expert-sizes", "8,24,32", "--shared-size", 32)
     run("convert", shared / "dense", tmp_path / "out", *options)
@@ -220,7 +257,7 @@ def test_quiet_without_a_terminal(shared):
     options = ("--data", shared / "text.txt", "--window", 32, "--limit", 4)
     result = dsmoe("eval", shared / "sparse", *options)
     lines = result.stderr.splitlines()
-    assert [line.partition(":")[0] for line in lines] == ["Loading", "Evaluating"]
+    assert [line.partition(":")[0] for line in lines] == ["Loading", "Evaluating text.txt"]
     assert "\x1b" not in result.output and "\r" not in result.output
 
 

@@ -85,7 +85,7 @@ def test_a_folder_of_others_is_left_alone(inputs, tmp_path):
 def test_report_of_given_numbers(tmp_path):
     stage = {
         "perplexity": 10.0,
-        "perplexity_second_domain": 5.0,
+        "perplexity_python": 5.0,
         "active_ffn": 0.5,
         "active_parameters": 0.75,
         "active_per_layer": [0.4, 0.6],

@@ -17,14 +17,15 @@ import torch
 
 from dsmoe_ext.calibration import calibrate
 from dsmoe_ext.loading import load_model
-from dsmoe_ext.training.data import HELD_OUT_EVERY, read_text, second_domain_text, windows_of
+from dsmoe_ext.training.data import HELD_OUT_EVERY, second_domain_text, windows_of
 from dsmoe_ext.training.evaluate import evaluate, supports_bf16
+from dsmoe_ext.training.sources import BUILTIN, Source, read_windows
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--data", type=Path, help="text to calibrate on; default: built in")
+    parser.add_argument("--data", default=BUILTIN, help="text to calibrate on")
     parser.add_argument("--text", type=Path, action="append", default=[], help="another domain")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--window", type=int, default=512)
@@ -56,7 +57,7 @@ def main() -> None:
             raise SystemExit(f"dsmoe_ext.calibration.{file} has no constant {constant}")
         setattr(module, constant, type(getattr(module, constant))(value))
     dense, tokenizer = load_model(options.model, dtype="fp32", only="dense")
-    windows = windows_of(tokenizer, read_text(options.data), options.window)
+    windows = read_windows(tokenizer, [Source(options.data)], options.window)
     train, measured = windows.train, windows.held_out
     if options.validate:
         chosen = torch.arange(len(train)) % HELD_OUT_EVERY == HELD_OUT_EVERY // 2

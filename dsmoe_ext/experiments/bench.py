@@ -1,0 +1,79 @@
+"""What all experiments share: the dense model, the text it says itself, the texts to measure on."""
+
+import math
+import time
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from ..calibration import calibrate
+from ..command_line.text import Text, own_windows, texts_to_measure
+from ..loading import load_model, need_tokenizer
+from ..training.data import prose_text, second_domain_text, windows_of
+from ..training.evaluate import evaluate, supports_bf16
+from ..training.measure import ready_for_inference
+
+
+class Bench:
+    """One dense model under test, and the measurements that every row of a table is made of."""
+
+    def __init__(
+        self, model: str, tokens: int, window: int, windows: int, wikitext: Path | None, seed: int
+    ):
+        self.name, self.tokens, self.window = model, tokens, window
+        self.windows, self.wikitext, self.seed = windows, wikitext, seed
+        self.dense, tokenizer = load_model(model, dtype="fp32")
+        self.tokenizer = need_tokenizer(tokenizer, model)
+
+    @cached_property
+    def own_text(self) -> torch.Tensor:
+        """Windows [N,L] that the dense model says itself, `tokens` in all."""
+        windows = own_windows(self.dense, self.tokens, self.window, self.seed)
+        return windows.train[: -(-self.tokens // self.window)]
+
+    @cached_property
+    def texts(self) -> list[Text]:
+        """Built-in English, Python source and prose, and WikiText-2 where its file is given."""
+        texts = texts_to_measure(self.dense, self.tokenizer, None, None, window=self.window)
+        for name, text in (("python", second_domain_text()), ("prose", prose_text())):
+            cut = windows_of(self.tokenizer, text, self.window)
+            texts.append(Text(name, torch.cat([cut.train, cut.held_out]), cut.num_context))
+        if self.wikitext:
+            texts += texts_to_measure(self.tokenizer, None, self.wikitext, window=self.window)
+        return [Text(text.name, _spread(text, self.windows), text.context) for text in texts]
+
+    def calibrate(self, target_active: float, **options):
+        """calibrate() on the own text -> (the sparse model, the seconds it took)."""
+        text, start = self.own_text, time.perf_counter()
+        sparse = calibrate(self.dense, text, target_active, seed=self.seed, **options)
+        return sparse, time.perf_counter() - start
+
+    def losses(self, model) -> dict:
+        """{"loss": nats per token by text, "active": share of the FFN by text}."""
+        ready_for_inference(model)
+        results = {
+            text.name: evaluate(model, text.ids, num_context=text.context, bf16=supports_bf16())
+            for text in self.texts
+        }
+        return {
+            "loss": {name: result.loss for name, result in results.items()},
+            "active": {name: result.active for name, result in results.items()},
+        }
+
+    def what(self, **fields) -> dict:
+        """What decides a row, for Record.measure."""
+        common = {"model": self.name, "tokens": self.tokens, "seed": self.seed}
+        return fields | common | {"windows": self.windows, "window": self.window}
+
+
+def _spread(text: Text, count: int) -> torch.Tensor:
+    """At most `count` windows of the length that others have, evenly through the text."""
+    if not count or count >= len(text.ids):
+        return text.ids
+    return text.ids[torch.linspace(0, len(text.ids) - 1, count).round().long()]
+
+
+def ratio(row: dict, dense: dict, text: str) -> float:
+    """Perplexity of a row as a multiple of the dense model's."""
+    return math.exp(row["loss"][text] - dense["loss"][text])

@@ -1,0 +1,83 @@
+"""`dsmoe experiment`: rows are measured once; the oracles keep their share."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import dsmoe_ext
+from dsmoe_ext.command_line.app import app
+from dsmoe_ext.errors import UserError
+from dsmoe_ext.experiments.oracle import masked_ffns, strongest_experts, strongest_neurons
+from dsmoe_ext.experiments.record import Record, markdown
+from dsmoe_ext.training.tiny import save_tiny_llama, tiny_llama
+
+
+@pytest.mark.quick
+def test_a_row_is_measured_once(tmp_path):
+    path = tmp_path / "new" / "a.jsonl"
+    record = Record(path)
+    assert record.measure({"row": "x"}, lambda: {"loss": 1.5}) == {
+        "what": {"row": "x"},
+        "loss": 1.5,
+    }
+    with open(path, "a") as file:
+        file.write('{"what": {"row": "y"}, "lo')  # killed while writing
+    again = Record(path)
+    assert again.measure({"row": "x"}, pytest.fail)["loss"] == 1.5
+    again.measure({"row": "y"}, lambda: {"loss": 2.0})
+    assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [1.5, 2.0]
+    path.write_text("nonsense\n")
+    with pytest.raises(UserError, match="line 1 is not JSON"):
+        Record(path)
+
+
+@pytest.mark.quick
+def test_markdown():
+    lines = markdown(["", "a"], [["x", "1"]]).splitlines()
+    assert lines == ["|  | a |", "| --- | ---: |", "| x | 1 |"]
+
+
+@pytest.mark.quick
+def test_oracles_keep_their_share_and_put_the_model_back(seed):
+    model, text = tiny_llama(), torch.randint(256, (8, 32))
+    seen = []
+
+    def watched(mask):
+        def note(hidden, strength):
+            mask(hidden, strength)
+            seen.append((hidden != 0).double().mean().item())
+
+        return note
+
+    with torch.no_grad():
+        whole = model(text).logits
+        with masked_ffns(model, [lambda hidden, strength: None] * 2):
+            torch.testing.assert_close(model(text).logits, whole)
+        with masked_ffns(model, [watched(strongest_neurons(0.5))] * 2):
+            model(text)
+        sparse = dsmoe_ext.calibrate(model, text, expert_size=8, refit=False, progress=False)
+        with masked_ffns(model, [watched(mask) for mask in strongest_experts(sparse, 0.5)]):
+            model(text)
+        assert torch.equal(model(text).logits, whole)
+    assert seen == pytest.approx([0.5] * 4, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "rows"),
+    [("ladder", [], 5), ("static", ["--shared", "0.25"], 3), ("curve", ["--targets", "0.5"], 3)],
+)
+def test_commands_go_on_where_they_stopped(tmp_path, name, options, rows):
+    save_tiny_llama(tmp_path / "model")
+    arguments = ["experiment", name, "--model", tmp_path / "model", "--tokens", 2048]
+    arguments += ["--windows", 1, "--out", tmp_path, *options]
+    arguments = [str(argument) for argument in arguments]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    file = tmp_path / f"{name}.jsonl"
+    before = file.read_text()
+    assert len(before.splitlines()) == rows
+    assert result.stdout.count("\n|") == rows + 1 and "| python |" in result.stdout
+    again = CliRunner().invoke(app, arguments)
+    assert again.stdout == result.stdout and file.read_text() == before
