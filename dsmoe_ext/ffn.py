@@ -8,7 +8,6 @@ steps: router -> ops.route (scores, mask, gates) -> ops.sparse_ffn (only what th
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +15,13 @@ from torch import Tensor, nn
 from dsmoe_ext import ops, sparsity
 from dsmoe_ext.gated_mlp import SPLIT, describe
 from dsmoe_ext.layout import expert_layout
-from dsmoe_ext.ops import Routing, as_rows
-from dsmoe_ext.quantization.codes import quantize_weights
-from dsmoe_ext.quantization.experts import QuantizedExperts
-from dsmoe_ext.quantization.gptq import quantize_with_gram
+from dsmoe_ext.ops import Routing
 from dsmoe_ext.reference import ACTIVATIONS, GATES, METHODS
 from dsmoe_ext.routers import ROUTERS, LinearRouter, without_half_casts
 from dsmoe_ext.sampling import MIN_PROB, draw_weights, mix_key
+from dsmoe_ext.sliced_ffn import SlicedFFN
 from dsmoe_ext.statistics import ActivityCounter
-from dsmoe_ext.weights import Weight, check_permutation, permuted, replicated
+from dsmoe_ext.weights import check_permutation, permuted, replicated
 
 STE_MODES = ("active", "exact", "sampled")
 ROUTER_INITS = ("dense", "paper")
@@ -45,7 +42,7 @@ def dense_start(method: str, threshold: float, num_experts: int, top_k: int) -> 
     return {"relu": (1.0, 1.0), "top_p": (0.0, 1 / num_experts), "top_k": (0.0, 1 / top_k)}[method]
 
 
-class DSMoEFFN(nn.Module):
+class DSMoEFFN(SlicedFFN):
     """Drop-in for a gated MLP: x [..., H] -> [..., H].
 
     Parameters (of the model's dtype), with the dense model's names and shapes: gate_proj.weight and
@@ -99,7 +96,6 @@ class DSMoEFFN(nn.Module):
         device=None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
         check_choice("method", method, METHODS)
         check_choice("gates", gates, GATES)
         check_choice("ste", ste, STE_MODES)
@@ -111,9 +107,15 @@ class DSMoEFFN(nn.Module):
         dtype = dtype or torch.get_default_dtype()
         if not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating point type, got {dtype}")
-        self.sizes = expert_layout(intermediate_size, num_experts, expert_sizes, shared_size)
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
+        super().__init__(
+            hidden_size,
+            expert_layout(intermediate_size, num_experts, expert_sizes, shared_size),
+            activation=activation,
+            names=names,
+            weights=weights,
+            device=device,
+            dtype=dtype,
+        )
         self.shared_size = shared_size
         self.num_shared = 1 if shared_size else 0
         self.num_experts = len(self.sizes) - self.num_shared  # the routed ones, R
@@ -126,36 +128,16 @@ class DSMoEFFN(nn.Module):
         self.rescale = gates == "scores" if rescale is None else rescale
         self.ste, self.sample_prob = ste, sample_prob
         self.set_seed(torch.randint(2**62, (), device="cpu").item() if seed is None else seed)
-        self.activation, self.names = activation, tuple(names)
-        self._init_weights(weights, device, dtype)
         self._init_router(router, router_init, router_bias, gate_scale, threshold, device, dtype)
 
         self.start_threshold = threshold
-        self.register_buffer("permutation", torch.arange(intermediate_size, device=device))
         self.register_buffer(
             "threshold", torch.tensor(threshold, dtype=torch.float32, device=device)
         )
         self.register_buffer("draw_counter", torch.zeros((), dtype=torch.int64, device=device))
         self.activity = ActivityCounter(len(self.sizes), device)
-        self._offsets: Tensor | None = None
-        self._packed: ops.PackedWeights | None = None
-        self.experts: QuantizedExperts | None = None  # in place of the weights
         if weights is None:
             self.reset_parameters()
-
-    def _init_weights(self, weights, device, dtype) -> None:
-        height = self.intermediate_size * (2 if len(self.names) == 2 else 1)
-        shapes = [(height, self.hidden_size)] * (len(self.names) - 1)
-        shapes.append((self.hidden_size, self.intermediate_size))
-        if weights is None:
-            weights = [torch.empty(shape, device=device, dtype=dtype) for shape in shapes]
-            weights = [nn.Parameter(weight) for weight in weights]
-        for name, shape, weight in zip(self.names, shapes, weights, strict=True):
-            if weight.shape != shape:
-                raise ValueError(f"{name} must have shape {list(shape)}, got {list(weight.shape)}")
-            if not isinstance(weight, nn.Parameter):
-                weight = nn.Parameter(weight, requires_grad=weight.requires_grad)
-            self.add_module(name, Weight(weight))
 
     def _init_router(self, router, router_init, bias, gate_scale, threshold, device, dtype) -> None:
         """Builds the router, and for a dense start the factor that makes its first gates 1."""
@@ -220,34 +202,6 @@ class DSMoEFFN(nn.Module):
         """
         self.draw_key = mix_key(*parts)
 
-    # ------------------------------------------------------------ layout
-
-    @property
-    def expert_offsets(self) -> Tensor:
-        """int32 [E+1]: expert e has neurons expert_offsets[e]:expert_offsets[e+1]."""
-        return self.offsets_on(self.threshold.device)
-
-    def offsets_on(self, device: torch.device) -> Tensor:
-        """expert_offsets on a device. Derived from the sizes, so in no checkpoint."""
-        if device.type == "meta":
-            device = torch.device("cpu")
-        if self._offsets is None or self._offsets.device != device:
-            with torch.inference_mode(False):  # or no later backward could keep it
-                bounds = [0, *accumulate(self.sizes)]
-                self._offsets = torch.tensor(bounds, dtype=torch.int32, device=device)
-        return self._offsets
-
-    def expert_weights(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
-        """gate [I,H], up [I,H] (None: both in gate [2I,H]) and down [I,H], as the kernels take
-        them: views of the parameters. x: what adapters may want to look at. Of quantized experts
-        copies, in float32."""
-        if self.experts is not None:
-            return self.experts.weights(self.offsets_on(torch.device("cpu"))).dequantize()
-        # Called, not read: offloading loads a weight in its module's forward, and LoRA changes it.
-        *gate_up, down = (getattr(self, name)(x) for name in self.names)
-        gate, up = gate_up if len(gate_up) == 2 else (gate_up[0], None)
-        return gate, up, down.t()
-
     # ------------------------------------------------------------ forward
 
     def forward(
@@ -293,7 +247,7 @@ class DSMoEFFN(nn.Module):
             gates = routing.gates
             if run is not None and draw is None and self.ste == "sampled" and self.training:
                 draw = run.draw_of(self)
-            y = self.run_experts(tokens, gates, draw)
+            y = self.run_experts(tokens, gates, self._grad_weight(gates, draw))
             if return_routing:
                 return y.view(x.shape), routing
             if run is not None:
@@ -323,32 +277,6 @@ class DSMoEFFN(nn.Module):
             and not self.router.weight.is_meta  # offloaded: the router must be called
         )
 
-    def run_experts(self, tokens: Tensor, gates: Tensor, draw: Tensor | None = None) -> Tensor:
-        """y [T,H] from tokens [T,H] and given gates [T,E]: the FFN without its router."""
-        if torch.is_autocast_enabled(tokens.device.type):
-            dtype = torch.get_autocast_dtype(tokens.device.type)
-        else:
-            dtype = None
-        if self._packed is not None and not torch.is_grad_enabled():
-            return ops.sparse_ffn(
-                tokens.to(self._packed.dtype) if dtype else tokens, gates, self._packed
-            )
-        if self.experts is not None:
-            tokens = tokens.to(dtype) if dtype else tokens
-            grad_weight = self._grad_weight(gates, draw)
-            return self.experts.sparse_ffn(tokens, gates, self.expert_offsets, grad_weight)
-        weights = self.expert_weights(tokens)
-        if dtype is not None and tokens.dtype != torch.float64:
-            tokens, *weights = (t if t is None else t.to(dtype) for t in (tokens, *weights))
-        return ops.sparse_ffn(
-            tokens,
-            gates,
-            *weights,
-            self.offsets_on(tokens.device),
-            activation=self.activation,
-            grad_weight=self._grad_weight(gates, draw),
-        )
-
     def _grad_weight(self, gates: Tensor, draw: Tensor | None) -> Tensor | None:
         """The weights [T,E] of the inactive pairs' gradients; None: none of them has any."""
         if self.ste == "active" or not torch.is_grad_enabled() or not gates.requires_grad:
@@ -371,84 +299,6 @@ class DSMoEFFN(nn.Module):
         counter += 1
         return draw
 
-    # ------------------------------------------------------------ packing
-
-    def pack(self, **form) -> "DSMoEFFN":
-        """Packs a copy of the weights for inference without gradients.
-
-        train(), loading and moves undo it. Weights that are changed in place in eval mode (by an
-        optimizer, an average of models) want to be packed again.
-
-        Args:
-            form: bits=8 or 4, group_size, symmetric: the copy is rounded (see ops.pack_weights).
-                Quantized experts are packed as they are, and their codes move into the layout: to
-                save or train them afterwards, load the model again.
-        """
-        if self.training:
-            raise RuntimeError("pack() is for inference; call eval() first")
-        if self.experts is not None:
-            if form:
-                raise ValueError(f"the experts have {self.experts.bits} bits already")
-            if not self.experts.is_released:
-                self._packed = ops.pack_quantized(self.experts.weights(self.expert_offsets))
-                self.experts.release()
-            return self
-        if any(parameter.is_meta for parameter in self.parameters()):
-            raise RuntimeError("the weights are offloaded: load the model whole, then pack it")
-        weights = [None if w is None else w.detach() for w in self.expert_weights()]
-        self._packed = ops.pack_weights(
-            *weights, self.offsets_on(weights[0].device), activation=self.activation, **form
-        )
-        return self
-
-    @torch.no_grad()
-    def quantize(
-        self,
-        bits: int = 8,
-        group_size: int | None = None,
-        symmetric: bool | None = None,
-        *,
-        grams: tuple[Tensor, Tensor] | None = None,
-    ) -> "DSMoEFFN":
-        """Puts codes of 8 or 4 bits in place of the weights: for inference, frozen in training.
-
-        Args:
-            grams: xᵀx [H,H] of the inputs and aᵀa [I,I] of the activations on some text: rounding
-                then makes up for its errors (GPTQ).
-        """
-        if self.experts is not None:
-            raise ValueError(f"the experts have {self.experts.bits} bits already")
-        form = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
-        weights = self.expert_weights()
-        if weights[0].is_meta:  # of a model being built: a checkpoint has the codes
-            experts = QuantizedExperts.empty(
-                self.hidden_size, self.sizes, activation=self.activation, device="meta", **form
-            )
-        else:
-            offsets = self.offsets_on(torch.device("cpu"))
-            weights = as_rows(*weights)
-            if grams is None:
-                codes = quantize_weights(*weights, offsets, activation=self.activation, **form)
-            else:
-                codes = quantize_with_gram(
-                    *weights, offsets, *grams, activation=self.activation, **form
-                )
-            experts = QuantizedExperts(codes)
-        for name in self.names:
-            delattr(self, name)
-        self.experts, self._packed = experts, None
-        return self
-
-    def train(self, mode: bool = True):
-        if mode:
-            self._unpack()
-        return super().train(mode)
-
-    def _unpack(self) -> None:
-        if self._packed is not None and self.experts is not None:
-            self.experts.check_held()
-        self._packed = None
-
     def _apply(self, fn, recurse=True):
         self._unpack()
         threshold = without_half_casts(fn)(self.threshold).float()
@@ -459,7 +309,7 @@ class DSMoEFFN(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # Of a model sharded by FSDP2, loaders expect tensors on its mesh, also of buffers.
-        mesh = getattr(getattr(self, self.names[0]).weight, "device_mesh", None)
+        mesh = getattr(next(self.parameters(), None), "device_mesh", None)
         if mesh is not None:
             for name in self._buffers:
                 destination[prefix + name] = replicated(destination[prefix + name], mesh)
@@ -471,9 +321,6 @@ class DSMoEFFN(nn.Module):
                 state_dict[key] = state_dict[key].to_local()
         state_dict.pop(f"{prefix}expert_offsets", None)  # of folders saved before 0.2: derived now
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def __getstate__(self):
-        return {**self.__dict__, "_packed": None}
 
     # ------------------------------------------------------------ to and from dense
 
@@ -521,24 +368,6 @@ class DSMoEFFN(nn.Module):
         if permutation is not None:
             ffn.permutation.copy_(permutation)
         return ffn.train(mlp.training)
-
-    @property
-    def num_expert_weights(self) -> int:
-        """Of gate_proj, up_proj and down_proj, whether they are parameters or codes."""
-        return 3 * self.hidden_size * self.intermediate_size
-
-    def dense_weights(self) -> list[nn.Parameter]:
-        """The weights in the dense MLP's order, under self.names: from_mlp undone, bit for bit."""
-        if self.experts is not None:
-            gate, up, down = self.expert_weights()
-            gate_up = [torch.cat([gate, up])] if len(self.names) == 2 else [gate, up]
-            weights = [nn.Parameter(weight) for weight in (*gate_up, down.t().contiguous())]
-        else:
-            weights = [getattr(self, name)() for name in self.names]
-        order = self.permutation.to(weights[0].device).argsort()
-        if torch.equal(order, torch.arange(len(order), device=order.device)):
-            return weights
-        return permuted(weights, order)
 
     def extra_repr(self) -> str:
         sizes = self.sizes[self.num_shared :]

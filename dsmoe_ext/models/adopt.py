@@ -6,7 +6,7 @@ import re
 from torch import nn
 from transformers import PreTrainedModel
 
-from dsmoe_ext.ffn import DSMoEFFN, Weight
+from dsmoe_ext.ffn import DSMoEFFN
 from dsmoe_ext.gated_mlp import Unsuitable, describe
 from dsmoe_ext.layers import pack
 from dsmoe_ext.lm_loss import causal_lm_loss
@@ -14,6 +14,7 @@ from dsmoe_ext.models import KEY
 from dsmoe_ext.models.options import FFN_DEFAULTS, complete
 from dsmoe_ext.routers import LinearRouter
 from dsmoe_ext.sparsity import LossWithSparsity, unwatch, watch
+from dsmoe_ext.weights import Weight
 
 # The FFN of a layer in a stack of layers. Not "mlp.experts.3" nor "mlp.shared_expert": what is an
 # expert already stays as it is.

@@ -1,0 +1,215 @@
+"""SlicedFFN: the weights of a gated FFN, cut into experts, and what can be done with them."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from dsmoe_ext import ops
+from dsmoe_ext.gated_mlp import SPLIT
+from dsmoe_ext.ops import as_rows
+from dsmoe_ext.quantization.codes import quantize_weights
+from dsmoe_ext.quantization.experts import QuantizedExperts
+from dsmoe_ext.quantization.gptq import quantize_with_gram
+from dsmoe_ext.weights import Weight, permuted
+
+
+class SlicedFFN(nn.Module):
+    """An FFN whose gates are given: `run_experts`. DSMoEFFN makes them.
+
+    sizes        neurons of every expert, in the order of the weights
+    activation   "silu", "gelu_tanh" or "gelu"
+    names        of the weights, which are submodules with a parameter `weight` each: gate and up
+                 [I,H] and down [H,I], or gate and up in one [2I,H] and down
+    weights      tensors in these shapes to use as they are; None: memory that somebody fills
+    permutation  buffer int64 [I]: neuron i here is neuron permutation[i] of the dense MLP
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        sizes: Sequence[int],
+        *,
+        activation: str = "silu",
+        names: Sequence[str] = SPLIT,
+        weights: Sequence[Tensor] | None = None,
+        device=None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.sizes = list(sizes)
+        self.hidden_size = hidden_size
+        self.intermediate_size = sum(sizes)
+        self.activation, self.names = activation, tuple(names)
+        self._init_weights(weights, device, dtype)
+        self.register_buffer("permutation", torch.arange(self.intermediate_size, device=device))
+        self.experts: QuantizedExperts | None = None  # in place of the weights once quantized
+        self._offsets: Tensor | None = None
+        self._packed: ops.PackedWeights | None = None
+
+    def _init_weights(self, weights, device, dtype) -> None:
+        height = self.intermediate_size * (2 if len(self.names) == 2 else 1)
+        shapes = [(height, self.hidden_size)] * (len(self.names) - 1)
+        shapes.append((self.hidden_size, self.intermediate_size))
+        if weights is None:
+            weights = [torch.empty(shape, device=device, dtype=dtype) for shape in shapes]
+            weights = [nn.Parameter(weight) for weight in weights]
+        for name, shape, weight in zip(self.names, shapes, weights, strict=True):
+            if weight.shape != shape:
+                raise ValueError(f"{name} must have shape {list(shape)}, got {list(weight.shape)}")
+            if not isinstance(weight, nn.Parameter):
+                weight = nn.Parameter(weight, requires_grad=weight.requires_grad)
+            self.add_module(name, Weight(weight))
+
+    @property
+    def expert_offsets(self) -> Tensor:
+        """int32 [E+1]: expert e has neurons expert_offsets[e]:expert_offsets[e+1]."""
+        return self.offsets_on(self.permutation.device)
+
+    def offsets_on(self, device: torch.device) -> Tensor:
+        """expert_offsets on a device. Derived from the sizes, so in no checkpoint."""
+        if device.type == "meta":
+            device = torch.device("cpu")
+        if self._offsets is None or self._offsets.device != device:
+            with torch.inference_mode(False):  # or no later backward could keep it
+                bounds = [0, *accumulate(self.sizes)]
+                self._offsets = torch.tensor(bounds, dtype=torch.int32, device=device)
+        return self._offsets
+
+    def expert_weights(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """gate [I,H], up [I,H] (None: both in gate [2I,H]) and down [I,H], as the kernels take
+        them: views of the parameters. x: what adapters may want to look at. Of quantized experts
+        copies, in float32."""
+        if self.experts is not None:
+            return self.experts.weights(self.offsets_on(torch.device("cpu"))).dequantize()
+        # Called, not read: offloading loads a weight in its module's forward, and LoRA changes it.
+        *gate_up, down = (getattr(self, name)(x) for name in self.names)
+        gate, up = gate_up if len(gate_up) == 2 else (gate_up[0], None)
+        return gate, up, down.t()
+
+    def run_experts(
+        self, tokens: Tensor, gates: Tensor, grad_weight: Tensor | None = None
+    ) -> Tensor:
+        """y [T,H] from tokens [T,H] and given gates [T,E]. grad_weight: as in ops.sparse_ffn."""
+        if torch.is_autocast_enabled(tokens.device.type):
+            dtype = torch.get_autocast_dtype(tokens.device.type)
+        else:
+            dtype = None
+        if self._packed is not None and not torch.is_grad_enabled():
+            return ops.sparse_ffn(
+                tokens.to(self._packed.dtype) if dtype else tokens, gates, self._packed
+            )
+        if self.experts is not None:
+            tokens = tokens.to(dtype) if dtype else tokens
+            return self.experts.sparse_ffn(tokens, gates, self.expert_offsets, grad_weight)
+        weights = self.expert_weights(tokens)
+        if dtype is not None and tokens.dtype != torch.float64:
+            tokens, *weights = (t if t is None else t.to(dtype) for t in (tokens, *weights))
+        return ops.sparse_ffn(
+            tokens,
+            gates,
+            *weights,
+            self.offsets_on(tokens.device),
+            activation=self.activation,
+            grad_weight=grad_weight,
+        )
+
+    def dense_weights(self) -> list[nn.Parameter]:
+        """The weights in the dense MLP's order, under self.names: from_mlp undone, bit for bit."""
+        if self.experts is not None:
+            gate, up, down = self.expert_weights()
+            gate_up = [torch.cat([gate, up])] if len(self.names) == 2 else [gate, up]
+            weights = [nn.Parameter(weight) for weight in (*gate_up, down.t().contiguous())]
+        else:
+            weights = [getattr(self, name)() for name in self.names]
+        order = self.permutation.to(weights[0].device).argsort()
+        if torch.equal(order, torch.arange(len(order), device=order.device)):
+            return weights
+        return permuted(weights, order)
+
+    @property
+    def num_expert_weights(self) -> int:
+        """Of gate_proj, up_proj and down_proj, whether they are parameters or codes."""
+        return 3 * self.hidden_size * self.intermediate_size
+
+    # ------------------------------------------------------------ packing
+
+    def pack(self, **form) -> "SlicedFFN":
+        """Packs a copy of the weights for inference without gradients.
+
+        train(), loading and moves undo it. Weights that are changed in place in eval mode (by an
+        optimizer, an average of models) want to be packed again.
+
+        Args:
+            form: bits=8 or 4, group_size, symmetric: the copy is rounded (see ops.pack_weights).
+                Quantized experts are packed as they are, and their codes move into the layout: to
+                save or train them afterwards, load the model again.
+        """
+        if self.training:
+            raise RuntimeError("pack() is for inference; call eval() first")
+        if self.experts is not None:
+            if form:
+                raise ValueError(f"the experts have {self.experts.bits} bits already")
+            if not self.experts.is_released:
+                self._packed = ops.pack_quantized(self.experts.weights(self.expert_offsets))
+                self.experts.release()
+            return self
+        if any(parameter.is_meta for parameter in self.parameters()):
+            raise RuntimeError("the weights are offloaded: load the model whole, then pack it")
+        weights = [None if w is None else w.detach() for w in self.expert_weights()]
+        self._packed = ops.pack_weights(
+            *weights, self.offsets_on(weights[0].device), activation=self.activation, **form
+        )
+        return self
+
+    @torch.no_grad()
+    def quantize(
+        self,
+        bits: int = 8,
+        group_size: int | None = None,
+        symmetric: bool | None = None,
+        *,
+        grams: tuple[Tensor, Tensor] | None = None,
+    ) -> "SlicedFFN":
+        """Puts codes of 8 or 4 bits in place of the weights: for inference, frozen in training.
+
+        Args:
+            grams: xᵀx [H,H] of the inputs and aᵀa [I,I] of the activations on some text: rounding
+                then makes up for its errors (GPTQ).
+        """
+        if self.experts is not None:
+            raise ValueError(f"the experts have {self.experts.bits} bits already")
+        form = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+        weights = self.expert_weights()
+        if weights[0].is_meta:  # of a model being built: a checkpoint has the codes
+            experts = QuantizedExperts.empty(
+                self.hidden_size, self.sizes, activation=self.activation, device="meta", **form
+            )
+        else:
+            offsets = self.offsets_on(torch.device("cpu"))
+            weights = as_rows(*weights)
+            if grams is None:
+                codes = quantize_weights(*weights, offsets, activation=self.activation, **form)
+            else:
+                codes = quantize_with_gram(
+                    *weights, offsets, *grams, activation=self.activation, **form
+                )
+            experts = QuantizedExperts(codes)
+        for name in self.names:
+            delattr(self, name)
+        self.experts, self._packed = experts, None
+        return self
+
+    def train(self, mode: bool = True):
+        if mode:
+            self._unpack()
+        return super().train(mode)
+
+    def _unpack(self) -> None:
+        if self._packed is not None and self.experts is not None:
+            self.experts.check_held()
+        self._packed = None
+
+    def __getstate__(self):
+        return {**self.__dict__, "_packed": None}
