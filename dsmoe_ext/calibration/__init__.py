@@ -1,4 +1,4 @@
-"""Dense LLaMA → sparse, in closed form: no gradients, no training (docs/calibration.md).
+"""Dense → sparse, in closed form: no gradients, no training (docs/calibration.md).
 
     model = dsmoe_ext.calibrate(dense, token_ids, target_active=0.5)
 

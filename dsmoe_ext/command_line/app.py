@@ -34,14 +34,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="""Make a dense LLaMA sparse: only part of every FFN is computed for each token.
+    help="""Make a dense language model sparse: only part of every FFN is computed for each token.
 
     `dsmoe demo` shows the whole way on a small real model in a few minutes.
 
     The way by hand: `calibrate` (a dense model → half of the FFN active, no training),
     `train` (a short fine-tuning holds that share and wins quality back), `eval`,
-    `generate`. `convert` only cuts the FFN into experts; `merge` makes a plain
-    LLaMA again.""",
+    `generate`. `convert` only cuts the FFN into experts; `merge` makes a
+    dense model again.""",
 )
 
 
@@ -88,7 +88,7 @@ def convert(
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Cut the FFN of a dense LLaMA into experts with a router.
+    """Cut the FFN of a dense model into experts with a router.
 
     With the default routers every expert is active and the model computes what it did before;
     training then opens the gap. To have a sparse model at once, use `dsmoe calibrate`.
@@ -139,7 +139,7 @@ def calibrate(
     seed: SeedOption = 0,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Make a LLaMA sparse without training, in closed form, on its own text or on yours.
+    """Make a model sparse without training, in closed form, on its own text or on yours.
 
     Without --data the dense model says the text itself. Where you have text like that which the
     model will see, mix it in; every tenth window of it is held out, so that `dsmoe eval` is fair.
@@ -184,7 +184,7 @@ def merge(
     dtype: DtypeOption = Dtype.auto,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Turn a converted model back into a plain dense LLaMA, without routers.
+    """Turn a converted model back into the dense one, without routers.
 
     What was only converted, or calibrated with --no-refit, gives its weights back bit for bit.
 
