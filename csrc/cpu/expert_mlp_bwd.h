@@ -1,7 +1,7 @@
-// expert_mlp backward. With g, u = x Wg, x Wu, s = silu(g), a = s u, h = gate a and dA = dy Wd^T,
+// expert_mlp backward. With g, u = x Wg, x Wu, s = act(g), a = s u, h = gate a and dA = dy Wd^T,
 // per active pair:
 //
-//   dgates[t,e] = <a, dA>         dU = gate dA s         dG = gate dA u silu'(g)
+//   dgates[t,e] = <a, dA>         dU = gate dA s         dG = gate dA u act'(g)
 //   dx += dG Wg^T + dU Wu^T       dWg = dG^T x           dWu = dU^T x           dWd = h^T dy
 //
 // and dgates alone, times grad_weight, for the inactive pairs that have one (exact and sampled
@@ -17,6 +17,7 @@
 // dx is summed in a [T,H] buffer.
 #pragma once
 
+#include "activation.h"
 #include "column_pass.h"
 #include "row_pass.h"
 
@@ -144,7 +145,9 @@ struct Backward {
           const int64_t row = i * kN, valid = size(e) - row;
           const T* down = weight(p.down_proj_t, e) + row * p.hidden_size;
           const auto epilogue = [&](int64_t first, int count, const C(*tile_sums)[kColumns<T>]) {
-            inner_grad(e, i, is_extra, first, count, tile_sums);
+            with_activation(p.activation, [&](auto activation) {
+              inner_grad<activation()>(e, i, is_extra, first, count, tile_sums);
+            });
           };
           if (!wants_inner) {  // only dWd: h needs no dA
             alignas(64) const C zeros[kMostRows<T>][kColumns<T>] = {};
@@ -168,13 +171,15 @@ struct Backward {
     Vec<C> dg, du, h;
   };
   // share += a dA. dg, du and h are 0 in lanes from valid on: there an infinite gate leaves NaN.
+  template <Activation kActivation>
   DSMOE_INLINE InnerGrad inner_grad_row(Vec<C> g, Vec<C> u, Vec<C> da, C gate, int64_t valid,
                                         Vec<C>& share) {
-    const Vec<C> sig = sigmoid(g), silu = g * sig, a = silu * u;
+    const auto [act, slope] = activate<kActivation>(g);
+    const Vec<C> a = act * u;
     share += a * da;
     const Vec<C> gate_v = splat(gate), gated = gate_v * da;
-    return {first_lanes<C>(gated * u * sig * (1 + g * (1 - sig)), valid),
-            first_lanes<C>(gated * silu, valid), first_lanes<C>(gate_v * a, valid)};
+    return {first_lanes<C>(gated * u * slope, valid), first_lanes<C>(gated * act, valid),
+            first_lanes<C>(gate_v * a, valid)};
   }
 
   // In halves onto each other: one lane after another is a chain of kL additions.
@@ -208,8 +213,9 @@ struct Backward {
   };
 
   // Pointers and strides are read once: as far as the compiler knows a store may change any member.
-  void inner_grad(int e, int64_t panel, bool is_extra, int64_t first, int count,
-                  const C (*da)[kColumns<T>]) {
+  template <Activation kActivation>
+  [[gnu::noinline]] void inner_grad(int e, int64_t panel, bool is_extra, int64_t first, int count,
+                                    const C (*da)[kColumns<T>]) {
     const int64_t S = size(e), padded = padded_size(S), panels = ceil_div(S, kN), up = up_start(e);
     const bool keeps = !is_extra && (b.dx || wants_weights);
     const bool keeps_rows = keeps && (!kPaired || b.dx),
@@ -244,9 +250,9 @@ struct Backward {
       }
       for (int r = 0; r < count; r += 2) {  // first is even: rows r and r + 1 are a pair
         const auto row = [&](int i) {
-          return inner_grad_row(load_part(from + i * 2 * S, valid),
-                                load_part(from + i * 2 * S + S, valid), load(da[i] + half * kL),
-                                gates[int64_t(tokens[i]) * E], valid, share[i]);
+          return inner_grad_row<kActivation>(
+              load_part(from + i * 2 * S, valid), load_part(from + i * 2 * S + S, valid),
+              load(da[i] + half * kL), gates[int64_t(tokens[i]) * E], valid, share[i]);
         };
         const InnerGrad v[2] = {row(r), r + 1 < count ? row(r + 1) : InnerGrad{}};
         if (keeps_pairs) {

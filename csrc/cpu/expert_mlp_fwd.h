@@ -1,7 +1,7 @@
-// expert_mlp forward:  y_t = sum_e gates[t,e] * (silu(x_t Wg_e) * (x_t Wu_e)) Wd_e (kernels.h)
+// expert_mlp forward:  y_t = sum_e gates[t,e] * (act(x_t Wg_e) * (x_t Wu_e)) Wd_e (kernels.h)
 //
 //   row pass      g, u = x Wg, x Wu   [n_e, S_e]   one panel holds 16 gate and 16 up columns, so
-//                                                  a = gate silu(g) u is formed from one tile's
+//                                                  a = gate act(g) u is formed from one tile's
 //                                                  sums and stored as the next GEMM's operand
 //   column pass   y += a Wd           [T, H]       experts in ascending order inside a chunk of
 //                                                  columns
@@ -15,6 +15,7 @@
 // UnpackedColumns), or as codes (gate_up_codes), of which few rows are multiplied as digits and many as panels.
 #pragma once
 
+#include "activation.h"
 #include "column_pass.h"
 #include "expert_mlp_isa.h"
 #include "row_pass.h"
@@ -103,7 +104,7 @@ struct Forward {
               for (int64_t panel = begin; panel < end; ++panel, panel_codes += b.panel_bytes()) {
                 multiply_codes<T>(panel_codes, b, x_digits, pairs.of(e) + low, high - low, sums,
                                   kColumns<T>);
-                swiglu(e, panel, low, int(high - low), sums, kColumns<T>);
+                activate_rows(e, panel, low, int(high - low), sums, kColumns<T>);
               }
               return;
             }
@@ -131,7 +132,7 @@ struct Forward {
                    int rows) {
     few_rows(x(), x_stride(), pairs.of(e) + low, rows, packed_expert(e), b, begin, end,
              [&](int64_t panel, const C* sums, int64_t stride) {
-               swiglu(e, panel, low, rows, sums, stride);
+               activate_rows(e, panel, low, rows, sums, stride);
              });
   }
   void gate_up_unpacked(const RowItem& item, T* panel_scratch, T* thread_blocks) {
@@ -152,13 +153,21 @@ struct Forward {
   void gate_up_panel(int e, int64_t panel, const GatheredRows<T>& a, const PanelOfB<T>& b,
                      Ahead ahead) {
     row_panel(a, b, ahead, [&](int64_t first, int rows, const C(*sums)[kColumns<T>]) {
-      swiglu(e, panel, first, rows, sums[0], kColumns<T>);
+      activate_rows(e, panel, first, rows, sums[0], kColumns<T>);
     });
   }
 
-  // a = gate silu(g) u, and g, u themselves if the backward will want them. Pointers and strides are read
+  void activate_rows(int e, int64_t panel, int64_t first, int rows, const C* sums,
+                     int64_t sums_stride) {
+    with_activation(p.activation, [&](auto activation) {
+      activate_rows_by<activation()>(e, panel, first, rows, sums, sums_stride);
+    });
+  }
+  // a = gate act(g) u, and g, u themselves if the backward will want them. Pointers and strides are read
   // once: as far as the compiler knows a store may change any member.
-  void swiglu(int e, int64_t panel, int64_t first, int rows, const C* sums, int64_t sums_stride) {
+  template <Activation kActivation>
+  [[gnu::noinline]] void activate_rows_by(int e, int64_t panel, int64_t first, int rows,
+                                          const C* sums, int64_t sums_stride) {
     const int64_t S = size(e), E = p.num_experts,
                   stride = in_blocks(e) ? kTileTerms : padded_size(S);
     const int64_t column = panel * kLanes<T>, valid = S - column;
@@ -182,7 +191,7 @@ struct Forward {
         }
       }
       // of an infinite gate NaN would be left in the padding
-      store(a, first_lanes<C>(g * sigmoid(g) * u * weight, valid));
+      store(a, first_lanes<C>(activate<kActivation>(g).value * u * weight, valid));
       if (pads) store(a + kLanes<T>, Vec<C>{});
       if (!saved) continue;
       store_kept(saved, g, valid);
