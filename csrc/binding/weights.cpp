@@ -7,20 +7,21 @@ namespace dsmoe::binding {
 namespace {
 
 // What the kernels of a device read and write in place.
-bool reads(const Tensor&, const WeightStrides& s, int64_t hidden_size) {
-  return s.expert == 0 && s.neuron == hidden_size && s.hidden == 1;
+bool in_place(const Tensor& where, const WeightStrides& s, int64_t hidden_size) {
+  return where.is_cpu() || (s.expert == 0 && s.neuron == hidden_size && s.hidden == 1);
 }
 
-// As kernels.h has them; nothing if that cannot be said.
-std::optional<WeightStrides> strides_of(const Tensor& t) {
+// As kernels.h has them, of a tensor or of the first half of every expert's neurons; nothing if that
+// cannot be said.
+std::optional<WeightStrides> strides_of(const Tensor& t, bool is_half) {
   const int64_t last = t.dim() - 1, neurons = t.size(last - 1), hidden_size = t.size(last);
   WeightStrides s{0, neurons > 1 ? t.stride(last - 1) : hidden_size,
                   hidden_size > 1 ? t.stride(last) : 1};
   if (s.hidden != 1 && s.neuron != 1) return {};
   if (last == 1 || t.size(0) <= 1) return s;
   const int64_t expert = t.stride(0);
-  if (expert == neurons * s.neuron) return s;  // one expert after another
-  if (expert == 0) return {};                  // expanded
+  if (expert == neurons * s.neuron && !is_half) return s;  // one expert after another
+  if (expert == 0) return {};                              // expanded
   s.expert = expert;
   return s;
 }
@@ -62,26 +63,24 @@ Weights::Weights(const Tensor& gate_proj, const std::optional<Tensor>& up_proj,
   down_is_transposed_ = down_proj_t.stride(dims_ - 1) != 1 && down_proj_t.stride(dims_ - 2) == 1;
 
   const WeightStrides in_order{0, hidden_size_, 1};
-  const auto can_read = [&](const Tensor& t, const std::optional<WeightStrides>& s) {
-    return s && reads(t, *s, hidden_size_);
-  };
-  const auto gate_strides = strides_of(gate_proj);
-  const auto up_strides = up_proj ? strides_of(*up_proj) : gate_strides;
-  const bool in_place = can_read(gate_proj, gate_strides) && gate_strides->hidden == 1 &&
-                        up_strides && gate_strides->expert == up_strides->expert &&
-                        gate_strides->neuron == up_strides->neuron && up_strides->hidden == 1;
-  gate_up_ = in_place && !is_fused_ ? *gate_strides : in_order;
-  if (in_place && !is_fused_) {
+  // A half of a dimension that is cut is no slab to those who want one.
+  const int64_t slab_size = is_fused_ && !gate_proj.is_cpu() ? -1 : hidden_size_;
+  const auto gate = strides_of(gate_proj, is_fused_),
+             up = up_proj ? strides_of(*up_proj, false) : gate;
+  if (gate && up && gate->hidden == 1 && up->hidden == 1 && gate->neuron == up->neuron &&
+      gate->expert == up->expert && in_place(gate_proj, *gate, slab_size)) {
+    gate_up_ = *gate;
     gate_ = aligned(gate_proj);
-    up_ = aligned(*up_proj);
+    if (up_proj) up_ = aligned(*up_proj);
   } else {
+    gate_up_ = in_order;
     gate_ = dense(is_fused_ ? half(gate_proj, 0) : gate_proj);
     up_ = dense(is_fused_ ? half(gate_proj, 1) : *up_proj);
   }
-  const auto down_strides = strides_of(down_proj_t);
-  const bool down_in_place = can_read(down_proj_t, down_strides);
-  down_ = down_in_place ? *down_strides : in_order;
-  down_proj_t_ = down_in_place ? aligned(down_proj_t) : dense(down_proj_t);
+  const auto down = strides_of(down_proj_t, false);
+  const bool reads_down = down && in_place(down_proj_t, *down, hidden_size_);
+  down_ = reads_down ? *down : in_order;
+  down_proj_t_ = reads_down ? aligned(down_proj_t) : dense(down_proj_t);
 }
 
 void Weights::check_offsets(const Tensor& offsets) const {
@@ -101,9 +100,9 @@ Tensor Weights::half(const Tensor& fused, int64_t which) const {
   return torch::stable::narrow(t, dims_ - 2, which * neurons_, neurons_);
 }
 
-void* Weights::second_half(void* fused) const {
+void* Weights::second_half(void* fused, int64_t neuron_stride) const {
   return static_cast<char*>(fused) +
-         neurons_ * gate_up_.neuron * dtype_size(kernel_dtype(gate_given_, "gate_proj"));
+         neurons_ * neuron_stride * dtype_size(kernel_dtype(gate_given_, "gate_proj"));
 }
 
 Tensor Weights::gradient_like(const Tensor& weight, bool is_transposed) const {
@@ -122,13 +121,23 @@ Weights::Gradients Weights::make_gradients(ExpertMlpBackwardParams& p, bool want
   };
   Gradients out{make(wants_gate, gate_given_, false), make(wants_up && !is_fused_, *gate_, false),
                 make(wants_down, down_given_, down_is_transposed_)};
-  // A slab of its own for what the kernel does not write in place.
+  const WeightStrides in_order{0, hidden_size_, 1};
+  p.dgate_up = p.ddown = in_order;
+  if (gate_given_.is_cpu()) {
+    if (is_fused_ && dims_ == 3) p.dgate_up.expert = 2 * neurons_ * hidden_size_;
+    if (down_is_transposed_) p.ddown = {dims_ == 3 ? neurons_ * hidden_size_ : 0, 1, neurons_};
+    if (wants_gate) p.dgate_proj = out.gate_proj.data_ptr();
+    if (wants_gate && is_fused_) p.dup_proj = second_half(p.dgate_proj, hidden_size_);
+    if (wants_up && !is_fused_) p.dup_proj = out.up_proj.data_ptr();
+    if (wants_down) p.ddown_proj_t = out.down_proj_t.data_ptr();
+    return out;
+  }
+  // A slab of its own for what kernels do not write in place.
   const auto slab = [&](const Tensor& to) {
     Tensor from = kept_empty(to, {intermediate_size_, hidden_size_});
     out.copies.push_back({to, from});
     return from.data_ptr();
   };
-  p.dgate_up = p.ddown = {0, hidden_size_, 1};
   if (wants_gate) {
     p.dgate_proj = is_fused_ ? slab(half(out.gate_proj, 0)) : out.gate_proj.data_ptr();
     if (is_fused_) p.dup_proj = slab(half(out.gate_proj, 1));

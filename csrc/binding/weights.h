@@ -24,7 +24,7 @@ class Weights {
     p.gate_up = gate_up_;
     p.down = down_;
     p.gate_proj = gate_->data_ptr();
-    p.up_proj = up_ ? up_->data_ptr() : second_half(gate_->data_ptr());
+    p.up_proj = up_ ? up_->data_ptr() : second_half(gate_->data_ptr(), gate_up_.neuron);
     p.down_proj_t = down_proj_t_->data_ptr();
   }
 
@@ -43,7 +43,7 @@ class Weights {
 
  private:
   // Of a tensor as large as gate_proj, where that holds both.
-  void* second_half(void* fused) const;
+  void* second_half(void* fused, int64_t neuron_stride) const;
   Tensor half(const Tensor& fused, int64_t which) const;
   Tensor gradient_like(const Tensor& weight, bool is_transposed) const;
 

@@ -9,8 +9,8 @@ namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
 constexpr int64_t kStreamedB = 384 << 10;     // packed panels that go by at once
 constexpr int64_t kScratchBytes = 512 << 10;  // a thread's panels packed on the fly, in two halves
 
-// One expert's contribution: n rows of A, K = k > 0, times the k rows of a row-major [k, H] matrix (null
-// if they are packed).
+// One expert's contribution: n rows of A, K = k > 0, times the k rows of a [k, H] matrix (null if they are
+// packed).
 template <class T>
 struct Section {
   const int32_t* tokens;  // [n]
@@ -19,9 +19,10 @@ struct Section {
   int64_t a_stride;
   bool in_blocks;
   int64_t k;
-  const T* matrix = nullptr;    // [k, H]  row-major
-  const T* more = nullptr;      // if set: the second half of these k rows
-  const char* codes = nullptr;  // or the k rows as panels of codes
+  const T* matrix = nullptr;                  // [k, H]
+  int64_t row_stride = 0, column_stride = 1;  // of matrix; if the latter is not 1, the former is
+  const T* more = nullptr;                    // if set: the second half of these k rows
+  const char* codes = nullptr;                // or the k rows as panels of codes
   QuantizedPanels code_panels = {};
 };
 
@@ -174,10 +175,15 @@ class UnpackedColumns {
     args.panels = current_.panels;
     args.accumulate = true;
     CType<T>* sums = sums_ + (current_.panel - begin_) * kColumns<T>;
+    // Blocks of a transposition stay whole.
+    const int64_t unit = next.section.column_stride == 1 ? 1 : kBlock;
+    const auto step_at = [&](int64_t part, int64_t count) {
+      return part == count ? next_steps : next_steps * part / count / unit * unit;
+    };
     // Does a part of the multiplications, and packs as large a part of what is next.
     const auto interleave = [&](int64_t begin, int64_t end, int64_t count, int64_t rows,
                                 int64_t panels, int64_t rows_at_once, auto multiply) {
-      const int64_t from = next_steps * begin / count, to = next_steps * end / count;
+      const int64_t from = step_at(begin, count), to = step_at(end, count);
       const int64_t half = next.section.more ? next_steps / 2 : next_steps;
       Ahead ahead = {lines(next, from, min_of(to, half)), lines(next, max_of(from, half), to)};
       spread(ahead, rows, panels, args, rows_at_once);
@@ -201,7 +207,8 @@ class UnpackedColumns {
     current_ = next;
   }
   const T* row(const Section<T>& s, int64_t i) const {
-    return s.more && i >= s.k / 2 ? s.more + (i - s.k / 2) * hidden_ : s.matrix + i * hidden_;
+    return s.more && i >= s.k / 2 ? s.more + (i - s.k / 2) * s.row_stride
+                                  : s.matrix + i * s.row_stride;
   }
   void pack(const Piece& p, int64_t step_begin, int64_t step_end) const {
     const Section<T>& s = p.section;
@@ -214,6 +221,9 @@ class UnpackedColumns {
         return;
       }
     }
+    if (s.column_stride != 1)
+      return pack_rows_of_panels(s.matrix, s.column_stride, s.k, step_begin, step_end,
+                                 p.panel * kColumns<T>, hidden_, p.panels, p.b);
     pack_columns([&](int64_t i) { return row(s, i); }, s.k, step_begin, step_end,
                  p.panel * kColumns<T>, hidden_, p.panels, p.b);
   }
@@ -221,7 +231,7 @@ class UnpackedColumns {
   static int64_t code_block(const Section<T>& s, int64_t step) {
     return ceil_div(step * Compute<T>::kPair, s.code_panels.block_terms());
   }
-  // The rows of these steps, all of one matrix.
+  // The rows of these steps, all of one matrix, or their part of its columns.
   Lines lines(const Piece& p, int64_t step_begin, int64_t step_end) const {
     const Section<T>& s = p.section;
     if (step_begin >= step_end) return {};
@@ -234,9 +244,14 @@ class UnpackedColumns {
     const int64_t begin = step_begin * Compute<T>::kPair;
     const int64_t rows = min_of(step_end * Compute<T>::kPair, s.k) - begin;
     if (rows <= 0) return {};
-    return {(const char*)(row(s, begin) + p.panel * kColumns<T>), rows,
-            ceil_div(p.panels * kColumns<T> * int64_t(sizeof(T)), 64),
-            hidden_ * int64_t(sizeof(T))};
+    const int64_t column = p.panel * kColumns<T>, columns = p.panels * kColumns<T>;
+    constexpr int64_t kBytes = sizeof(T);
+    if (s.column_stride != 1)
+      return {(const char*)(s.matrix + column * s.column_stride + begin),
+              min_of(columns, hidden_ - column), ceil_div(rows * kBytes, 64),
+              s.column_stride * kBytes};
+    return {(const char*)(row(s, begin) + column), rows, ceil_div(columns * kBytes, 64),
+            s.row_stride * kBytes};
   }
 
   int64_t hidden_, begin_, end_;

@@ -117,6 +117,7 @@ Status backward_group(Backward<T>& w, const Team& team) {
     arena.take(w.scratch, w.scratch_size * threads);
     arena.take(w.weight_steps, w.weight_steps_size * threads);
     arena.take(w.blocks, w.blocks_size * threads);
+    arena.take(w.turned, w.turns_ddown() ? kTurnedRows * w.kTurnedStride * threads : 0);
   });
   if (!memory) return Status::kWorkspaceTooSmall;
   if (!copies_x) w.x_copy = nullptr;

@@ -25,6 +25,9 @@ namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
 namespace {
 
 constexpr int64_t kWeightB = 256 << 10;  // gathered x or dy of the weight pass: a quarter of L2
+// Neurons and panels of a gradient that is transposed on its way out: 128 KiB in fp32.
+constexpr int64_t kTurnedRows = 64, kTurnedPanels = 16;
+static_assert(kTurnedRows % kBlockRows == 0);
 
 template <class T>
 struct Backward {
@@ -70,6 +73,7 @@ struct Backward {
   T* scratch = nullptr;       // per thread
   A* weight_steps = nullptr;  // per thread: one tile's A of the weight pass
   T* blocks = nullptr;        // per thread: gathered rows of x or dy
+  T* turned = nullptr;        // per thread: ddown on its way out, if it is wanted transposed
   int64_t sums_size = 0, scratch_size = 0, weight_steps_size = 0, blocks_size = 0;
   bool uses_vectors = false, uses_tiles = false;  // by any expert
 
@@ -84,9 +88,11 @@ struct Backward {
   // K of a row of dG and dU in blocks.
   int64_t row_terms(int e) const { return 2 * up_start(e); }
   int64_t steps() const { return ceil_div(p.hidden_size, kPair); }
-  const T* weight(const void* matrix, int e) const {
-    return (const T*)matrix + p.expert_offsets[e] * p.hidden_size;
+  const T* weight(const void* matrix, const WeightStrides& strides, int e) const {
+    return expert_start((const T*)matrix, strides, p.expert_offsets, e);
   }
+  static constexpr int64_t kTurnedStride = kTurnedPanels * kN + kL;
+  bool turns_ddown() const { return b.ddown_proj_t && b.ddown.hidden != 1; }
   const T* inner(int e, bool is_extra, int64_t row) const {
     if (is_extra) return inner_extra + starts[e].inner_extra + row * 2 * size(e);
     if (p.activations) return (const T*)p.activations + starts[e].saved + row * 2 * size(e);
@@ -107,11 +113,12 @@ struct Backward {
     for_each_panel(item, gate_up_shape, pairs, gather,
                    [&](int e, int64_t i, const GatheredRows<T>& a) {
                      const int64_t row = i * kL, valid = size(e) - row, S = size(e);
-                     const T *gate = weight(p.gate_proj, e) + row * p.hidden_size,
-                             *up = weight(p.up_proj, e) + row * p.hidden_size;
-                     pack_rows(gate, valid, up, valid, p.hidden_size, p.hidden_size, panel);
+                     const int64_t stride = p.gate_up.neuron;
+                     const T *gate = weight(p.gate_proj, p.gate_up, e) + row * stride,
+                             *up = weight(p.up_proj, p.gate_up, e) + row * stride;
+                     pack_rows(gate, valid, up, valid, stride, p.hidden_size, panel);
                      row_panel(a, PanelOfB<T>{panel, steps()},
-                               ahead_in_rows(gate, up, min_of(valid, kL), p.hidden_size),
+                               ahead_in_rows(gate, up, min_of(valid, kL), stride, p.hidden_size),
                                [&](int64_t first, int count, const C(*tile_sums)[kColumns<T>]) {
                                  for (int r = 0; r < count; ++r) {
                                    T* out = const_cast<T*>(inner(e, is_extra, first + r)) + row;
@@ -143,7 +150,7 @@ struct Backward {
     for_each_panel(
         item, grad_shape, pairs, gather, [&](int e, int64_t i, const GatheredRows<T>& a) {
           const int64_t row = i * kN, valid = size(e) - row;
-          const T* down = weight(p.down_proj_t, e) + row * p.hidden_size;
+          const T* down = weight(p.down_proj_t, p.down, e) + row * p.down.neuron;
           const auto epilogue = [&](int64_t first, int count, const C(*tile_sums)[kColumns<T>]) {
             with_activation(p.activation, [&](auto activation) {
               inner_grad<activation()>(e, i, is_extra, first, count, tile_sums);
@@ -156,14 +163,22 @@ struct Backward {
                 [&](int64_t begin, int count) { epilogue(a.low + begin, count, zeros); });
           }
           const int64_t H = p.hidden_size;
-          const Ahead ahead = ahead_in_rows(down, (const T*)nullptr, min_of(valid, kN), H);
-          if (valid > kL || a.blocks) {
-            pack_rows(down, valid, down + kL * H, valid - kL, H, H, panel);
-            row_panel(a, PanelOfB<T>{panel, steps()}, ahead, epilogue);
+          const bool is_wide = valid > kL || a.blocks;
+          Ahead ahead;
+          if (p.down.hidden == 1) {
+            const int64_t stride = p.down.neuron;
+            ahead = ahead_in_rows(down, (const T*)nullptr, min_of(valid, kN), stride, H);
+            is_wide ? pack_rows(down, valid, down + kL * stride, valid - kL, stride, H, panel)
+                    : pack_rows_half<T, 1>(down, stride, int(valid), H, panel);
           } else {
-            pack_rows_half<T, 1>(down, H, int(valid), H, panel);
-            row_panel<T, 1>(a, PanelOfB<T>{panel, steps()}, ahead, epilogue);
+            const auto row_of_b = [&](int64_t h) { return down + h * p.down.hidden; };
+            ahead = {{(const char*)(down + kN), H, ceil_div(kN * int64_t(sizeof(T)), 64),
+                      p.down.hidden * int64_t(sizeof(T))}};
+            is_wide ? pack_columns<2>(row_of_b, H, 0, steps(), 0, valid, 1, panel)
+                    : pack_columns<1>(row_of_b, H, 0, steps(), 0, valid, 1, panel);
           }
+          is_wide ? row_panel(a, PanelOfB<T>{panel, steps()}, ahead, epilogue)
+                  : row_panel<T, 1>(a, PanelOfB<T>{panel, steps()}, ahead, epilogue);
         });
   }
 
@@ -326,8 +341,9 @@ struct Backward {
       section.in_blocks = in_blocks(e);
       section.a_stride = section.in_blocks ? block_size(row_terms(e)) : row_stride(size(e));
       section.k = size(e);
-      section.matrix = weight(p.gate_proj, e);
-      const T* up = weight(p.up_proj, e);
+      section.matrix = weight(p.gate_proj, p.gate_up, e);
+      section.row_stride = p.gate_up.neuron;
+      const T* up = weight(p.up_proj, p.gate_up, e);
       if (up_start(e) == size(e)) {  // dG and dU lie side by side: one K of twice the length
         section.k *= 2;
         section.more = up;
@@ -347,12 +363,12 @@ struct Backward {
   }
 
   // Columns of the three weight gradients of an expert: piece of weight_pieces.
-  void weight_columns(int e, int64_t piece, T* thread_scratch, A* thread_steps) {
+  void weight_columns(int e, int64_t piece, T* thread_scratch, A* thread_steps, T* thread_turned) {
     const int64_t all = ceil_div(p.hidden_size, kN), begin = all * piece / weight_pieces;
     const int64_t end = all * (piece + 1) / weight_pieces, n = active.count(e),
                   panel = round_up(n, kPair) * kN;
-    const int64_t at_once =
-        max_of<int64_t>(1, kWeightB / int64_t(sizeof(T)) / max_of<int64_t>(panel, 1));
+    int64_t at_once = max_of<int64_t>(1, kWeightB / int64_t(sizeof(T)) / max_of<int64_t>(panel, 1));
+    if (turns_ddown()) at_once = min_of(at_once, kTurnedPanels);
     const bool has_pairs = n > 0;
     for (int64_t first = begin; first < end; first += at_once) {
       const int64_t panels = min_of(at_once, end - first);
@@ -367,18 +383,23 @@ struct Backward {
           pack_columns([&](int64_t i) { return matrix + tokens[i] * stride; }, n, 0,
                        ceil_div(n, kPair), first * kN, p.hidden_size, panels, thread_scratch);
         }
-        weight_part(e, part, first, panels, thread_scratch, thread_steps, (T*)outputs[part]);
+        weight_part(e, part, first, panels, thread_scratch, thread_steps, thread_turned,
+                    (T*)outputs[part]);
       }
     }
   }
 
   void weight_part(int e, int part, int64_t first, int64_t panels, const T* packed, A* thread_steps,
-                   T* out) {
-    const int64_t S = size(e), padded = padded_size(S), n = active.count(e), column = first * kN;
+                   T* turned, T* out) {
+    const WeightStrides& strides = part == 2 ? b.ddown : b.dgate_up;
+    const int64_t S = size(e), n = active.count(e), column = first * kN;
     const int64_t width = min_of(panels * kN, p.hidden_size - column);
-    out += p.expert_offsets[e] * p.hidden_size + column;
+    out = expert_start(out, strides, p.expert_offsets, e) + column * strides.hidden;
+    const bool turns = strides.hidden != 1;
     if (n == 0) {
-      for (int64_t i = 0; i < S; ++i) memset(out + i * p.hidden_size, 0, size_t(width) * sizeof(T));
+      const int64_t runs = turns ? width : S, run = turns ? S : width;
+      const int64_t apart = turns ? strides.hidden : strides.neuron;
+      for (int64_t i = 0; i < runs; ++i) memset(out + i * apart, 0, size_t(run) * sizeof(T));
       return;
     }
     TileArgs<T> args;
@@ -388,20 +409,35 @@ struct Backward {
     args.accumulate = false;
     args.a_copy = thread_steps;
     args.lda = kPaired ? pair_stride(S) : row_stride(S);
-    args.out_stride = p.hidden_size;
+    args.out_stride = turns ? kTurnedStride : strides.neuron;
     args.out_width = width;
-    args.stream = streams_weights;
+    args.stream = streams_weights && !turns;
+    if (!turns) return weight_rows(e, part, 0, S, panels, out, args);
+    for (int64_t i = 0; i < S; i += kTurnedRows) {
+      const int64_t end = min_of(i + kTurnedRows, S);
+      args.b = packed;
+      weight_rows(e, part, i, end, panels, turned, args);
+      transpose_rows(turned, kTurnedStride, end - i, width, out + i, strides.hidden);
+    }
+  }
+
+  // Rows begin to end of a part, which go to out and on.
+  void weight_rows(int e, int part, int64_t begin, int64_t end, int64_t panels, T* out,
+                   TileArgs<T>& args) {
+    const int64_t S = size(e), padded = padded_size(S), n = active.count(e);
     if constexpr (kHasTiles<T>) {
       if (in_blocks(e))
-        return weight_blocks(S, row_pairs + starts[e].row_pairs + part * blocked_size(S, n),
+        return weight_blocks(end - begin,
+                             row_pairs + starts[e].row_pairs + part * blocked_size(S, n) +
+                                 begin / kBlockRows * block_size(n),
                              block_size(n), panels, out, args);
     }
     const int64_t part_start = part == 1 ? up_start(e) : part * padded;
     const A* a = kPaired ? row_pairs + starts[e].row_pairs + part * padded * 2
                          : rows + starts[e].rows + part_start;
-    for_each_tile(S, [&](int64_t i, int count) {
-      args.a[0] = a + i * (kPaired ? 2 : 1);
-      args.out = out + i * p.hidden_size;
+    for_each_tile(end - begin, [&](int64_t i, int count) {
+      args.a[0] = a + (begin + i) * (kPaired ? 2 : 1);
+      args.out = out + i * args.out_stride;
       run_tile<T, kStepMajor>(count, args);
     });
   }
@@ -449,7 +485,8 @@ struct Backward {
     const int64_t items = (expert_end - expert_begin) * weight_pieces;
     for (int64_t i; (i = draw(sync->weights.next)) < items;)
       weight_columns(expert_begin + int(i / weight_pieces), i % weight_pieces, thread_scratch,
-                     weight_steps + thread * weight_steps_size);
+                     weight_steps + thread * weight_steps_size,
+                     turned + thread * kTurnedRows * kTurnedStride);
     stream_fence();
   }
 };

@@ -142,12 +142,14 @@ struct Forward {
     };
     for_each_panel(
         item, shape, pairs, gather_rows, [&](int e, int64_t panel, const GatheredRows<T>& rows) {
-          const int64_t row = p.expert_offsets[e] + panel * kLanes<T>,
-                        valid = size(e) - panel * kLanes<T>;
-          const T *gate = (const T*)p.gate_proj + row * H, *up = (const T*)p.up_proj + row * H;
-          pack_rows(gate, valid, up, valid, H, H, panel_scratch);
+          const int64_t row = panel * kLanes<T>, valid = size(e) - row, stride = p.gate_up.neuron;
+          const T* gate = expert_start((const T*)p.gate_proj, p.gate_up, p.expert_offsets, e);
+          const T* up = expert_start((const T*)p.up_proj, p.gate_up, p.expert_offsets, e);
+          gate += row * stride;
+          up += row * stride;
+          pack_rows(gate, valid, up, valid, stride, H, panel_scratch);
           gate_up_panel(e, panel, rows, PanelOfB<T>{panel_scratch, ceil_div(H, Compute<T>::kPair)},
-                        ahead_in_rows(gate, up, min_of<int64_t>(valid, kLanes<T>), H));
+                        ahead_in_rows(gate, up, min_of<int64_t>(valid, kLanes<T>), stride, H));
         });
   }
   void gate_up_panel(int e, int64_t panel, const GatheredRows<T>& a, const PanelOfB<T>& b,
@@ -241,7 +243,9 @@ struct Forward {
         add_packed(section, packed_expert(e) + layout.down_start(size(e)), p.hidden_size, begin,
                    end, chunk_sums);
       } else {
-        section.matrix = (const T*)p.down_proj_t + p.expert_offsets[e] * p.hidden_size;
+        section.matrix = expert_start((const T*)p.down_proj_t, p.down, p.expert_offsets, e);
+        section.row_stride = p.down.neuron;
+        section.column_stride = p.down.hidden;
         unpacked.add(section);
       }
     }

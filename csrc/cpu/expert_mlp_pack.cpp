@@ -2,6 +2,7 @@
 #include "expert_mlp_isa.h"
 #include "pack.h"
 #include "packed_layout.h"
+#include "passes.h"
 #include "team.h"
 
 namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
@@ -25,23 +26,28 @@ struct Pack {
   void expert(int e, T* out) const {
     const PackedLayout<T> layout{p.hidden_size};
     const int64_t size = p.expert_offsets[e + 1] - p.expert_offsets[e], H = p.hidden_size;
-    const T* gate = (const T*)p.gate_proj + p.expert_offsets[e] * H;
-    const T* up = (const T*)p.up_proj + p.expert_offsets[e] * H;
-    const T* down = (const T*)p.down_proj_t + p.expert_offsets[e] * H;
+    const T* gate = expert_start((const T*)p.gate_proj, p.gate_up, p.expert_offsets, e);
+    const T* up = expert_start((const T*)p.up_proj, p.gate_up, p.expert_offsets, e);
+    const T* down = expert_start((const T*)p.down_proj_t, p.down, p.expert_offsets, e);
     const PackedPanels<T> gate_up = layout.gate_up(size), columns = layout.down(size);
     for (int64_t i = 0; i < gate_up.panels; ++i) {
       const int64_t row = i * kLanes<T>, valid = size - row;
       for (int64_t b = 0; b < gate_up.blocks(); ++b) {
-        const int64_t from = row * H + gate_up.first_term(b);
-        pack_rows(gate + from, valid, up + from, valid, H, gate_up.terms_of(b),
+        const int64_t from = row * p.gate_up.neuron + gate_up.first_term(b);
+        pack_rows(gate + from, valid, up + from, valid, p.gate_up.neuron, gate_up.terms_of(b),
                   out + gate_up.start(b, i));
       }
     }
     out += layout.down_start(size);
     for (int64_t b = 0; b < columns.blocks(); ++b) {
-      const T* first = down + columns.first_term(b) * H;
-      pack_columns([&](int64_t i) { return first + i * H; }, columns.terms_of(b), 0,
-                   columns.steps_of(b), 0, H, columns.panels, out + columns.start(b, 0));
+      const T* first = down + columns.first_term(b) * p.down.neuron;
+      T* to = out + columns.start(b, 0);
+      if (p.down.hidden == 1)
+        pack_columns([&](int64_t i) { return first + i * p.down.neuron; }, columns.terms_of(b), 0,
+                     columns.steps_of(b), 0, H, columns.panels, to);
+      else
+        pack_rows_of_panels(first, p.down.hidden, columns.terms_of(b), 0, columns.steps_of(b), 0, H,
+                            columns.panels, to);
     }
   }
   void run() {

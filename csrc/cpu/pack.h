@@ -2,9 +2,12 @@
 //   B[panel][K / kPair][kColumns][kPair]
 //
 //   pack_rows      columns of B are rows of the matrix   gate_proj, up_proj for x W;
-//                                                        down_proj_t for dy V^T
+//                                                        down_proj_t for dy V^T, down_proj for a V
 //   pack_columns   columns of B are its columns          down_proj_t for a V; x, dy for dW;
-//                                                        gate_proj, up_proj for dx
+//                                                        gate_proj, up_proj for dx;
+//                                                        down_proj for dy V^T
+//
+// transpose_rows is for a gradient that is wanted the other way round than tiles make it.
 //
 // In the dwords of fp32, or of two neighbouring bf16, pack_rows is a plain transposition, done in
 // registers; in pack_columns bf16 rows are interleaved two by two. Packed once for inference, or
@@ -129,13 +132,64 @@ static void pack_rows(const T* rows0, int64_t count0, const T* rows1, int64_t co
                  dst + kL * Compute<T>::kPair);
 }
 
-// Steps step_begin to step_end of panels panels of columns column0.. of a matrix with k rows; row(i)
-// points at row i. Only columns below width exist.
-template <class T, class Row>
+// The same for steps step_begin (a multiple of kBlock) to step_end of `panels` panels of columns column0.. of B,
+// of which those below width exist: rows of a matrix, `stride` apart, of k elements.
+template <class T>
+static void pack_rows_of_panels(const T* rows, int64_t stride, int64_t k, int64_t step_begin,
+                                int64_t step_end, int64_t column0, int64_t width, int64_t panels,
+                                T* dst) {
+  constexpr int64_t kPair = Compute<T>::kPair, kL = kLanes<T>, kN = kColumns<T>;
+  const int64_t first = step_begin * kPair, count = min_of(step_end * kPair, k) - first;
+  if (count <= 0) return;
+  dst += step_begin * kN * kPair;
+  for (int64_t column = column0; panels > 0;
+       --panels, column += kN, dst += ceil_div(k, kPair) * kN * kPair) {
+    const T* from = rows + column * stride + first;
+    pack_rows(from, width - column, from + kL * stride, width - column - kL, stride, count, dst);
+  }
+}
+
+// out[c * out_stride + r] = rows[r * stride + c], r < count, c < width.
+template <class T>
+static void transpose_rows(const T* rows, int64_t stride, int64_t count, int64_t width, T* out,
+                           int64_t out_stride) {
+  constexpr int64_t kPair = sizeof(T) == 2 ? 2 : 1, kRows = kBlock * kPair;  // of a block of dwords
+  int64_t r = 0;
+  if constexpr (sizeof(T) <= 4) {
+    for (; r + kRows <= count; r += kRows) {
+      int64_t c = 0;
+      for (; c + kBlock <= width; c += kBlock) {
+        alignas(64) uint32_t pairs[kBlock][kBlock], turned[kBlock][kBlock];
+        const uint32_t* from[kBlock];
+        for (int i = 0; i < kBlock; ++i) {
+          const T* row = rows + (r + i * kPair) * stride + c;
+          if constexpr (kPair == 2) {
+            const VecU32 both = widen_u16(row) | widen_u16(row + stride) << 16;
+            memcpy(pairs[i], &both, sizeof both);
+            from[i] = pairs[i];
+          } else {
+            from[i] = (const uint32_t*)row;
+          }
+        }
+        transpose_block(from, 0, turned[0], kBlock);
+        for (int i = 0; i < kBlock; ++i)
+          memcpy(out + (c + i) * out_stride + r, turned[i], sizeof turned[i]);
+      }
+      for (; c < width; ++c)
+        for (int i = 0; i < kRows; ++i) out[c * out_stride + r + i] = rows[(r + i) * stride + c];
+    }
+  }
+  for (int64_t c = 0; r < count && c < width; ++c)
+    for (int64_t i = r; i < count; ++i) out[c * out_stride + i] = rows[i * stride + c];
+}
+
+// Steps step_begin to step_end of panels panels, W registers wide, of columns column0.. of a matrix with k rows;
+// row(i) points at row i. Only columns below width exist.
+template <int W = 2, class T, class Row>
 DSMOE_INLINE void pack_columns(Row row, int64_t k, int64_t step_begin, int64_t step_end,
                                int64_t column0, int64_t width, int64_t panels, T* dst) {
   constexpr int kPair = Compute<T>::kPair, kL = kLanes<T>;
-  constexpr int64_t kN = kColumns<T>;
+  constexpr int64_t kN = W * kL;
   const int64_t steps = ceil_div(k, kPair);
   for (int64_t s = step_begin; s < step_end; ++s) {  // rows outside: they are read in long runs
     const T* first = row(s * kPair);
@@ -145,7 +199,7 @@ DSMOE_INLINE void pack_columns(Row row, int64_t k, int64_t step_begin, int64_t s
       T* out = dst + (p * steps + s) * kN * kPair;
       const int64_t column = column0 + p * kN;
       if (column + kN <= width) {
-        for (int v = 0; v < 2; ++v) {
+        for (int v = 0; v < W; ++v) {
           if constexpr (kPair == 2) {
             VecU32 pair = widen_u16(first + column + v * kL);
             if (!is_single) pair |= widen_u16(second + column + v * kL) << 16;

@@ -88,6 +88,13 @@ DSMOE_INLINE void store_kept(T* out, Vec<CType<T>> v, int64_t valid) {
   for (int i = 0; i < valid; ++i) narrow(v[i], out[i]);
 }
 
+// The first element of an expert in one of its weight matrices.
+template <class T>
+DSMOE_INLINE T* expert_start(T* matrix, const WeightStrides& strides, const int32_t* expert_offsets,
+                             int e) {
+  return matrix + (strides.expert ? e * strides.expert : expert_offsets[e] * strides.neuron);
+}
+
 // Expert-major lists of pairs; tokens ascend within an expert.
 struct Pairs {
   int64_t* offsets;  // [E+1]
@@ -167,10 +174,14 @@ DSMOE_INLINE Ahead ahead_in_packed(const T* packed, const PackedPanels<T>& b, in
 }
 // What follows `rows` rows that were packed on the fly: as many of the same matrices.
 template <class T>
-DSMOE_INLINE Ahead ahead_in_rows(const T* first, const T* second, int64_t rows, int64_t hidden) {
-  const int64_t size = rows * hidden, run = size * int64_t(sizeof(T)) / 64;
-  const Lines next = {(const char*)(first + size), 1, run};
-  return {next, second ? Lines{(const char*)(second + size), 1, run} : Lines{}};
+DSMOE_INLINE Ahead ahead_in_rows(const T* first, const T* second, int64_t rows, int64_t stride,
+                                 int64_t hidden) {
+  const auto after = [&](const T* matrix) -> Lines {
+    const char* at = (const char*)(matrix + rows * stride);
+    if (stride == hidden) return {at, 1, rows * hidden * int64_t(sizeof(T)) / 64};
+    return {at, rows, ceil_div(hidden * int64_t(sizeof(T)), 64), stride * int64_t(sizeof(T))};
+  };
+  return {after(first), second ? after(second) : Lines{}};
 }
 
 // A panel of packed weights, for tiles that go through all of K.

@@ -154,6 +154,7 @@ struct Problem {
   Dtype dtype, gate_dtype;
   int64_t E, I = 0;
   std::vector<int32_t> offsets;
+  Activation activation = Activation::kSilu;
   Tensor x, dy, gates, grad_weight, gate, up, down;
 
   Problem(const Case& test, Dtype d, unsigned seed)
@@ -198,6 +199,7 @@ struct Problem {
     p.dtype = dtype;
     p.num_tokens = c.T, p.hidden_size = c.H, p.intermediate_size = I, p.num_experts = int32_t(E);
     p.x_stride = x.stride, p.x = x.data(), p.gates = gates.data();
+    p.activation = activation;
     p.gate_up = p.down = {0, c.H, 1};
     if (packed) p.packed = packed;
     if (!packed) p.gate_proj = gate.data(), p.up_proj = up.data(), p.down_proj_t = down.data();
@@ -207,6 +209,24 @@ struct Problem {
     return p;
   }
 };
+
+struct Gate {
+  double value, slope;
+};
+Gate gate_of(Activation activation, double g) {
+  if (activation == Activation::kSilu) {
+    const double s = 1 / (1 + std::exp(-g));
+    return {g * s, s * (1 + g * (1 - s))};
+  }
+  if (activation == Activation::kGeluTanh) {
+    const double scale = std::sqrt(2 / std::acos(-1.0)),
+                 t = std::tanh(scale * (g + 0.044715 * g * g * g));
+    return {g / 2 * (1 + t),
+            (1 + t) / 2 + g / 2 * (1 - t * t) * scale * (1 + 3 * 0.044715 * g * g)};
+  }
+  const double mass = std::erfc(-g / std::sqrt(2.0)) / 2;
+  return {g * mass, mass + g * std::exp(-g * g / 2) / std::sqrt(2 * std::acos(-1.0))};
+}
 
 struct Results {
   std::vector<double> y, dx, dgates, dgate, dup, ddown;
@@ -227,10 +247,11 @@ Results reference(Problem& p) {
           u += p.x.at(t, h) * p.up.at(i, h);
           da += p.dy.at(t, h) * p.down.at(i, h);
         }
-        const double s = 1 / (1 + std::exp(-g)), a = g * s * u;
+        const Gate act = gate_of(p.activation, g);
+        const double a = act.value * u;
         o.dgates[t * E + e] += a * da * (gate != 0 ? 1 : weight);
         if (gate == 0) continue;
-        const double du = gate * da * g * s, dg = gate * da * u * s * (1 + g * (1 - s));
+        const double du = gate * da * act.value, dg = gate * da * u * act.slope;
         for (int64_t h = 0; h < H; ++h) {
           o.y[t * H + h] += gate * a * p.down.at(i, h);
           o.dx[t * H + h] += dg * p.gate.at(i, h) + du * p.up.at(i, h);
