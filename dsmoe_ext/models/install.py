@@ -57,9 +57,16 @@ def _register_legacy(module) -> None:
     module.AutoConfig.register(DSMoELlamaConfig.model_type, DSMoELlamaConfig, exist_ok=True)
 
 
+def _register_experts(module) -> None:
+    from dsmoe_ext.experts import register
+
+    register(module)
+
+
 _WAITING = {
     "transformers.modeling_utils": _wrap_post_init,
     "transformers.models.auto.configuration_auto": _register_legacy,
+    "transformers.integrations.moe": _register_experts,
 }
 
 
