@@ -35,8 +35,9 @@ MODEL_FILES = (
     *("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
     *("model.safetensors.index.json", "*processor_config.json", "dsmoe_auto.py", *TOKENIZER_FILES),
 )
-CHECKPOINT_FILES = (
-    *("state.json", "model.safetensors", "optimizer.safetensors", "random.safetensors"),
+CHECKPOINT_FILES = (  # Trainer's
+    *("trainer_state.json", "training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt"),
+    *("rng_state*.pth", *MODEL_FILES),
 )
 OWN_TEXT = "own_text.pt"  # what the teacher said, to go on with after a kill
 RUN_FILES = (
@@ -48,7 +49,7 @@ DEMO_FILES = (
     *(f"model/{name}" for name in MODEL_FILES),
 )
 # Without one of these a folder is no model, no checkpoint, no report: they move in last, out first.
-_LAST = ("config.json", "state.json", "report.json")
+_LAST = ("config.json", "trainer_state.json", "report.json")
 _PARTIAL = ".partial-"
 
 

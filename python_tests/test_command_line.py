@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from dsmoe_ext.command_line.app import app
+from dsmoe_ext.training.callbacks import read_log
 from dsmoe_ext.training.data import builtin_text
-from dsmoe_ext.training.log import read_log
 from dsmoe_ext.training.tiny import save_tiny_llama, tiny_llama
 
 COMMANDS = (

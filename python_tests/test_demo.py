@@ -13,8 +13,8 @@ from dsmoe_ext.command_line.app import app
 from dsmoe_ext.demo import source
 from dsmoe_ext.demo.report import draw_report, table_rows
 from dsmoe_ext.errors import UserError
+from dsmoe_ext.training.callbacks import read_log
 from dsmoe_ext.training.data import builtin_text
-from dsmoe_ext.training.log import read_log
 from dsmoe_ext.training.tiny import save_tiny_llama
 
 

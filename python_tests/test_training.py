@@ -9,6 +9,7 @@ import torch
 
 from dsmoe_ext.convert import convert_llama
 from dsmoe_ext.errors import UserError
+from dsmoe_ext.training.callbacks import read_log
 from dsmoe_ext.training.checkpoint import find_checkpoints
 from dsmoe_ext.training.data import (
     builtin_text,
@@ -18,10 +19,10 @@ from dsmoe_ext.training.data import (
     windows_of,
 )
 from dsmoe_ext.training.evaluate import evaluate
-from dsmoe_ext.training.log import read_log
-from dsmoe_ext.training.loop import TrainSettings, fine_tune, make_optimizer, schedule
+from dsmoe_ext.training.fine_tune import TrainSettings, fine_tune, training_arguments
 from dsmoe_ext.training.measure import active_parameters, generate, threshold
 from dsmoe_ext.training.tiny import byte_tokenizer, tiny_llama
+from dsmoe_ext.training.trainer import SparseTrainer, kl_divergence
 
 # Far larger rates than for a real model: the tiny ones shall learn something in a few steps.
 FAST = TrainSettings(steps=8, lr=5e-3, router_lr=5e-3, bf16=False)
@@ -79,18 +80,6 @@ def test_bos_follows_the_tokenizer():
     windows = windows_of(byte_tokenizer(add_bos=True), "x" * 1000, 20)
     assert windows.num_context == 1
     assert (windows.train[:, 0] == 256).all() and (windows.train[:, 1:] < 256).all()
-
-
-@pytest.mark.quick
-def test_batches_are_epochs_of_permutations(seed):
-    windows = tiny_windows()
-    num = len(windows.train)
-    index = {tuple(row.tolist()): i for i, row in enumerate(windows.train)}
-    steps = [windows.batch(step, 3, seed) for step in range(math.ceil(2 * num / 3))]
-    order = [index[tuple(row.tolist())] for step in steps for row in step][: 2 * num]
-    assert sorted(order[:num]) == sorted(order[num:]) == list(range(num))
-    assert order[:num] != order[num:]
-    assert torch.equal(windows.batch(5, 3, seed), steps[5])
 
 
 @pytest.mark.quick
@@ -153,14 +142,33 @@ def test_generate_with_a_cache_equals_without(seed):
 
 
 @pytest.mark.quick
-def test_schedule_and_groups():
-    settings = TrainSettings(steps=100, warmup=0.1)
-    factors = [schedule(step, settings) for step in range(100)]
+def test_schedule_and_groups(tmp_path):
+    model, settings = tiny_sparse(), TrainSettings(steps=100, warmup=0.1, bf16=False)
+    arguments = training_arguments(model, settings, tmp_path, 0)
+    trainer = SparseTrainer(model, arguments, router_lr=settings.router_lr)
+    trainer.create_optimizer_and_scheduler(num_training_steps=100)
+    groups = trainer.optimizer.param_groups
+    assert [group["initial_lr"] for group in groups] == [settings.lr, settings.router_lr]
+    assert len(groups[1]["params"]) == 4  # weight and bias of two routers
+    rates = []
+    for _ in range(100):
+        rates.append([group["lr"] for group in groups])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    factors = [rate / settings.lr for rate, _ in rates]
     assert factors[0] == pytest.approx(0.1) and max(factors) == 1.0 == factors[10]
     assert factors[-1] == pytest.approx(0.11) and factors[10:] == sorted(factors[10:])[::-1]
-    groups = make_optimizer(tiny_sparse(), settings).param_groups
-    assert [group["lr"] for group in groups] == [settings.lr, settings.router_lr]
-    assert len(groups[1]["params"]) == 4  # weight and bias of two routers
+    assert [router / settings.router_lr for _, router in rates] == pytest.approx(factors)
+
+
+def test_divergence_is_what_it_says(seed):
+    logits, wanted = torch.randn(2, 2, 5, 7).unbind(0)
+    labels = torch.tensor([[1, 2, -100, 3, 4], [1, 1, 1, -100, -100]])
+    rows = [(0, 0), (0, 2), (0, 3), (1, 0), (1, 1)]  # the positions before a counted label
+    p, q = (t.double().softmax(-1) for t in (wanted, logits))
+    total = sum((p[r, c] * (p[r, c] / q[r, c]).log()).sum() for r, c in rows)
+    torch.testing.assert_close(kl_divergence(logits, wanted, labels).double(), total / 5)
+    torch.testing.assert_close(kl_divergence(logits, wanted, labels, 10).double(), total / 10)
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
@@ -234,7 +242,7 @@ def test_resuming_gives_the_same_bits(tmp_path, kind, seed):
     assert [step for step, _ in find_checkpoints(run_dir)] == [3]
     resumed = fresh()
     got = fine_tune(resumed, windows, settings, run_dir=run_dir, checkpoint_every=3, resume=True)
-    timing = {"seconds", "tokens_per_second"}
+    timing = {"seconds", "tokens_per_second", "train_runtime", "train_tokens_per_second"}
 
     def untimed(rows):
         return [{k: v for k, v in row.items() if k not in timing} for row in rows]
@@ -253,7 +261,7 @@ def test_resuming_refuses_what_would_differ(tmp_path):
             fine_tune(tiny_llama(), windows, settings, run_dir=tmp_path, resume=True)
     with pytest.raises(UserError, match="another data"):
         fine_tune(tiny_llama(), tiny_windows(33), FAST, run_dir=tmp_path, resume=True)
-    with pytest.raises(UserError, match="another model"):
+    with pytest.raises(UserError, match="another tensors"):
         wide = tiny_llama(intermediate_size=64)
         fine_tune(wide, windows, FAST, run_dir=tmp_path, resume=True)
     ((_, folder),) = find_checkpoints(tmp_path)

@@ -102,7 +102,7 @@ def train(
     Example: `dsmoe train smollm2-half smollm2-tuned --steps 200 --teacher smollm2`
     """
     from ..training.command import run_training
-    from ..training.loop import TrainSettings
+    from ..training.fine_tune import TrainSettings
 
     if precision is Dtype.fp16:
         raise typer.BadParameter("training runs in fp32 or bf16", param_hint="--precision")

@@ -18,7 +18,7 @@ from ..models.options import options_of
 from ..training.command import describe
 from ..training.data import prose_text, second_domain_text, windows_of
 from ..training.evaluate import evaluate, supports_bf16
-from ..training.loop import TrainSettings, fine_tune
+from ..training.fine_tune import TrainSettings, fine_tune
 from ..training.measure import active_parameters, generate, num_parameters, threshold
 from ..training.sources import BUILTIN, SELF, Source, read_windows
 from .source import HUB_ID, SMOLLM2

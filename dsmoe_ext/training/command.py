@@ -1,7 +1,6 @@
 """`dsmoe train`: a run folder with log and checkpoints that becomes a model folder at the end."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import torch
@@ -18,16 +17,16 @@ from ..files import (
     check_space,
     filled_directory,
     held,
-    json_text,
     made_directory,
     remove_owned,
 )
 from ..layers import find_ffns
 from ..models.options import options_of
+from .callbacks import read_log
 from .checkpoint import find_checkpoints, remove_checkpoint
 from .data import TextWindows
-from .log import read_log
-from .loop import TrainSettings, check_same, fine_tune, run_checks
+from .fine_tune import TrainSettings, fine_tune, run_checks
+from .record import check_same
 from .sources import BUILTIN, SELF, Source, read_windows
 
 # Of the teacher's own text, where nothing is said: more than most runs use once.
@@ -114,8 +113,7 @@ def _train_into(
     identity |= {"ste": ste, "sparsity_weight": sparsity_weight}
     checks = run_checks(loaded, windows, settings, identity)
     if resume and _is_finished(place):
-        if (recorded := _read_record(place)) is not None:
-            check_same(recorded, checks)
+        check_same(place, checks)
         return False
     # Weights and AdamW's two moments in fp32, once more while a checkpoint replaces the one before.
     check_space(place, model_bytes(loaded) * (7 if checkpoint_every else 1))
@@ -127,8 +125,6 @@ def _train_into(
     if any(source.name == SELF for source in sources):  # drawing it anew takes minutes
         with atomic_file(place / OWN_TEXT) as partial:
             torch.save(vars(windows), partial)
-    with atomic_file(place / "run.json") as partial:
-        partial.write_text(json_text(checks, indent=1))
     try:
         with console.progress("Training", settings.steps - first, "steps") as advance:
             fine_tune(
@@ -213,16 +209,6 @@ def describe(row: dict) -> str:
 def _is_finished(place: Path) -> bool:
     has_model = (place / "config.json").is_file()
     return has_model and bool(read_log(place / "train.jsonl")) and not find_checkpoints(place)
-
-
-def _read_record(place: Path) -> dict | None:
-    """The settings of a run, which an older version did not write down."""
-    try:
-        return json.loads((place / "run.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{place / 'run.json'} is damaged ({error})") from None
 
 
 def _check_run(out: Path, settings: TrainSettings, resume: bool, overwrite: bool) -> None:

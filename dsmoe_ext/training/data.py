@@ -40,25 +40,6 @@ class TextWindows:
             text.update(part.numpy().tobytes())
         return text.hexdigest()[:16]
 
-    def batch(self, step: int, batch_size: int, seed: int) -> torch.Tensor:
-        """The training windows [batch_size, L] of a step: a function of (step, seed) alone.
-
-        Every epoch is a fresh permutation; a resumed run needs no other position than its step.
-        """
-        num = len(self.train)
-        first = step * batch_size
-        rows = []
-        for epoch in range(first // num, (first + batch_size - 1) // num + 1):
-            order = _permutation(num, seed, epoch)
-            low = max(first - epoch * num, 0)
-            rows.append(order[low : min(first + batch_size - epoch * num, num)])
-        return self.train[torch.cat(rows)]
-
-
-def _permutation(num: int, seed: int, epoch: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % (1 << 62))
-    return torch.randperm(num, generator=generator)
-
 
 def tokenize(tokenizer, text: str) -> tuple[torch.Tensor, int | None]:
     """Token ids [N] int64 of a text without special tokens, and the BOS that belongs in front."""

@@ -1,0 +1,90 @@
+"""transformers.Trainer with what sparse models want: a rate for their routers, and a teacher.
+
+    loss = (1 - distill) * (L_LM + the model's own sparsity loss) + distill * KL(teacher || model)
+
+Everything else (accumulation, precision, logging, checkpoints, `accelerate launch`) is Trainer's.
+"""
+
+import torch
+import torch.nn.functional as F
+from transformers import Trainer
+
+from ..errors import UserError
+
+
+class SparseTrainer(Trainer):
+    """Trainer for converted models and, as their control, dense ones.
+
+    Args:
+        router_lr: peak learning rate of the routers' parameters; None: that of the others.
+        teacher: a dense model of the same vocabulary, in eval mode, on the same device; None: no
+            distillation.
+        distill: share of the teacher in the loss, 0 to 1.
+        args, kwargs: as for transformers.Trainer.
+    """
+
+    def __init__(self, *args, router_lr: float | None = None, teacher=None, distill=0.5, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.router_lr = router_lr
+        self.teacher = teacher
+        self.distill = distill if teacher is not None else 0.0
+        self._sparsity = 0.0  # of the step's micro-batches so far
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """Two groups: weights at learning_rate with weight_decay, routers at router_lr without."""
+        if self.optimizer is not None:
+            return self.optimizer
+        model = self.model if model is None else model
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if not trained:
+            raise UserError("the model has no parameter to train")
+        weights = [p for name, p in trained if not is_router(name)]
+        routers = [p for name, p in trained if is_router(name)]
+        router_lr = self.args.learning_rate if self.router_lr is None else self.router_lr
+        groups = [
+            {"params": weights, "weight_decay": self.args.weight_decay},
+            {"params": routers, "weight_decay": 0.0, "lr": router_lr},
+        ]
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        self.optimizer = kind([group for group in groups if group["params"]], **options)
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self._sparsity += float(getattr(outputs, "sparsity_loss", None) or 0.0)
+        if self.distill:
+            with torch.no_grad():
+                wanted = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+            divergence = kl_divergence(outputs.logits, wanted, inputs["labels"], num_items_in_batch)
+            loss = (1 - self.distill) * loss + self.distill * divergence
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"the loss is not finite at step {self.state.global_step + 1} ({loss.item()}): "
+                "use a lower --lr, or --precision fp32"
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:
+            logs["sparsity_loss"], self._sparsity = self._sparsity, 0.0
+        super().log(logs, *args, **kwargs)
+
+
+def is_router(parameter_name: str) -> bool:
+    """Whether a parameter of a converted model belongs to a router."""
+    return ".router." in f".{parameter_name}"
+
+
+def kl_divergence(logits, wanted, labels, num_items=None) -> torch.Tensor:
+    """KL(wanted || logits) at the positions that predict a label, in fp32: 0-d.
+
+    Args:
+        logits, wanted: [B,L,V] of student and teacher.
+        labels: [B,L] int64, -100: not counted.
+        num_items: what the sum is divided by; None: the number of counted positions.
+    """
+    counts = labels[:, 1:] != -100
+    got = F.log_softmax(logits[:, :-1][counts].float(), dim=-1)
+    wanted = F.log_softmax(wanted[:, :-1][counts].float(), dim=-1)
+    total = F.kl_div(got, wanted, log_target=True, reduction="sum")
+    return total / (counts.sum().clamp(min=1) if num_items is None else num_items)
