@@ -1,38 +1,17 @@
 """Opening and saving models for the commands: every way it can go wrong has its own sentence."""
 
-import contextlib
 import json
-import logging
 import shutil
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 from .command_line.console import expect, is_out_of_memory, say
 from .errors import UserError
 from .files import TOKENIZER_FILES, check_space, owned_files
 from .models import KEY, OLD_MODEL_TYPE
+from .quiet import quiet_transformers
 
 # Ends of names that older versions saved and that are computed from the config.
 _HARMLESS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "embeddings.position_ids")
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """transformers' own bars and advice off: the commands show their own progress."""
-    from transformers.utils import logging as hf_logging
-
-    verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            hf_logging.set_verbosity(verbosity)
-            hf_logging.enable_progress_bar()
 
 
 def read_config(folder: Path) -> dict:
@@ -63,7 +42,7 @@ def load_model(
     dtype: "auto" (as saved), "fp32", "bf16", "fp16". only: "dense" refuses a converted model,
     "sparse" a dense one. device: "auto", "cpu", "cuda" or "cuda:N".
     """
-    from .demo.source import resolve_model
+    from .model_source import resolve_model
 
     folder = resolve_model(str(model))
     config = read_config(folder)

@@ -204,3 +204,33 @@ def test_loss_outside_the_model(seed):
     model(**given)
     with pytest.warns(UserWarning, match="add_sparsity_loss"):
         model(**given)
+
+
+def test_calibration_of_a_vision_language_model(seed):
+    """On text alone, through the language model's layers."""
+    model = COMPOSITE["llava-qwen3"]().eval()
+    text = torch.randint(3, 140, (8, 32))
+    sparse = dsmoe_ext.calibrate(model, text, expert_size=8, progress=False)
+    dsmoe_ext.active_fraction(sparse)
+    sparse(text)
+    assert abs(dsmoe_ext.active_fraction(sparse).mean - 0.5) <= 0.05
+
+
+def test_adapters(seed):
+    """LoRA leaves routers alone, adapts experts as parameters, and keeps the sparsity loss."""
+    peft = pytest.importorskip("peft")
+    model, ids = route(dsmoe_ext.sparsify(tiny_llama(), 4)), torch.randint(3, 140, (2, 12))
+    want = model(ids).logits
+    names = ["gate_proj.weight", "up_proj.weight", "down_proj.weight"]
+    lora = peft.LoraConfig(r=2, target_modules="all-linear", target_parameters=names)
+    adapted = peft.get_peft_model(model, lora).train()
+    layers = {name.split(".")[-1] for name, m in adapted.named_modules() if hasattr(m, "lora_A")}
+    assert layers == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    loss = adapted(input_ids=ids, labels=ids).loss
+    loss.backward()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            assert parameter.grad.abs().sum() > 0, name
+    model.config.dsmoe["sparsity_weight"] = 0.0
+    assert adapted(input_ids=ids, labels=ids).loss < loss
+    torch.testing.assert_close(adapted.eval().merge_and_unload()(ids).logits, want)

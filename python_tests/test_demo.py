@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from dsmoe_ext import model_source as source
 from dsmoe_ext.command_line.app import app
-from dsmoe_ext.demo import source
 from dsmoe_ext.demo.report import draw_report, table_rows
 from dsmoe_ext.errors import UserError
 from dsmoe_ext.training.callbacks import read_log

@@ -1,10 +1,10 @@
-"""dsmoe_ext/demo/gguf.py: a .gguf file is read whole, or refused in one sentence."""
+"""dsmoe_ext/gguf.py: a .gguf file is read whole, or refused in one sentence."""
 
 import numpy as np
 import pytest
 import torch
 
-from dsmoe_ext.demo import source
+from dsmoe_ext import model_source as source
 from dsmoe_ext.errors import UserError
 from dsmoe_ext.training.tiny import byte_tokenizer, tiny_llama
 

@@ -13,15 +13,16 @@ from ..command_line.steps import calibrate_on, evaluate_with_bar, prompt_ids, te
 from ..command_line.text import mixed_windows
 from ..errors import UserError
 from ..files import DEMO_FILES, atomic_directory, directory_size, json_text
-from ..loading import load_model, model_bytes, need_tokenizer, quiet_transformers
+from ..loading import load_model, model_bytes, need_tokenizer
+from ..model_source import HUB_ID, SMOLLM2
 from ..models.options import options_of
+from ..quiet import quiet_transformers
 from ..training.command import describe
 from ..training.data import prose_text, second_domain_text, windows_of
 from ..training.evaluate import evaluate, supports_bf16
 from ..training.fine_tune import TrainSettings, fine_tune
 from ..training.measure import active_parameters, generate, num_parameters, threshold
 from ..training.sources import BUILTIN, SELF, Source, read_windows
-from .source import HUB_ID, SMOLLM2
 from .speed import measure_speed
 
 DISPLAY_NAMES = {SMOLLM2: HUB_ID.rpartition("/")[2]}

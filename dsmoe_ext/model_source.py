@@ -18,9 +18,9 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
-from ..command_line.console import say, stage
-from ..errors import UserError
-from ..files import (
+from .command_line.console import say, stage
+from .errors import UserError
+from .files import (
     MODEL_FILES,
     check_output,
     check_space,

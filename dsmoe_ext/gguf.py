@@ -8,7 +8,7 @@ import contextlib
 import io
 from pathlib import Path
 
-from ..errors import UserError
+from .errors import UserError
 
 # Without these the model would be built with somebody's defaults.
 _NEEDED = (
@@ -44,7 +44,7 @@ def gguf_to_llama(path: Path, folder: Path) -> None:
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from ..loading import quiet_transformers
+    from .quiet import quiet_transformers
 
     # Reading GGUF draws a bar of its own on stderr that no setting turns off.
     with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
