@@ -118,8 +118,17 @@ def load_dense(path, dtype=None):
 
 def refuse_offloaded(model) -> None:
     """Weights on disk, which come and go around every call, cannot be shared by two models."""
-    if getattr(model, "hf_device_map", None) and any(p.is_meta for p in model.parameters()):
+    if any(hasattr(module, "_hf_hook") for module in model.modules()) and any(
+        tensor.is_meta for tensor in (*model.parameters(), *model.buffers())
+    ):
         raise RuntimeError("parts of the model are offloaded: load it whole, without device_map")
+
+
+def check_finite(model) -> None:
+    """Refuses weights that are NaN or infinite, of which nothing could be measured."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise ValueError(f"{name} holds numbers that are not finite: the model is damaged")
 
 
 def _sharing_copy(model):

@@ -80,6 +80,16 @@ def check_output(target: str | Path, overwrite: bool = False, *reads: str | Path
     return place
 
 
+def check_file(target: str | Path) -> None:
+    """Refuses, before the work, a file to write that is there already or cannot be made."""
+    place = Path(target).expanduser()
+    if place.is_dir():
+        raise UserError(f"{target} is a directory; give a file to write to")
+    if os.path.lexists(place):
+        raise UserError(f"{target} exists; choose another name or delete it")
+    check_output(place, overwrite=True)
+
+
 def _entries(folder: Path) -> list[str]:
     """Names in a folder, without what a killed run or a file system's maker left."""
     own = (_partial_prefix(folder, inside=True), "lost+found")
@@ -297,7 +307,7 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 @contextlib.contextmanager
 def atomic_file(target: str | Path) -> Iterator[Path]:
     """Yields a path beside `target` (beside what it links to) that takes its name in the end."""
-    place = Path(target).resolve()
+    place = Path(target).expanduser().resolve()
     if place.is_dir():
         raise UserError(f"{target} is a directory; give a file to write to")
     place.parent.mkdir(parents=True, exist_ok=True)

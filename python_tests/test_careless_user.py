@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+import dsmoe_ext
 from dsmoe_ext.command_line import steps
 from dsmoe_ext.command_line.app import app
 from dsmoe_ext.training.tiny import byte_tokenizer, save_tiny_llama, tiny_llama
@@ -114,6 +115,8 @@ def test_weights_that_are_not_numbers(tiny, text, tmp_path):
     options = ("--data", text, "--window", 64)
     assert "loss is nan" in fails("eval", tiny, *options, "--json")
     assert "not finite" in fails("train", tiny, tmp_path / "out", *options, "--steps", 1)
+    assert "model.norm.weight holds" in fails("calibrate", tiny, tmp_path / "out2", *options)
+    assert not (tmp_path / "out2").exists()
 
 
 def test_perplexity_beyond_floats_is_json(monkeypatch, tiny, text):
@@ -122,6 +125,18 @@ def test_perplexity_beyond_floats_is_json(monkeypatch, tiny, text):
     assert result.exit_code == 0, result.output
     [row] = json.loads(result.stdout, parse_constant=pytest.fail)
     assert row["perplexity"] is None and row["loss"] > 700
+
+
+@pytest.mark.parametrize("method", ["top_k", "relu"])
+def test_thresholds_of_methods_that_have_none(tiny, text, tmp_path, method):
+    sparse = dsmoe_ext.sparsify(tiny, 6, method=method, router_init="paper")
+    with pytest.raises(ValueError, match="no threshold"):
+        dsmoe_ext.set_threshold(sparse, 0.5)
+    sparse.save_pretrained(tmp_path / method)
+    byte_tokenizer().save_pretrained(tmp_path / method)
+    options = ("--data", text, "--window", 64, "--thresholds", "0.1,0.9")
+    assert "no threshold" in fails("eval", tmp_path / method, *options)
+    assert "no threshold" in fails("generate", tmp_path / method, "a", "--threshold", 0.5)
 
 
 # ------------------------------------------------------------------------------ tokenizers

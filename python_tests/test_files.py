@@ -13,6 +13,7 @@ from dsmoe_ext.files import (
     DEMO_FILES,
     atomic_directory,
     atomic_file,
+    check_file,
     check_output,
     held,
     is_out_of_space,
@@ -216,6 +217,15 @@ def test_outputs_that_cannot_be(tmp_path):
             check_output(tmp_path / name)
     with pytest.raises(UserError, match="is a directory"), atomic_file(tmp_path):
         pass
+
+
+def test_a_file_of_others_is_not_replaced(tmp_path):
+    write(tmp_path, file="mine")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name, message in ((".", "is a directory"), ("file", "exists"), ("dangling", "exists")):
+        with pytest.raises(UserError, match=message):
+            check_file(tmp_path / name)
+    check_file(tmp_path / "new")
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):

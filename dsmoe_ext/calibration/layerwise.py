@@ -28,7 +28,7 @@ from dsmoe_ext.calibration.router import (
 from dsmoe_ext.calibration.streams import Layer, Streams, quick_dtype, quick_matmul
 from dsmoe_ext.calibration.sums import Moments
 from dsmoe_ext.command_line import console
-from dsmoe_ext.convert import check_dense, merge, sparsify
+from dsmoe_ext.convert import check_dense, check_finite, merge, refuse_offloaded, sparsify
 from dsmoe_ext.gated_mlp import describe, mlp_activations
 from dsmoe_ext.layers import ffn_layers, find_ffns
 from dsmoe_ext.models.adopt import gated_mlps, text_model
@@ -94,6 +94,8 @@ def calibrate(
     Besides the models it needs the hidden states of the text, 3 H · T floats for T tokens, and sums
     of some 8 I² floats for one layer at a time.
     """
+    refuse_offloaded(model)
+    check_finite(model)
     dense, kept = _dense_model(model)
     sizes = partition.shared_split(_intermediate_size(dense), expert_size, shared)
     layout = Layout(*sizes)

@@ -30,12 +30,15 @@ def place(
 
     Example: `dsmoe place smollm2-half --ranks 8`
     """
+    from ..files import atomic_file, check_file
     from ..loading import load_model, need_tokenizer
     from ..training.data import read_text, windows_of
 
+    if out:
+        check_file(out)
     with console.stage("Loading"):
         loaded, tokenizer = load_model(model, dtype=dtype.value, device=device)
-    ids = windows_of(need_tokenizer(tokenizer, model), read_text(data), window).train
+    ids = windows_of(need_tokenizer(tokenizer, model), read_text(data), window, loaded).train
     ids = ids[: max(1, tokens // window)].to(loaded.device)
     from ..distributed.load import before_and_after, used_experts
     from ..layers import ffn_layers
@@ -49,7 +52,8 @@ def place(
             row_bytes = ffn.hidden_size * loaded.dtype.itemsize
             rows.append(before_and_after(mask, sizes, ranks, row_bytes))
     if out:
-        out.write_text(json.dumps([after.placement.ranks for _, after in rows]) + "\n")
+        with atomic_file(out) as partial:
+            partial.write_text(json.dumps([after.placement.ranks for _, after in rows]) + "\n")
     summary = [_summary([row[side] for row in rows]) for side in (0, 1)]
     if as_json:
         print(json.dumps(dict(zip(("before", "after"), summary, strict=True)), indent=1))

@@ -49,16 +49,21 @@ def evaluate_with_bar(model, ids: torch.Tensor, label: str, *, context: int = 0,
         )
 
 
+def _check_thresholds(model, values: list[float], option: str) -> None:
+    """Thresholds that a model cannot have are refused before the first of them is used."""
+    if values and not find_ffns(model):
+        raise UserError(f"{option} needs a converted model; this one is dense")
+    with console.expect(ValueError):
+        for value in values:
+            with threshold(model, value):
+                pass
+
+
 def evaluation_rows(
     model, texts: list[Text], thresholds: list[float], *, batch_size: int = 1, teacher=None
 ) -> list[dict]:
     """For every text one row as the model is, then one per threshold; ready for JSON."""
-    if thresholds and not find_ffns(model):
-        raise UserError("--thresholds needs a converted model; this one is dense")
-    with console.expect(ValueError):
-        for value in thresholds:
-            with threshold(model, value):  # refused before the first evaluation, not after it
-                pass
+    _check_thresholds(model, thresholds, "--thresholds")
     ready_for_inference(model)
     rows = []
     for text in texts:
@@ -209,8 +214,7 @@ def generate_text(
     """Prints prompt and continuation as they come, and the speed on stderr."""
     ids = prompt_ids(tokenizer, text, chat)
     check_tokens(model, tokenizer, ids)
-    if threshold_value is not None and not find_ffns(model):
-        raise UserError("--threshold needs a converted model; this one is dense")
+    _check_thresholds(model, [] if threshold_value is None else [threshold_value], "--threshold")
     ready_for_inference(model)
     before, new, shown = None if chat else ids, [], ""
 
