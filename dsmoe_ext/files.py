@@ -80,11 +80,14 @@ def check_output(target: str | Path, overwrite: bool = False, *reads: str | Path
     return place
 
 
-def check_file(target: str | Path) -> None:
-    """Refuses, before the work, a file to write that is there already or cannot be made."""
+def check_file(target: str | Path, mark: str | None = None) -> None:
+    """Refuses, before the work, a file to write that cannot be made, or is there already and does
+    not hold the `mark` of ours."""
     place = Path(target).expanduser()
     if place.is_dir():
         raise UserError(f"{target} is a directory; give a file to write to")
+    if place.is_file() and mark and mark in place.read_text(encoding="utf-8", errors="replace"):
+        return
     if os.path.lexists(place):
         raise UserError(f"{target} exists; choose another name or delete it")
     check_output(place, overwrite=True)

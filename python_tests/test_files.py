@@ -226,6 +226,9 @@ def test_a_file_of_others_is_not_replaced(tmp_path):
         with pytest.raises(UserError, match=message):
             check_file(tmp_path / name)
     check_file(tmp_path / "new")
+    check_file(tmp_path / "file", mark="min")
+    with pytest.raises(UserError, match="exists"):
+        check_file(tmp_path / "file", mark="ours")
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):

@@ -27,15 +27,17 @@ def report(
     Example: `dsmoe report smollm2-half --out half.html`
     """
     from ..errors import UserError
+    from ..files import atomic_file, check_file
     from ..layers import find_ffns
     from ..loading import load_model, need_tokenizer
     from ..report.measure import measure
-    from ..report.page import page
+    from ..report.page import TITLE, page
     from . import console
     from .text import texts_to_measure
 
     if not out.absolute().parent.is_dir():
         raise UserError(f"no such folder: {out.absolute().parent}")
+    check_file(out, mark=TITLE)
     with console.stage("Loading"):
         loaded, tokenizer = load_model(model, dtype=dtype.value, device=device)
     if not find_ffns(loaded):
@@ -44,5 +46,6 @@ def report(
     texts = texts_to_measure(loaded, tokenizer, data, None, window=window, limit=limit)
     with console.stage("Measuring"):
         findings = measure(loaded, tokenizer, model, texts)
-    out.write_text(page(findings), encoding="utf-8")
+    with atomic_file(out) as partial:
+        partial.write_text(page(findings), encoding="utf-8")
     print(f"wrote {out}")

@@ -19,6 +19,8 @@ table {{ border-collapse: collapse; }} td, th {{ padding: .25rem .9rem .25rem 0;
 svg {{ width: 100%; height: auto; }} svg text {{ font: 11px system-ui, sans-serif; fill: {INK}; }}
 """
 
+TITLE = ": what is active"  # how the titles of all pages end
+
 
 def page(findings: Findings) -> str:
     """The whole document."""
@@ -39,7 +41,7 @@ def page(findings: Findings) -> str:
         _line([("active", findings.position_share.tolist())], "position", 0.0, 1.0),
         _training(findings.log),
     ]
-    title = f"<title>{escape(findings.name)}: what is active</title>"
+    title = f"<title>{escape(findings.name)}{TITLE}</title>"
     head = f"<meta charset='utf-8'>{title}<style>{STYLE}</style>"
     return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>"
 
