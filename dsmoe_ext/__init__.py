@@ -44,6 +44,7 @@ _LAZY = {
     "balance_loss": "balance",
     "sparsity_loss": "losses",
     "add_sparsity_loss": "sparsity",
+    "SparseTrainer": "training.trainer",
     "sparsify": "convert",
     "merge": "convert",
     "convert_llama": "convert",
