@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..command_line.text import Text
 from ..layers import ffn_layers
+from ..training.callbacks import read_log
 from ..training.evaluate import activity, evaluate, supports_bf16
-from ..training.log import read_log
 from ..training.measure import ready_for_inference
 from ..training.usage import watch_usage
 
