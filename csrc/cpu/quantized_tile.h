@@ -210,11 +210,12 @@ static void multiply_codes(const char* panel, const QuantizedPanels& b, const Di
 // ------------------------------------------------------------------------------------------------
 // many rows
 
-// Term j of a line as numbers, kZero taken off.
+// Term j of a line as 1 + code / 2^Bits: the code's bits become the mantissa's first.
 template <int Bits>
 DSMOE_INLINE Vec<float> code_term(VecU32 line, int j) {
-  const int byte = Bits == 4 ? j % kDotTerms : j, half = Bits == 4 ? j / kDotTerms * 4 : 0;
-  return to_float((VecI32)(line >> (8 * byte + half) & ((1 << Bits) - 1)) - kZero<Bits>);
+  const int at = 8 * (j % kDotTerms) + (j / kDotTerms) * 4, to = 23 - Bits;
+  const VecU32 moved = at > to ? line >> (at - to) : line << (to - at);
+  return (Vec<float>)((moved & (((1u << Bits) - 1) << to)) | 0x3f800000u);
 }
 DSMOE_INLINE VecU32 load_line(const char* line) {
   if constexpr (kDotTerms == 4) return load_raw<VecU32>(line);
@@ -229,43 +230,51 @@ DSMOE_INLINE void store_terms(fp16* out, Vec<float> first, Vec<float> second) {
   store(out + kColumns<float>, second);
 }
 DSMOE_INLINE void store_terms(bf16* out, Vec<float> first, Vec<float> second) {
-  store_pair(out, first, second);
+  const VecU32 low = ((VecU32)first + 0x8000) >> 16, high = (VecU32)second + 0x8000;  // rounded
+  const VecU32 pair = low | (high & 0xffff0000u);
+  memcpy(out, &pair, sizeof pair);
 }
 
-// Blocks begin to end of a panel as B of gemm_tile.h: out[K / kPair][kColumns][kPair]. Codes of 8 bits without
-// scales of groups are exact in every type.
+// Blocks begin to end of a panel as B of gemm_tile.h: out[K / kPair][kColumns][kPair]. Codes of 8 bits
+// without scales of groups are exact in every type.
 template <class T, int Bits>
 static void dequantize_blocks(const char* panel, const QuantizedPanels& b, int64_t begin,
                               int64_t end, T* out) {
   constexpr int kPair = Compute<T>::kPair, kTerms = kDotTerms * (Bits == 4 ? 2 : 1);
-  const int64_t steps = ceil_div(b.terms, kPair);
+  constexpr int64_t kStep = kColumns<T> * kPair;
+  constexpr float kCodes = 1 << Bits,
+                  kShift = 1.5f * kCodes;  // a term is 1 + (code + kZero) / kCodes
+  const bool has_scales = b.format.group_size != 0, has_min = b.format.has_min;
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t first = i * b.block_terms(), terms = b.terms_of(i), lines = b.lines(terms);
+    const int64_t terms = b.terms_of(i), whole = terms / kTerms, rest = terms % kTerms;
     const char* from = panel + b.block_start(i);
     const fp16* numbers = (const fp16*)(from + b.code_bytes(terms));
+    T* const block_out = out + i * b.block_terms() / kPair * kStep;
     for (int w = 0; w < 2; ++w) {
-      const bool has_scales = b.format.group_size != 0, has_min = b.format.has_min;
-      const Vec<float> scale = has_scales ? load(numbers + w * kCodeLanes) : splat(1.f);
-      const Vec<float> least = has_min ? load(numbers + (2 + w) * kCodeLanes) : Vec<float>{};
-      for (int64_t line = 0; line < lines; ++line) {
-        const VecU32 codes = load_line(from + (2 * line + w) * kLineBytes);
+      Vec<float> scale = splat(kCodes), least = splat(-kShift);
+      if (has_scales) {
+        const Vec<float> step = load(numbers + w * kCodeLanes);
+        scale = step * kCodes;
+        least = has_min ? load(numbers + (2 + w) * kCodeLanes) - step * kShift : step * -kShift;
+      }
+      const char* line = from + w * kLineBytes;
+      T* to = block_out + w * kCodeLanes * kPair;
+      for (int64_t n = 0; n < whole; ++n, line += 2 * kLineBytes, to += kTerms / kPair * kStep) {
+        const VecU32 codes = load_line(line);
 #pragma GCC unroll 4
-        for (int j = 0; j < kTerms; j += 2) {
-          const int64_t term = first + line * kTerms + j;
-          if (term >= steps * kPair) break;
-          Vec<float> v[2] = {code_term<Bits>(codes, j), code_term<Bits>(codes, j + 1)};
-          if (has_scales)
-            for (Vec<float>& value : v) value = fma(value, scale, least);
-          T* to = out + term / kPair * (kColumns<T> * kPair) + w * kCodeLanes * kPair;
-          const int64_t left = b.terms - term;
-          if (left > 1) {
-            store_terms(to, v[0], v[1]);
-          } else if constexpr (kPair == 2) {
-            store_terms(to, v[0], Vec<float>{});
-          } else {
-            store(to, v[0]);
-          }
-        }
+        for (int j = 0; j < kTerms; j += 2)
+          store_terms(to + j / kPair * kStep, fma(code_term<Bits>(codes, j), scale, least),
+                      fma(code_term<Bits>(codes, j + 1), scale, least));
+      }
+      if (rest == 0) continue;
+      const VecU32 codes = load_line(line);
+      for (int j = 0; j < rest; j += kPair) {
+        const Vec<float> first = fma(code_term<Bits>(codes, j), scale, least);
+        const Vec<float> second = fma(code_term<Bits>(codes, j + 1), scale, least);
+        if constexpr (kPair == 2)
+          store_terms(to + j / 2 * kStep, first, j + 1 < rest ? second : Vec<float>{});
+        else
+          store(to + j * kStep, first);
       }
     }
   }
