@@ -81,7 +81,6 @@ def route(model):
     return model.eval()
 
 
-@pytest.mark.xfail(raises=RuntimeError, strict=False)  # Gemma 3, until kernels have gelu
 @pytest.mark.parametrize("kind", COMPOSITE)
 def test_vision_language(kind, tmp_path, seed):
     """The language model becomes sparse, the vision tower stays; padding and loss as elsewhere."""

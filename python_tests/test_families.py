@@ -76,7 +76,6 @@ QUICK = ("qwen3", "phi3", "gemma2", "lfm2")
 families = pytest.mark.parametrize(
     "kind", [pytest.param(k, marks=[pytest.mark.quick] if k in QUICK else []) for k in FAMILIES]
 )
-pytestmark = pytest.mark.xfail(raises=RuntimeError, strict=False)  # until kernels have gelu
 
 
 def batch():

@@ -277,7 +277,6 @@ def test_mlp_there_and_back(permuted, make_llama, seed):
         assert torch.equal(weight, mlp.state_dict()[f"{name}.weight"])
 
 
-@pytest.mark.xfail(raises=RuntimeError, strict=False)  # until kernels have gelu
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
 @pytest.mark.parametrize("fused", [False, True])
 def test_every_kind_of_gated_mlp(activation, fused, seed):
