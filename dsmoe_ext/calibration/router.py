@@ -20,7 +20,6 @@ RIDGE = 0.05
 # Strength is in natural logarithms, of which errors are about one half; times 4 the sigmoid is
 # decided for most pairs, and still has a gradient near the threshold for fine-tuning.
 SCALE = 4.0
-SPREAD = 0.0
 # How far from the mean prediction the histogram reaches, in standard deviations.
 HISTOGRAM_REACH = 10.0
 
@@ -57,8 +56,6 @@ def fit_router(sums: Moments, dtype: torch.dtype = torch.float32) -> Strength:
     cholesky, _ = ridge_cholesky(sums.gram, RIDGE)
     weight = torch.cholesky_solve(sums.moment, cholesky).T
     bias = sums.mean_y - weight @ sums.mean_x
-    left = (sums.power_y - (weight * sums.moment.T).sum(dim=1)).clamp(min=0) / sums.count
-    bias += SPREAD * left
     return Strength(weight.to(dtype).contiguous(), bias.to(dtype))
 
 
