@@ -13,11 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from dsmoe_ext import ops, sparsity
+from dsmoe_ext.balance import BALANCE_FORMS, balance_terms
 from dsmoe_ext.gated_mlp import SPLIT, describe
 from dsmoe_ext.layout import expert_layout
 from dsmoe_ext.ops import Routing
 from dsmoe_ext.reference import ACTIVATIONS, GATES, METHODS
-from dsmoe_ext.routers import ROUTERS, LinearRouter, without_half_casts
+from dsmoe_ext.routers import (
+    ROUTERS,
+    LinearRouter,
+    Router,
+    make_router,
+    router_names,
+    without_half_casts,
+)
+from dsmoe_ext.routers.scored import dense_start
 from dsmoe_ext.sampling import MIN_PROB, draw_weights, mix_key
 from dsmoe_ext.sliced_ffn import SlicedFFN
 from dsmoe_ext.statistics import ActivityCounter
@@ -32,16 +41,6 @@ def check_choice(name: str, value: str, choices) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
-def dense_start(method: str, threshold: float, num_experts: int, top_k: int) -> tuple[float, float]:
-    """Logit and unscaled gate that every expert starts with under router_init="dense"."""
-    if method == "threshold":
-        if not 0 <= threshold < 1:
-            raise ValueError(f"router_init='dense' needs a threshold in [0, 1), got {threshold}")
-        score = (threshold + 1) / 2  # half way between tau and 1: room to move on both sides
-        return math.log(score / (1 - score)), score
-    return {"relu": (1.0, 1.0), "top_p": (0.0, 1 / num_experts), "top_k": (0.0, 1 / top_k)}[method]
-
-
 class DSMoEFFN(SlicedFFN):
     """Drop-in for a gated MLP: x [..., H] -> [..., H].
 
@@ -54,10 +53,14 @@ class DSMoEFFN(SlicedFFN):
     expert_sizes  their sizes (ints) or ratios (floats)
     shared_size   neurons of an always-on expert in front of them; 0: none
     threshold     tau of method "threshold", probability mass of "top_p"; move it any time
-    method        "threshold" (DSMoE), "top_p" (XMoE), "top_k" (MoDSE, LLaMA-MoE), "relu" (ReMoE)
+    method        "threshold" (DSMoE), "top_p" (XMoE), "top_k" (MoDSE, LLaMA-MoE), "relu" (ReMoE),
+                  or the name of another registered router (docs/methods.md)
     gates         "scores" or "binary"
     rescale       multiply by I_routed / I_active; by default for scores, not for binary gates
     router        "linear" or "modse"; router_bias defaults to what router_init needs
+    router_options  of a registered router, beyond those here
+    balance       the form of balance_loss that takes the place of the sparsity loss; None: what
+                  the registered router trains with, or the sparsity loss
     router_init   "dense": every expert starts active with gate 1, so that the layer starts as the
                   dense FFN; "paper": random. gate_scale follows from it unless given.
     ste           what inactive pairs tell the router: "active" nothing, "exact" all (the paper),
@@ -85,7 +88,9 @@ class DSMoEFFN(SlicedFFN):
         rescale: bool | None = None,
         router: str = "linear",
         router_bias: bool | None = None,
+        router_options: dict | None = None,
         router_init: str = "dense",
+        balance: str | None = None,
         gate_scale: float | None = None,
         ste: str = "active",
         sample_prob: float = 0.25,
@@ -96,7 +101,7 @@ class DSMoEFFN(SlicedFFN):
         device=None,
         dtype: torch.dtype | None = None,
     ):
-        check_choice("method", method, METHODS)
+        check_choice("method", method, dict.fromkeys((*METHODS, *router_names())))
         check_choice("gates", gates, GATES)
         check_choice("ste", ste, STE_MODES)
         check_choice("router", router, ROUTERS)
@@ -128,7 +133,28 @@ class DSMoEFFN(SlicedFFN):
         self.rescale = gates == "scores" if rescale is None else rescale
         self.ste, self.sample_prob = ste, sample_prob
         self.set_seed(torch.randint(2**62, (), device="cpu").item() if seed is None else seed)
-        self._init_router(router, router_init, router_bias, gate_scale, threshold, device, dtype)
+        if method in METHODS and not router_options:
+            self._init_router(
+                router, router_init, router_bias, gate_scale, threshold, device, dtype
+            )
+        else:
+            given = dict(threshold=threshold, top_k=top_k, bias=router_bias, gate_scale=gate_scale)
+            given |= dict(rescale=rescale, gates=None if gates == "scores" else gates)
+            self.router = make_router(
+                method,
+                self.hidden_size,
+                self.sizes,
+                self.num_shared,
+                given | (router_options or {}),
+                is_dense_start=router_init == "dense",
+                device=device,
+                dtype=dtype,
+            )
+            self.gates = self.router.options.get("gates", gates)
+            self.gate_scale = float(self.router.options.get("gate_scale", 1.0))
+        self.balance = balance or getattr(self.router, "balance_form", None)
+        if self.balance is not None:
+            check_choice("balance", self.balance, BALANCE_FORMS)
 
         self.start_threshold = threshold
         self.register_buffer(
@@ -194,6 +220,8 @@ class DSMoEFFN(SlicedFFN):
         if self.threshold.is_meta:
             raise RuntimeError("the threshold is offloaded: load the model without offload_buffers")
         self._writable("threshold").copy_(torch.as_tensor(threshold))
+        if isinstance(self.router, Router):
+            self.router.turn(threshold)
 
     def set_seed(self, *parts: int) -> None:
         """Picks the stream of draws of ste="sampled". Layers must differ: pass (seed, layer).
@@ -238,12 +266,7 @@ class DSMoEFFN(SlicedFFN):
                 **self.routing_options,
             )
         else:
-            routing = ops.route(
-                self.router(tokens),
-                self.threshold,
-                self.offsets_on(x.device),
-                **self.routing_options,
-            )
+            routing = self.route(tokens)
             gates = routing.gates
             if run is not None and draw is None and self.ste == "sampled" and self.training:
                 draw = run.draw_of(self)
@@ -255,6 +278,44 @@ class DSMoEFFN(SlicedFFN):
         if run is None or not run.is_again:
             self.activity.add(gates, token_mask)
         return y.view(x.shape)
+
+    def route(self, tokens: Tensor) -> Routing:
+        """Gates [T,E] and scores [T,R] of tokens [T,H]."""
+        if isinstance(self.router, Router):
+            gate = None
+            if self.router.needs_gate_proj:
+                gate = self.expert_weights(tokens)[0][: self.intermediate_size]
+            return self.router(tokens, gate)
+        logits, offsets = self.router(tokens), self.offsets_on(tokens.device)
+        return ops.route(logits, self.threshold, offsets, **self.routing_options)
+
+    def loss_terms(self, routing: Routing, token_mask: Tensor | None = None) -> Tensor | None:
+        """What training adds to the loss for each token, [T]: the terms of the balance loss, or of
+        the sparsity loss; None: the method has neither."""
+        if self.balance is not None:
+            return balance_terms(routing, self.balance, token_mask=token_mask)
+        if isinstance(self.router, Router) and self.method not in METHODS:
+            return None
+        offsets = self.offsets_on(routing.gates.device)
+        return sparsity.sparsity_terms(routing, offsets, self.gates == "binary")
+
+    def turn(self, value: float) -> None:
+        """Moves what trades quality for work: tau, the mass, k, or the router's own knob."""
+        if isinstance(self.router, Router):
+            self.router.turn(value)
+        elif self.method == "top_k":
+            if not 1 <= value <= self.num_experts:
+                raise ValueError(f"top_k must lie between 1 and {self.num_experts}, got {value:g}")
+            self.top_k = int(value)
+        else:
+            self.set_threshold(value)
+
+    @property
+    def knob(self) -> float:
+        """What turn moves, as it is now."""
+        if isinstance(self.router, Router):
+            return float(getattr(self.router, self.router.knob)) if self.router.knob else math.nan
+        return float(self.top_k if self.method == "top_k" else self.threshold)
 
     @property
     def routing_options(self) -> dict:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from dsmoe_ext.ffn import DSMoEFFN
+from dsmoe_ext.routers import Router
 from dsmoe_ext.statistics import active_share
 
 
@@ -34,6 +35,19 @@ def set_threshold(model: nn.Module, threshold: float) -> None:
     """Sets tau in every layer: fewer experts when raised (of "top_p": more), without retraining."""
     for ffn in ffn_layers(model):
         ffn.set_threshold(threshold)
+
+
+def turn(model: nn.Module, value: float) -> None:
+    """Sets in every layer what the method trades quality for work by (DSMoEFFN.turn)."""
+    for ffn in ffn_layers(model):
+        ffn.turn(value)
+
+
+def start_step(model: nn.Module, step: int) -> None:
+    """To be called before every optimiser step of methods that draw something then (MatFormer)."""
+    for ffn in find_ffns(model):
+        if isinstance(ffn.router, Router):
+            ffn.router.start_step(step)
 
 
 def pack(model: nn.Module, **form) -> nn.Module:

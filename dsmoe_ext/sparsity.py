@@ -74,7 +74,9 @@ class ForwardPass:
         """Takes down a layer's terms; returns its output y with the node that feeds them."""
         if not (ffn.training or self.has_labels):
             return y
-        terms = sparsity_terms(routing, ffn.offsets_on(y.device), ffn.gates == "binary")
+        terms = ffn.loss_terms(routing, self.mask_of(len(routing.gates)))
+        if terms is None:
+            return y
         compiling = torch.compiler.is_compiling()
         if not self.is_again:
             self.terms.append(terms if compiling else terms.detach())

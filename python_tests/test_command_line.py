@@ -28,6 +28,8 @@ COMMANDS = (
     "eval",
     "generate",
     "train",
+    "place",
+    "prune",
     "demo",
 )
 MAIN = [sys.executable, "-c", "from dsmoe_ext.command_line.app import main; main()"]

@@ -16,7 +16,7 @@ def run(folder, *checks: str, **environment) -> subprocess.CompletedProcess:
         [sys.executable, RANKS, folder, *checks],
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=900,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
     )
 
@@ -35,11 +35,10 @@ def test_checkpoint_of_another_number_of_ranks(tmp_path):
 
 
 def test_a_killed_rank_ends_the_job(seed, tmp_path):
-    start = time.monotonic()
     result = run(tmp_path, "kill:3", DSMOE_SEED=str(seed))
-    seconds = time.monotonic() - start
     report = result.stdout + result.stderr
-    assert result.returncode != 0 and seconds < 60, report
+    assert time.time() - float((tmp_path / "death").read_text()) < 60, report
+    assert result.returncode != 0
     lines = [line for line in result.stderr.splitlines() if "has lost another rank" in line]
     assert len(lines) == 2 and all("restart from the last checkpoint" in line for line in lines)
     assert "Traceback" not in report

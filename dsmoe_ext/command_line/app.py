@@ -9,6 +9,7 @@ from ..errors import UserError
 from . import console
 from .evaluation import evaluate_command
 from .options import (
+    DataOption,
     DeviceOption,
     Dtype,
     DtypeOption,
@@ -21,8 +22,10 @@ from .options import (
     TargetOption,
     WindowOption,
     finite,
-    numbers,
+    written_sizes,
 )
+from .placing import place
+from .pruning import prune
 from .report import report
 from .training import demo, train
 
@@ -70,9 +73,29 @@ def convert(
     expert_sizes: Annotated[
         str | None,
         typer.Option(
-            metavar="N,N,...", help="Neurons of each routed expert, instead of --experts."
+            metavar="SIZES",
+            callback=written_sizes,
+            help="Sizes of the routed experts, instead of --experts: neurons (512,256,...), ratios "
+            "(2.0,1,...), pairs:4.5,0.5;4,1 (MoDSE) or nested (MatFormer).",
         ),
     ] = None,
+    method: Annotated[
+        str, typer.Option(help="The router by name: threshold, top_p, top_k, relu, modse, ...")
+    ] = "threshold",
+    top_k: Annotated[
+        int, typer.Option(min=1, help="Experts of every token, of top-k methods.")
+    ] = 2,
+    balance: Annotated[
+        str | None,
+        typer.Option(help="Balance loss of training: switch, cv, load_l1. Default: the method's."),
+    ] = None,
+    partition: Annotated[
+        str,
+        typer.Option(
+            help="Which neurons form an expert: contiguous, random, gate_rows or coactivation."
+        ),
+    ] = "contiguous",
+    data: DataOption = None,
     shared_size: Annotated[
         int, typer.Option(min=0, help="Neurons of an expert that is always on.")
     ] = 0,
@@ -97,18 +120,34 @@ def convert(
     from ..files import atomic_directory
     from ..loading import load_model, save_model
 
-    sizes = numbers(expert_sizes, int, "--expert-sizes")
     with atomic_directory(out, overwrite, reads=[model]) as folder:
         with console.stage("Loading"):
             dense, tokenizer = load_model(model, dtype=dtype.value, only="dense")
+        from ..calibration.orders import neuron_orders
         from ..convert import sparsify
+        from ..layout import parse_sizes
+        from ..loading import need_tokenizer
+        from ..routers import router_class
+        from ..training.sources import BUILTIN, Source, read_windows
 
         with console.stage("Converting"), console.expect(ValueError, TypeError):
+            layout: dict = {"num_experts": experts, "shared_size": shared_size}
+            if expert_sizes:
+                routed = dense.config.get_text_config().intermediate_size - shared_size
+                layout["expert_sizes"] = parse_sizes(expert_sizes, routed)
+            ids = None
+            if partition == "coactivation":
+                source = [Source(str(data or BUILTIN))]
+                words = need_tokenizer(tokenizer, model)
+                ids = read_windows(words, source, 512, model=dense).train
+            orders = neuron_orders(dense, partition, ids=ids, seed=seed, **layout)
             converted = sparsify(
                 dense,
-                num_experts=len(sizes) or experts,
-                expert_sizes=sizes or None,
-                shared_size=shared_size,
+                **layout,
+                permutations=orders,
+                method=method,
+                top_k=top_k,
+                balance=balance or router_class(method).balance_form,
                 threshold=threshold,
                 router_init=router_init.value,
                 seed=seed,
@@ -346,6 +385,8 @@ def _add_benchmarks() -> None:
 app.command(name="eval")(evaluate_command)
 app.command()(train)
 app.command()(demo)
+app.command()(place)
+app.command()(prune)
 app.command()(report)
 _add_experiments()
 _add_benchmarks()

@@ -34,7 +34,10 @@ def evaluate_command(
     thresholds: Annotated[
         str | None,
         typer.Option(
-            metavar="T,T,...", help="Also evaluate with every layer's threshold at these."
+            "--sweep",
+            "--thresholds",
+            metavar="T,T,...",
+            help="Also evaluate with every layer's threshold (or top-p mass, k, prefix) at these.",
         ),
     ] = None,
     window: WindowOption = 512,
@@ -58,7 +61,7 @@ def evaluate_command(
 
     Example: `dsmoe eval smollm2-half --thresholds 0.3,0.5,0.7`
     """
-    values = numbers(thresholds, float, "--thresholds")
+    values = numbers(thresholds, float, "--sweep")
     from ..loading import load_model, need_tokenizer
 
     with console.stage("Loading"):

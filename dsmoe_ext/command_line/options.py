@@ -122,3 +122,15 @@ def numbers(text: str | None, kind: type, option: str) -> list:
         raise typer.BadParameter(
             f"{text!r} is not a list like 0.3,0.5", param_hint=option
         ) from None
+
+
+def written_sizes(text: str | None) -> str | None:
+    """Callback of --expert-sizes: refuses what no FFN of any size could have."""
+    if text:
+        from ..layout import parse_sizes
+
+        try:
+            parse_sizes(text, 2**30)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+    return text

@@ -32,14 +32,15 @@ def place(
     """
     from ..files import atomic_file, check_file
     from ..loading import load_model, need_tokenizer
-    from ..training.data import read_text, windows_of
+    from ..training.sources import BUILTIN, Source, read_windows
 
     if out:
         check_file(out)
     with console.stage("Loading"):
         loaded, tokenizer = load_model(model, dtype=dtype.value, device=device)
-    ids = windows_of(need_tokenizer(tokenizer, model), read_text(data), window, loaded).train
-    ids = ids[: max(1, tokens // window)].to(loaded.device)
+    source, words = [Source(str(data or BUILTIN))], need_tokenizer(tokenizer, model)
+    windows = read_windows(words, source, window, model=loaded)
+    ids = windows.train[: max(1, tokens // window)].to(loaded.device)
     from ..distributed.load import before_and_after, used_experts
     from ..layers import ffn_layers
 

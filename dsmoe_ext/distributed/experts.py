@@ -130,8 +130,9 @@ class ParallelExperts(nn.Module):
 
     def run(self, rows: Tensor, gates: Tensor, grad_weight: Tensor | None) -> Tensor:
         """This rank's experts for rows [R,H] from all ranks."""
-        if not self.own_sizes:  # nobody sends anything, but all ranks meet in the backward, too
-            return rows + sum((t.sum() for t in self.local()), gates.sum()).to(rows)
+        if not self.own_sizes:  # adds nothing, but its gradients must meet those of other ranks
+            nothing = [t[:0].sum() for t in (rows, gates, *self.local())]
+            return torch.zeros_like(rows) + sum(nothing).to(rows)
         offsets = self.offsets(rows.device)
         return sparse_ffn(
             rows,

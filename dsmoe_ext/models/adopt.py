@@ -12,7 +12,7 @@ from dsmoe_ext.layers import pack
 from dsmoe_ext.lm_loss import causal_lm_loss
 from dsmoe_ext.models import KEY
 from dsmoe_ext.models.options import FFN_DEFAULTS, complete
-from dsmoe_ext.routers import LinearRouter
+from dsmoe_ext.routers import LinearRouter, Router
 from dsmoe_ext.sparsity import LossWithSparsity, unwatch, watch
 from dsmoe_ext.weights import Weight
 
@@ -58,8 +58,17 @@ def replace_mlps(model: PreTrainedModel, options: dict, permutations=None) -> in
             ffn.quantize(**options["quantization"])
         options["gate_scale"] = ffn.gate_scale
         model.set_submodule(name, ffn)
+    _join_routers(model)
     setattr(model.config, KEY, options)
     return len(mlps)
+
+
+def _join_routers(model: nn.Module) -> None:
+    """Routers that share a part over the layers learn of each other."""
+    routers = [m.router for m in model.modules() if isinstance(m, DSMoEFFN)]
+    for layer, router in enumerate(routers):
+        if isinstance(router, Router):
+            router.join(layer, routers[0])
 
 
 def adopt(model: PreTrainedModel, config) -> None:
@@ -134,9 +143,9 @@ def _init_weights(model: PreTrainedModel, module: nn.Module) -> None:
         linear = nn.Linear(1, 1, bias=False, device="meta")
         linear.weight = module.weight
         module = linear
-    elif isinstance(module, LinearRouter):
+    elif isinstance(module, LinearRouter | nn.GRUCell):
         return module.reset_parameters()
-    elif isinstance(module, DSMoEFFN):
+    elif isinstance(module, DSMoEFFN | Router):
         return module.reset_buffers(
             lambda tensor: tensor.is_meta or getattr(tensor, "_is_hf_initialized", False)
         )

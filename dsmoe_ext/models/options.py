@@ -17,6 +17,8 @@ FFN_DEFAULTS = {
     "gate_scale": None,
     "router": "linear",
     "router_bias": None,
+    "router_options": None,
+    "balance": None,
     "router_init": "dense",
     "ste": "active",
     "sample_prob": 0.25,
@@ -32,11 +34,17 @@ DEFAULTS = FFN_DEFAULTS | {
 }
 
 
+# What a balance loss counts if the user does not say: the papers' alphas, and where ReMoE starts.
+BALANCE_WEIGHTS = {"switch": 0.01, "cv": 0.01, "load_l1": 1e-8}
+
+
 def complete(given: dict, intermediate_size: int) -> dict:
     """The options with all defaults; an error for a name that does not exist."""
     if unknown := sorted(set(given) - set(DEFAULTS)):
         raise TypeError(f"there is no option {unknown[0]!r}; there are {', '.join(DEFAULTS)}")
     options = DEFAULTS | given
+    if "sparsity_weight" not in given and options["balance"]:
+        options["sparsity_weight"] = BALANCE_WEIGHTS.get(options["balance"], 1.0)
     sizes = expert_layout(
         intermediate_size, options["num_experts"], options["expert_sizes"], options["shared_size"]
     )

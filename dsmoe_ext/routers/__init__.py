@@ -6,7 +6,7 @@ interface.py.
     gates, scores = router(x)
 """
 
-from dsmoe_ext.routers.interface import Router, names, register, router_class
+from dsmoe_ext.routers.interface import Router, make_router, register, router_class, router_names
 from dsmoe_ext.routers.linear import (
     ROUTERS,
     LinearRouter,
@@ -37,8 +37,9 @@ __all__ = [
     "TopKRouter",
     "TopPRouter",
     "at_least_float32",
-    "names",
+    "make_router",
     "register",
     "router_class",
+    "router_names",
     "without_half_casts",
 ]

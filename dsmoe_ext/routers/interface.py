@@ -30,11 +30,13 @@ class Router(nn.Module):
     A subclass implements `forward`, reads `self.options`, and may set these:
     knob           the attribute that trades quality for work without training (see `turn`)
     balance_form   the form of `balance_loss` that the method trains with, or None
+    needs_gate_proj  whether `forward` looks at the FFN's gate_proj
     """
 
     defaults: ClassVar[dict[str, Any]] = {}
     knob: ClassVar[str | None] = None
     balance_form: ClassVar[str | None] = None
+    needs_gate_proj: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -65,7 +67,7 @@ class Router(nn.Module):
         self._offsets: Tensor | None = None
 
     def forward(self, x: Tensor, gate_proj: Tensor | None = None) -> Routing:
-        """gate_proj [I,H]: the FFN's own, for routers that route by the experts' weights."""
+        """gate_proj [I,H]: the FFN's own, for routers that need it; None for others."""
         raise NotImplementedError
 
     def balance(self, routing: Routing, token_mask: Tensor | None = None) -> Tensor | None:
@@ -79,6 +81,16 @@ class Router(nn.Module):
 
     def join(self, layer: int, first: "Router") -> None:
         """Called once all layers have routers, for methods that share a part between layers."""
+
+    def start_dense(self) -> None:
+        """Starts the layer as near to the dense FFN as the method can, if it has a say in it."""
+
+    def reset_buffers(self, is_loaded) -> None:
+        """Buffers as the options say, but those that is_loaded (of a checkpoint without them)."""
+        for name, buffer in self.named_buffers(recurse=False):
+            if not is_loaded(buffer):
+                value = self.options[name]
+                buffer.fill_(self.num_experts if value is None else value)
 
     def turn(self, value: float) -> None:
         """Sets the knob: more or fewer experts from now on, without training."""
@@ -126,7 +138,7 @@ def register(name: str) -> Callable[[type[Router]], type[Router]]:
     return add
 
 
-def names() -> list[str]:
+def router_names() -> list[str]:
     """The names that are registered."""
     return sorted(_BY_NAME)
 
@@ -134,8 +146,36 @@ def names() -> list[str]:
 def router_class(name: str) -> type[Router]:
     """The class registered under name."""
     if name not in _BY_NAME:
-        raise ValueError(f"there is no router {name!r}; there are {', '.join(names())}")
+        raise ValueError(f"there is no router {name!r}; there are {', '.join(router_names())}")
     return _BY_NAME[name]
+
+
+def make_router(
+    name: str,
+    hidden_size: int,
+    expert_sizes: Sequence[int],
+    num_shared: int,
+    options: dict,
+    *,
+    is_dense_start: bool = False,
+    device=None,
+    dtype: torch.dtype | None = None,
+) -> Router:
+    """The registered router of an FFN, from its options that are not None.
+
+    Options that every FFN has (threshold, top_k, ...) are left out where the router has none such.
+    """
+    router = router_class(name)
+    common = ("threshold", "top_k", "bias", "gate_scale", "rescale", "gates")
+    given = {
+        option: value
+        for option, value in options.items()
+        if value is not None and (option in router.defaults or option not in common)
+    }
+    made = router(hidden_size, expert_sizes, num_shared, device=device, dtype=dtype, **given)
+    if is_dense_start:
+        made.start_dense()
+    return made
 
 
 def float_of(x: Tensor) -> torch.dtype:

@@ -19,6 +19,7 @@ class MeanScoreRouter(ScoredRouter):
 
     rule = "top_k"
     knob = "top_k"
+    needs_gate_proj = True
     defaults = ScoredRouter.defaults | dict(gates="binary")
 
     def make_logits(self, device, dtype):

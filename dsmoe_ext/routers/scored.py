@@ -1,5 +1,7 @@
 """What the routers share that score each expert and pick by the scores: logits -> `ops.route`."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,16 @@ from dsmoe_ext import ops
 from dsmoe_ext.ops import Routing
 from dsmoe_ext.routers.interface import Router
 from dsmoe_ext.routers.linear import LinearRouter
+
+
+def dense_start(method: str, threshold: float, num_experts: int, top_k: int) -> tuple[float, float]:
+    """Logit and unscaled gate that every expert starts with under router_init="dense"."""
+    if method == "threshold":
+        if not 0 <= threshold < 1:
+            raise ValueError(f"router_init='dense' needs a threshold in [0, 1), got {threshold}")
+        score = (threshold + 1) / 2  # half way between tau and 1: room to move on both sides
+        return math.log(score / (1 - score)), score
+    return {"relu": (1.0, 1.0), "top_p": (0.0, 1 / num_experts), "top_k": (0.0, 1 / top_k)}[method]
 
 
 class ScoredRouter(Router):
@@ -41,6 +53,18 @@ class ScoredRouter(Router):
         """The module from x [T,H] to logits [T,R]."""
         size = (self.hidden_size, self.num_experts, self.options["bias"])
         return LinearRouter(*size, device=device, dtype=dtype)
+
+    def start_dense(self) -> None:
+        """Constant logits that switch all (of top_k: k) experts on, and gates scaled to 1."""
+        if self.logits is None:
+            return
+        threshold, gates = float(self.options["threshold"]), self.options["gates"]
+        logit, score = dense_start(self.rule, threshold, self.num_experts, self.top_k)
+        if logit and self.logits.bias is None:
+            raise ValueError(f"a dense start of {type(self).__name__} needs the option bias=True")
+        self.logits.start_at(logit)
+        if self.options["gate_scale"] == self.defaults["gate_scale"] and gates == "scores":
+            self.options["gate_scale"] = 1 / score
 
     def forward(self, x: Tensor, gate_proj: Tensor | None = None) -> Routing:
         return self.pick(self.logits(x))

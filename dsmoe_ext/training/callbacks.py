@@ -7,8 +7,18 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from ..files import atomic_file, json_text
-from ..layers import find_ffns
+from ..layers import find_ffns, start_step
 from .evaluate import activity, activity_since
+
+
+class StartStep(TrainerCallback):
+    """Lets routers draw what they draw once a step (MatFormer's size)."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        start_step(self.model, state.global_step)
 
 
 class ActiveShare(TrainerCallback):

@@ -40,16 +40,17 @@ def ready_for_inference(model):
 
 @contextlib.contextmanager
 def threshold(model, value: float) -> Iterator[None]:
-    """Every layer's threshold at `value` inside the block, as it was afterwards."""
+    """Every layer's threshold (k, prefix: the method's knob) at `value` inside the block, as it was
+    afterwards."""
     layers = find_ffns(model)
-    before = [layer.threshold.clone() for layer in layers]
+    before = [layer.knob for layer in layers]
     for layer in layers:
-        layer.set_threshold(value)
+        layer.turn(value)
     try:
         yield
     finally:
         for layer, old in zip(layers, before, strict=True):
-            layer.set_threshold(old)
+            layer.turn(old)
 
 
 @dataclass(frozen=True)

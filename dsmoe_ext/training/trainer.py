@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from transformers import Trainer
 
 from ..errors import UserError
+from .callbacks import StartStep
 
 
 class SparseTrainer(Trainer):
@@ -29,6 +30,7 @@ class SparseTrainer(Trainer):
         self.teacher = teacher
         self.distill = distill if teacher is not None else 0.0
         self._sparsity = 0.0  # of the step's micro-batches so far
+        self.add_callback(StartStep(self.model))
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Two groups: weights at learning_rate with weight_decay, routers at router_lr without."""
