@@ -53,9 +53,10 @@ Weights checked_weights(const Tensor& gate_proj, const std::optional<Tensor>& up
   return {gate_proj, up_proj, down_proj_t};
 }
 
-Activation checked_activation(int64_t activation) {
+Activation checked_activation(int64_t activation, const Tensor& where) {
   check(activation >= 0 && activation <= static_cast<int64_t>(Activation::kGelu),
         "activation must be 0 (silu), 1 (gelu_tanh) or 2 (gelu).");
+  check(activation == 0 || where.is_cpu(), "only silu runs on CUDA so far.");
   return static_cast<Activation>(activation);
 }
 
@@ -67,7 +68,7 @@ ExpertMlpParams params(const Inputs& in, int64_t intermediate_size, int64_t acti
   p.intermediate_size = intermediate_size;
   p.num_experts = static_cast<int32_t>(in.gates.size(1));
   p.x_stride = row_stride(in.x);
-  p.activation = checked_activation(activation);
+  p.activation = checked_activation(activation, in.x);
   p.x = in.x.data_ptr();
   p.gates = in.gates.data_ptr();
   p.expert_offsets = static_cast<const int32_t*>(in.offsets.data_ptr());

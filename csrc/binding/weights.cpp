@@ -7,15 +7,8 @@ namespace dsmoe::binding {
 namespace {
 
 // What the kernels of a device read and write in place.
-bool in_place([[maybe_unused]] const Tensor& weight, [[maybe_unused]] const WeightStrides& s,
-              [[maybe_unused]] int64_t hidden_size) {
-#ifdef DSMOE_WITH_CUDA
-  if (weight.is_cuda()) {
-    const auto address = reinterpret_cast<uintptr_t>(weight.data_ptr());
-    return address % kCudaCopyBytes == 0 && cuda::reads(s, hidden_size);
-  }
-#endif
-  return true;
+bool in_place(const Tensor& where, const WeightStrides& s, int64_t hidden_size) {
+  return where.is_cpu() || (s.expert == 0 && s.neuron == hidden_size && s.hidden == 1);
 }
 
 // As kernels.h has them, of a tensor or of the first half of every expert's neurons; nothing if that
@@ -70,14 +63,15 @@ Weights::Weights(const Tensor& gate_proj, const std::optional<Tensor>& up_proj,
   down_is_transposed_ = down_proj_t.stride(dims_ - 1) != 1 && down_proj_t.stride(dims_ - 2) == 1;
 
   const WeightStrides in_order{0, hidden_size_, 1};
+  // A half of a dimension that is cut is no slab to those who want one.
+  const int64_t slab_size = is_fused_ && !gate_proj.is_cpu() ? -1 : hidden_size_;
   const auto gate = strides_of(gate_proj, is_fused_),
              up = up_proj ? strides_of(*up_proj, false) : gate;
   if (gate && up && gate->hidden == 1 && up->hidden == 1 && gate->neuron == up->neuron &&
-      gate->expert == up->expert && in_place(gate_proj, *gate, hidden_size_) &&
-      (is_fused_ || in_place(*up_proj, *up, hidden_size_))) {
+      gate->expert == up->expert && in_place(gate_proj, *gate, slab_size)) {
     gate_up_ = *gate;
-    gate_ = gate_proj;
-    if (up_proj) up_ = *up_proj;
+    gate_ = aligned(gate_proj);
+    if (up_proj) up_ = aligned(*up_proj);
   } else {
     gate_up_ = in_order;
     gate_ = dense(is_fused_ ? half(gate_proj, 0) : gate_proj);
@@ -86,7 +80,7 @@ Weights::Weights(const Tensor& gate_proj, const std::optional<Tensor>& up_proj,
   const auto down = strides_of(down_proj_t, false);
   const bool reads_down = down && in_place(down_proj_t, *down, hidden_size_);
   down_ = reads_down ? *down : in_order;
-  down_proj_t_ = reads_down ? down_proj_t : dense(down_proj_t);
+  down_proj_t_ = reads_down ? aligned(down_proj_t) : dense(down_proj_t);
 }
 
 void Weights::check_offsets(const Tensor& offsets) const {

@@ -89,11 +89,11 @@ def inputs_of(tokens, hidden, sizes, active, dtype=torch.bfloat16, exact_ste=Fal
     return inputs
 
 
-def expert_mlp(*shape, multiprocessors=1, arch="80", parts=1, **options):
+def expert_mlp(*shape, multiprocessors=1, arch="80", **options):
     inputs = functools.cache(lambda: inputs_of(*shape, **options))
     bounds = functools.cache(lambda: error_bounds(inputs()))
     return lambda make: test_expert_mlp.check(
-        inputs(), make(multiprocessors=multiprocessors, arch=arch, parts=parts), bounds()
+        inputs(), make(multiprocessors=multiprocessors, arch=arch), bounds()
     )
 
 
@@ -230,13 +230,6 @@ CASES = {
         if name != "many"
     },
     **{f"sm_90a, {name}": expert_mlp(*shape, arch="90a") for name, shape in HOPPER.items()},
-    **{
-        f"{'sm_90a' if arch == '90a' else 'forward'}, sums in {parts} parts": expert_mlp(
-            200, 136, [13, 200, 16, 29, 72], 0.5, arch=arch, parts=parts, multiprocessors=3
-        )
-        for arch in ("80", "90a")
-        for parts in (2, 8)
-    },
     "sm_90a, small units": expert_mlp(
         530, 136, [64, 8, 8, 128], 0.3, arch="90a", multiprocessors=3
     ),
