@@ -205,13 +205,14 @@ struct QuantizedMatrix {
 
 struct PackQuantizedParams {
   QuantFormat format;
-  int64_t hidden_size;                 // H
-  int64_t intermediate_size;           // I
-  int32_t num_experts;                 // E
-  QuantizedMatrix gate_proj, up_proj;  // groups along H
-  QuantizedMatrix down_proj_t;         // groups along the neurons
-  const int32_t* expert_offsets;       // [E+1]
-  void* packed;                        // [quantized_bytes]  output
+  int64_t hidden_size;            // H
+  int64_t intermediate_size;      // I
+  int32_t num_experts;            // E
+  QuantizedMatrix gate_proj;      // groups along H
+  QuantizedMatrix up_proj;        // groups along H
+  QuantizedMatrix down_proj_t;    // groups along the neurons
+  const int32_t* expert_offsets;  // [E+1]
+  void* packed;                   // [quantized_bytes]  output
 };
 
 // --------------------------------------------------------------------------------------------- CPU

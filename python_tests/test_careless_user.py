@@ -127,16 +127,18 @@ def test_perplexity_beyond_floats_is_json(monkeypatch, tiny, text):
     assert row["perplexity"] is None and row["loss"] > 700
 
 
-@pytest.mark.parametrize("method", ["top_k", "relu"])
-def test_thresholds_of_methods_that_have_none(tiny, text, tmp_path, method):
+@pytest.mark.parametrize(
+    "method, message", [("top_k", "top_k must lie between 1 and 6"), ("relu", "no threshold")]
+)
+def test_thresholds_of_methods_that_have_none(tiny, text, tmp_path, method, message):
     sparse = dsmoe_ext.sparsify(tiny, 6, method=method, router_init="paper")
     with pytest.raises(ValueError, match="no threshold"):
         dsmoe_ext.set_threshold(sparse, 0.5)
     sparse.save_pretrained(tmp_path / method)
     byte_tokenizer().save_pretrained(tmp_path / method)
     options = ("--data", text, "--window", 64, "--thresholds", "0.1,0.9")
-    assert "no threshold" in fails("eval", tmp_path / method, *options)
-    assert "no threshold" in fails("generate", tmp_path / method, "a", "--threshold", 0.5)
+    assert message in fails("eval", tmp_path / method, *options)
+    assert message in fails("generate", tmp_path / method, "a", "--threshold", 0.5)
 
 
 # ------------------------------------------------------------------------------ tokenizers

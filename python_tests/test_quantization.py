@@ -2,6 +2,7 @@
 stand for, by the same rule as other weights; the rounding itself; bad input."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 import dsmoe_ext
 from dsmoe_ext import _C, ops, reference
 from dsmoe_ext.quantization import codes
-from dsmoe_ext.quantization.codes import MATRICES, quantize_weights
+from dsmoe_ext.quantization.codes import MATRICES, QuantizedMatrix, quantize_weights
 from dsmoe_ext.quantization.experts import QuantizedExperts
 from dsmoe_ext.quantization.gptq import quantize_with_gram
 from dsmoe_ext.quantization.model import quantize
@@ -47,9 +48,54 @@ def quantized_case(case, form):
     return replace(case, **weights), ops.pack_quantized(quantized)
 
 
+def in_terms(case, form):
+    """The case with |scale code| + |min| for weights: rounding takes part of each, and where the
+    two cancel, as in a group of one, the weight itself says nothing about it."""
+    quantized = quantize_weights(*case.inputs()[2:], **form)
+    terms = {
+        name: QuantizedMatrix(
+            matrix.codes.short().abs(),
+            matrix.scales.abs(),
+            None if matrix.mins is None else matrix.mins.abs(),
+        )
+        for name, matrix in ((name, getattr(quantized, name)) for name in MATRICES)
+    }
+    weights = replace(quantized, **terms).dequantize(torch.float64)
+    return replace(case, **dict(zip(MATRICES, weights, strict=True)))
+
+
+def block_largest(rows, size):
+    """[T,K] -> [T,K]: the largest |element| of each block of `size` along K."""
+    blocks = torch.nn.functional.pad(rows.abs(), (0, -rows.shape[1] % size)).unflatten(
+        1, (-1, size)
+    )
+    return blocks.amax(2, keepdim=True).expand(blocks.shape).flatten(1)[:, : rows.shape[1]]
+
+
+def integer_error(terms, form):
+    """How far y may be off because rows of x and of activations become integers (15 bits and a sign
+    in half types, 23 in float32) with one scale a block: each is off by part of its block's
+    largest."""
+    block = 32 if form.get("group_size", 32 if form["bits"] == 4 else 0) == 32 else 64
+    c = terms.to(torch.float64)
+    x = block_largest(c.x, block) if c.x.shape[1] else c.x
+    a = (x @ c.gate_proj.abs().t()) * (x @ c.up_proj.abs().t())
+    y = torch.zeros_like(c.x)
+    offsets = c.expert_offsets.tolist()
+    for e, (begin, end) in enumerate(pairwise(offsets)):
+        if end > begin:
+            of_expert = block_largest(a[:, begin:end], block) * c.gates[:, e : e + 1].abs()
+            y += of_expert @ c.down_proj_t[begin:end].abs()
+    return y * 4 * 2.0 ** (-23 if terms.x.dtype == torch.float32 else -15)
+
+
 def check_quantized(case, form):
+    terms = in_terms(case, form)
     case, packed = quantized_case(case, form)
     exact, bound = error_bounds(case)["y"]
+    if case.x.dtype == torch.float32:
+        bound = error_bounds(terms)["y"][1]
+    bound = bound + integer_error(terms, form)
     with torch.no_grad():
         y = dsmoe_ext.sparse_ffn(case.x, case.gates, packed)
     error = (y.double() - exact).abs()

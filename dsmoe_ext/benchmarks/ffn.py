@@ -147,7 +147,9 @@ class Row:
 def on_device(case: Case, device: str) -> Case:
     """The same case there."""
     tensors = {f.name: getattr(case, f.name) for f in fields(case)}
-    return Case(**{n: None if t is None else t.to(device) for n, t in tensors.items()})
+    return Case(
+        **{n: t.to(device) if isinstance(t, torch.Tensor) else t for n, t in tensors.items()}
+    )
 
 
 def checked_on(device: str) -> Callable:
