@@ -24,7 +24,8 @@ def structs(header):
     enums = ("Dtype", "RouteMethod", "Activation", "Status")
     known = dict(SCALARS) | {e: ctypes.c_int32 for e in enums}
     found = {}
-    for name, body in re.findall(r"struct (\w+Params|WeightStrides|QuantFormat|QuantizedMatrix) \{(.*?)\n\};", header, re.S):
+    kinds = r"\w+Params|WeightStrides|QuantFormat|QuantizedMatrix"
+    for name, body in re.findall(rf"struct ({kinds}) \{{(.*?)\n\}};", header, re.S):
         fields = []
         for line in re.sub(r"//[^\n]*", "", body).split(";"):
             if declaration := re.match(r"\s*(?:const\s+)?(\w+)(\s*\*)?\s+(\w+)$", line.rstrip()):

@@ -38,7 +38,8 @@ VIEWS = {
 
 def on(device, case):
     for name, value in vars(case).items():
-        setattr(case, name, value.to(device))
+        if isinstance(value, torch.Tensor):
+            setattr(case, name, value.to(device))
     return case
 
 

@@ -37,6 +37,12 @@ int64_t packed_bytes(const PackParams&) {
 Status pack_weights(const PackParams&, const Team&) {
   refuse();
 }
+int64_t quantized_bytes(const PackQuantizedParams&) {
+  refuse();
+}
+Status pack_quantized(const PackQuantizedParams&, const Team&) {
+  refuse();
+}
 const char* isa() {
   refuse();
 }
