@@ -71,6 +71,7 @@ struct Pack {
   void expert(int e, int64_t first_group, char* out) const {
     const QuantizedLayout layout{p.hidden_size, p.format};
     const int64_t S = size(e), H = p.hidden_size, first = p.expert_offsets[e];
+    if (layout.expert(S) == 0) return;  // nothing may lie there, not even memory
     memset(out, 0, size_t(layout.expert(S)));
     const QuantizedPanels gate_up = layout.gate_up(S), down = layout.down(S);
     for (int64_t i = 0; i < gate_up.panels; ++i) {
