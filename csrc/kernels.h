@@ -139,7 +139,7 @@ struct WeightStrides {
 // Quantized weights: w = scale * code, or scale * code + min. Codes are signed, of 8 or 4 bits.
 struct QuantFormat {
   int32_t bits;        // 8, 4; 0: weights are not quantized
-  int32_t group_size;  // along the sum: 32, or a multiple of 64; 0: a scale per neuron and matrix
+  int32_t group_size;  // along the sum: 32, or a multiple of 64; 0: a scale per output channel
   bool has_min;        // of groups
 };
 
@@ -196,10 +196,11 @@ struct PackParams {
 };
 
 // Numbers of groups along H: [I, ceil(H / group_size)]; along an expert's neurons, where groups begin
-// at its first one: [G,H], G = sum over experts of ceil(S_e / group_size). Of neurons: [I].
+// at its first one: [G,H], G = sum over experts of ceil(S_e / group_size). Of output channels: [I] of
+// gate_proj and up_proj; [H] of down_proj_t, for all experts.
 struct QuantizedMatrix {
   const int8_t* codes;  // [I,H]
-  const void* scales;   // fp16 of groups, fp32 of neurons
+  const void* scales;   // fp16 of groups, fp32 of output channels
   const void* mins;     // fp16 of groups, or null
 };
 

@@ -33,22 +33,25 @@ const char* dtype_name(Dtype dtype) {
   return "unknown";
 }
 
-int64_t bytes_of(const Stamp& stamp, const ExpertMlpParams& p) {
-  if (stamp.format.bits) {
-    PackQuantizedParams layout{};
-    layout.format = stamp.format;
-    layout.hidden_size = p.hidden_size;
-    layout.intermediate_size = p.intermediate_size;
-    layout.num_experts = p.num_experts;
-    layout.expert_offsets = p.expert_offsets;
-    return cpu::quantized_bytes(layout);
-  }
-  PackParams layout{};
-  layout.dtype = stamp.dtype;
+// What both kinds of packing know of the weights.
+template <class Params>
+Params layout_of(const ExpertMlpParams& p) {
+  Params layout{};
   layout.hidden_size = p.hidden_size;
   layout.intermediate_size = p.intermediate_size;
   layout.num_experts = p.num_experts;
   layout.expert_offsets = p.expert_offsets;
+  return layout;
+}
+
+int64_t bytes_of(const Stamp& stamp, const ExpertMlpParams& p) {
+  if (stamp.format.bits) {
+    auto layout = layout_of<PackQuantizedParams>(p);
+    layout.format = stamp.format;
+    return cpu::quantized_bytes(layout);
+  }
+  auto layout = layout_of<PackParams>(p);
+  layout.dtype = stamp.dtype;
   return cpu::packed_bytes(layout);
 }
 
@@ -118,8 +121,8 @@ Tensor pack_quantized(const Tensor& gate, const Tensor& gate_scales,
                       int64_t group_size) {
   check(bits == 8 || bits == 4, "bits must be 8 or 4, but is ", bits, ".");
   check(group_size == 0 || group_size == 32 || (group_size > 0 && group_size % 64 == 0),
-        "group_size must be 32, a multiple of 64, or 0 (a scale per neuron), but is ", group_size,
-        ".");
+        "group_size must be 32, a multiple of 64, or 0 (a scale per output channel), but is ",
+        group_size, ".");
   check(gate.dim() == 2, "gate_proj must have shape [I, H], but has ", Shape{gate}, ".");
   const int64_t I = gate.size(0), H = gate.size(1);
   const Tensor offsets = checked_cpu_offsets(expert_offsets, I);
@@ -142,9 +145,10 @@ Tensor pack_quantized(const Tensor& gate, const Tensor& gate_scales,
   };
   p.gate_proj = neurons("gate_proj", gate, gate_scales, gate_mins);
   p.up_proj = neurons("up_proj", up, up_scales, up_mins);
-  p.down_proj_t = group_size ? matrix("down_proj_t", down, down_scales, down_mins, p.format, {I, H},
-                                      {down_groups, H})
-                             : neurons("down_proj_t", down, down_scales, down_mins);
+  p.down_proj_t =
+      group_size
+          ? matrix("down_proj_t", down, down_scales, down_mins, p.format, {I, H}, {down_groups, H})
+          : matrix("down_proj_t", down, down_scales, down_mins, p.format, {I, H}, {H});
   p.expert_offsets = at;
   return stamped(gate, cpu::quantized_bytes(p), Dtype::kBFloat16, p.format, [&](void* memory) {
     p.packed = memory;

@@ -261,19 +261,22 @@ class UnpackedColumns {
   Piece current_ = {};
 };
 
-// Rounds sums to rows of out [T, H].
+// Rounds sums, times the scales [H padded] of columns if there are any, to rows of out [T, H].
 template <class T>
 static void write_columns(const CType<T>* sums, int64_t num_tokens, int64_t hidden,
-                          int64_t panel_begin, int64_t panel_end, T* out) {
+                          int64_t panel_begin, int64_t panel_end, T* out,
+                          const CType<T>* scales = nullptr) {
   const int64_t stride = (panel_end - panel_begin) * kColumns<T>,
                 column = panel_begin * kColumns<T>;
   const int64_t width = min_of(stride, hidden - column);
+  if (scales) scales += column;
   for (int64_t t = 0; t < num_tokens; ++t) {
     const CType<T>* from = sums + t * stride;
     T* to = out + t * hidden + column;
     int64_t i = 0;
-    for (; i + kLanes<T> <= width; i += kLanes<T>) store(to + i, load(from + i));
-    for (; i < width; ++i) narrow(from[i], to[i]);
+    for (; i + kLanes<T> <= width; i += kLanes<T>)
+      store(to + i, scales ? load(from + i) * load(scales + i) : load(from + i));
+    for (; i < width; ++i) narrow(scales ? from[i] * scales[i] : from[i], to[i]);
   }
 }
 

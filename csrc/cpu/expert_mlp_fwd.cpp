@@ -85,7 +85,7 @@ Status forward_block(const ExpertMlpParams& p, int64_t* saved_start, const Team&
   }
   *f.sync = {};
   plan_rows(f.shape, f.pairs, int(f.threads), f.items, most_rows);
-  int64_t a_next = 0, packed_next = 0;
+  int64_t a_next = 0, packed_next = f.has_codes() ? f.codes().column_scales_bytes() : 0;
   for (int e = 0; e < p.num_experts; ++e) {
     f.a_start[e] = a_next;
     f.packed_start[e] = packed_next;

@@ -189,7 +189,6 @@ struct Forward {
         if (scales) {
           g *= load(scales);
           u *= load(scales + kCodeLanes);
-          weight *= load(scales + 2 * kCodeLanes);
         }
       }
       // of an infinite gate NaN would be left in the padding
@@ -202,11 +201,13 @@ struct Forward {
     }
   }
 
-  // Where neurons have scales: those of gate and up go on the sums, that of down goes into a.
+  // Scales of output channels: of a panel's neurons, and of down's columns. Null: groups have them.
+  bool has_channel_scales() const { return has_codes() && p.packed_format.group_size == 0; }
   const float* neuron_scales(int e, int64_t panel) const {
-    if (!has_codes() || p.packed_format.group_size) return nullptr;
-    return (const float*)(expert_codes(e) + codes().scales_start(size(e))) + panel * 3 * kCodeLanes;
+    if (!has_channel_scales()) return nullptr;
+    return (const float*)(expert_codes(e) + codes().scales_start(size(e))) + panel * 2 * kCodeLanes;
   }
+  const C* column_scales() const { return has_channel_scales() ? (const C*)p.packed : nullptr; }
 
   void down(int64_t chunk, C* chunk_sums, T* thread_scratch, [[maybe_unused]] int thread) {
     const PackedLayout<T> layout{p.hidden_size};
@@ -250,7 +251,7 @@ struct Forward {
       }
     }
     unpacked.finish();
-    write_columns(chunk_sums, p.num_tokens, p.hidden_size, begin, end, (T*)p.y);
+    write_columns(chunk_sums, p.num_tokens, p.hidden_size, begin, end, (T*)p.y, column_scales());
   }
 
   DigitRows<T> thread_digits(int thread, int64_t terms) const {

@@ -1,7 +1,10 @@
-// How pack_quantized lays out an expert whose weights are codes of 8 or 4 bits (QuantFormat in kernels.h):
+// How pack_quantized lays out weights that are codes of 8 or 4 bits (QuantFormat in kernels.h):
 //
-//   [gate and up: panels, K = H][scales of neurons, unless groups have them][down: panels, K = S]
+//   [scales of down's columns][expert][expert]..
+//   an expert:  [gate and up: panels, K = H][scales of neurons][down: panels, K = S]
 //
+// Scales of columns and neurons are there unless groups have scales. They cost nothing: gate's and up's go on the
+// sums before SwiGLU, down's on the sums of all experts as they are rounded to y.
 // A panel is two registers of columns, as in packed_layout.h, and one stream from its first byte to its last:
 //   [K / block][lines of codes][2 registers]   kDotTerms terms of K of each column side by side, a byte each;
 //                                              of 4 bits two such steps, in the low and the high halves
@@ -9,7 +12,8 @@
 //             [mins][2 registers] fp16         w = scale code + min
 // A block is a group, or the 64 terms after which sums of integers go on in fp32 anyway; a last one of fewer
 // terms has as many lines as they need. Codes are stored with kZero added, so that they have no sign.
-//   scales of neurons   [S / kLanes][gate, up, down][kLanes] fp32
+//   scales of columns   [H] fp32
+//   scales of neurons   [S / kLanes][gate, up][kLanes] fp32
 #pragma once
 
 #include "kernels.h"
@@ -64,7 +68,11 @@ struct QuantizedLayout {
   }
   int64_t scales_start(int64_t size) const { return gate_up(size).size(); }
   int64_t scales_bytes(int64_t size) const {
-    return format.group_size ? 0 : round_up(gate_up(size).panels * 3 * kCodeLanes * 4, 64);
+    return format.group_size ? 0 : round_up(gate_up(size).panels * 2 * kCodeLanes * 4, 64);
+  }
+  // Before the first expert: of down's columns.
+  int64_t column_scales_bytes() const {
+    return format.group_size ? 0 : down(0).panels * 2 * kCodeLanes * 4;
   }
   int64_t down_start(int64_t size) const { return scales_start(size) + scales_bytes(size); }
   int64_t expert(int64_t size) const { return down_start(size) + down(size).size(); }

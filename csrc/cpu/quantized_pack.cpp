@@ -1,4 +1,4 @@
-// pack_quantized: codes and scales into panels. Layout: quantized_layout.h; experts one after another.
+// pack_quantized: codes and scales into panels. Layout: quantized_layout.h.
 #include "expert_mlp_isa.h"
 #include "quantized_layout.h"
 #include "team.h"
@@ -80,9 +80,9 @@ struct Pack {
       pack_columns_of_codes(neurons(p.gate_proj, first + row), columns, gate_up, 0, panel);
       pack_columns_of_codes(neurons(p.up_proj, first + row), columns, gate_up, 1, panel);
       if (p.format.group_size) continue;
-      auto* scales = reinterpret_cast<float*>(out + layout.scales_start(S)) + i * 3 * kCodeLanes;
-      const QuantizedMatrix* matrices[3] = {&p.gate_proj, &p.up_proj, &p.down_proj_t};
-      for (int part = 0; part < 3; ++part)
+      auto* scales = reinterpret_cast<float*>(out + layout.scales_start(S)) + i * 2 * kCodeLanes;
+      const QuantizedMatrix* matrices[] = {&p.gate_proj, &p.up_proj};
+      for (int part = 0; part < 2; ++part)
         memcpy(scales + part * kCodeLanes, (const float*)matrices[part]->scales + first + row,
                size_t(columns) * sizeof(float));
     }
@@ -103,7 +103,7 @@ struct Pack {
   }
   void run() {
     for (int64_t e; (e = draw(next)) < p.num_experts;) {
-      char* out = (char*)p.packed;
+      char* out = (char*)p.packed + QuantizedLayout{p.hidden_size, p.format}.column_scales_bytes();
       int64_t first_group = 0;
       for (int i = 0; i < e; ++i) {
         out += QuantizedLayout{p.hidden_size, p.format}.expert(size(i));
@@ -117,7 +117,7 @@ struct Pack {
 }  // namespace
 
 int64_t quantized_bytes(const PackQuantizedParams& p) {
-  int64_t bytes = 0;
+  int64_t bytes = QuantizedLayout{p.hidden_size, p.format}.column_scales_bytes();
   for (int e = 0; e < p.num_experts; ++e)
     bytes += QuantizedLayout{p.hidden_size, p.format}.expert(p.expert_offsets[e + 1] -
                                                              p.expert_offsets[e]);
@@ -127,6 +127,10 @@ int64_t quantized_bytes(const PackQuantizedParams& p) {
 Status pack_quantized(const PackQuantizedParams& p, const Team& team) {
   Pack work{p};
   prefer_huge_pages(p.packed, size_t(quantized_bytes(p)));
+  if (const int64_t bytes = QuantizedLayout{p.hidden_size, p.format}.column_scales_bytes()) {
+    memset(p.packed, 0, size_t(bytes));
+    memcpy(p.packed, p.down_proj_t.scales, size_t(p.hidden_size) * sizeof(float));
+  }
   run_team(team, team.max_size, [](void* arg, int, int) { ((Pack*)arg)->run(); }, &work);
   return Status::kOk;
 }

@@ -9,7 +9,7 @@ namespace {
 // Groups' numbers are such that weights are exact in bf16, to which many rows' are rounded.
 struct Quantized {
   std::vector<int8_t> codes;
-  std::vector<float> of_neurons;
+  std::vector<float> of_channels;
   std::vector<uint16_t> scales, mins;
 
   Quantized(const QuantFormat& f, const std::vector<int32_t>& offsets, int64_t H,
@@ -26,27 +26,28 @@ struct Quantized {
     for (size_t e = 0; e + 1 < offsets.size(); ++e) {
       const int64_t S = offsets[e + 1] - offsets[e];
       const int64_t rows = along_neurons && g ? (S + g - 1) / g : S;
-      const int64_t columns = !g ? 1 : along_neurons ? H : (H + g - 1) / g;
-      for (int64_t i = 0; i < rows * columns; ++i) {
+      const int64_t columns = !g || along_neurons ? H : (H + g - 1) / g;
+      const int64_t channels = along_neurons ? (e ? 0 : H) : S;  // down's are those of all experts
+      for (int64_t i = 0; i < (g ? rows * columns : channels); ++i) {
         const double scale = std::exp2(std::floor(std::log2(size)) + power(random));
-        if (!g) of_neurons.push_back(float(uniform(random) * size));
+        if (!g) of_channels.push_back(float(uniform(random) * size));
         if (g) scales.push_back(to_half(float(scale)));
         if (f.has_min) mins.push_back(to_half(float(scale * least(random))));
       }
       for (int64_t s = 0; s < S; ++s)
         for (int64_t h = 0; h < H; ++h) {
           const int64_t row = offsets[e] + s;
-          const int64_t at = !g              ? row
+          const int64_t at = !g              ? (along_neurons ? h : row)
                              : along_neurons ? group + s / g * H + h
                                              : group + s * columns + h / g;
-          const double scale = g ? from_half(scales[at]) : of_neurons[at];
+          const double scale = g ? from_half(scales[at]) : of_channels[at];
           weight.set(row, h, scale * codes[row * H + h] + (f.has_min ? from_half(mins[at]) : 0.f));
         }
       group += rows * columns;
     }
   }
   QuantizedMatrix matrix(const QuantFormat& f) const {
-    return {codes.data(), f.group_size ? (const void*)scales.data() : of_neurons.data(),
+    return {codes.data(), f.group_size ? (const void*)scales.data() : of_channels.data(),
             f.has_min ? mins.data() : nullptr};
   }
 };

@@ -250,8 +250,8 @@ def quantize(
     group_size: Annotated[
         int | None,
         typer.Option(
-            help="Weights that share a scale: 32, or a multiple of 64; 0: a scale per neuron. "
-            "Without it 0 for 8 bits, 32 for 4."
+            help="Weights that share a scale: 32, or a multiple of 64; 0: a scale per output "
+            "channel. Without it 0 for 8 bits, 32 for 4."
         ),
     ] = None,
     symmetric: Annotated[

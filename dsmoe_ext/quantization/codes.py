@@ -1,7 +1,7 @@
 """Experts' weights as codes of 8 or 4 bits: w = scale * code, or scale * code + min.
 
-    bits 8                  a scale per neuron and matrix, float32: gate's and up's go on the sums
-                            before SwiGLU, down's into the activation, so that they cost nothing
+    bits 8                  a scale per output channel, float32: gate's and up's, of neurons, go on
+                            the sums before SwiGLU, down's on the sums of all experts
     bits 8 with groups      GGUF's Q8_0: float16 scales of 32 weights along the sum
     bits 4                  groups along the sum, float16: scales alone (Q4_0) or with mins (Q4_1)
 
@@ -25,7 +25,7 @@ class QuantizedMatrix:
     """One matrix's codes and the numbers that make weights of them."""
 
     codes: Tensor  # int8 [I,H], from -2^(bits-1) to 2^(bits-1) - 1
-    scales: Tensor  # float32 [I] of neurons; float16 of groups: [I,G], of down_proj_t [G,H]
+    scales: Tensor  # float32 of channels: [I], of down_proj_t [H]; float16 of groups: [I,G], [G,H]
     mins: Tensor | None = None  # like scales; groups only
 
 
@@ -38,7 +38,7 @@ class QuantizedWeights:
     down_proj_t: QuantizedMatrix
     expert_offsets: Tensor | None  # int32 [E+1]
     bits: int
-    group_size: int  # 0: a scale per neuron
+    group_size: int  # 0: a scale per output channel
     activation: str = "silu"
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,7 +50,7 @@ class QuantizedWeights:
         wide = torch.promote_types(dtype, torch.float32)
         codes, scales = matrix.codes.to(wide), matrix.scales.to(wide)
         if not self.group_size:
-            return (codes * scales[:, None]).to(dtype)
+            return codes.mul_(scales if name == "down_proj_t" else scales[:, None]).to(dtype)
         if name == "down_proj_t":
             at = (neuron_groups(self.expert_offsets, self.group_size),)
         else:
@@ -83,7 +83,7 @@ def quantize_weights(
 
     Args:
         bits: 8 or 4.
-        group_size: 32 or a multiple of 64; 0: one scale per neuron and matrix (8 bits only). None:
+        group_size: 32 or a multiple of 64; 0: one scale per output channel (8 bits only). None:
             0 for 8 bits, 32 for 4.
         symmetric: no mins. None: as long as there are 8 bits.
 
@@ -100,7 +100,7 @@ def quantize_weights(
             raise ValueError(
                 f"{name} holds NaN or infinity, which has no code: repair the weights."
             )
-        if name == "down_proj_t" and group_size:
+        if name == "down_proj_t":
             matrices[name] = _quantize_down(weight, expert_offsets, **options)
         else:
             matrices[name] = QuantizedMatrix(*quantize_rows(weight, **options))
@@ -117,13 +117,13 @@ def check_format(bits: int, group_size: int | None, symmetric: bool | None) -> t
     symmetric = bits == 8 if symmetric is None else symmetric
     if group_size != 32 and (group_size < 0 or group_size % 64):
         raise ValueError(
-            f"group_size must be 32, a multiple of 64, or 0 (a scale per neuron), "
+            f"group_size must be 32, a multiple of 64, or 0 (a scale per output channel), "
             f"but is {group_size}."
         )
     if bits == 4 and not group_size:
         raise ValueError("4 bits need groups: leave group_size out, or give 32 or 64.")
     if not group_size and not symmetric:
-        raise ValueError("Scales of neurons are symmetric: give a group_size for mins.")
+        raise ValueError("Scales of channels are symmetric: give a group_size for mins.")
     return group_size, symmetric
 
 
@@ -182,7 +182,10 @@ def nearest_codes(weight: Tensor, scale: Tensor, least: Tensor | float, bits: in
 
 
 def _quantize_down(weight: Tensor, expert_offsets: Tensor, **options) -> QuantizedMatrix:
-    """down_proj_t: groups run along an expert's neurons, so each expert is quantized transposed."""
+    """down_proj_t: sums run along the neurons, groups along those of one expert."""
+    if not options["group_size"]:
+        codes, scales, _ = quantize_rows(weight.t(), **options)
+        return QuantizedMatrix(codes.t().contiguous(), scales)
     sizes = expert_offsets.diff().tolist()
     experts = [quantize_rows(part.t(), **options) for part in weight.split(sizes)]
     codes, scales, mins = zip(*experts, strict=True)

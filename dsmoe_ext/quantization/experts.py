@@ -57,7 +57,7 @@ class QuantizedExperts(nn.Module):
     """Codes of gate_proj, up_proj and down_proj_t [I,H], neurons expert after expert.
 
     Buffers of each: codes, int8 [I,H] or uint8 [I, ceil(H/2)]; scales and mins as the integers of
-    their bits, int32 [I] of neurons, int16 [I,G] (of down_proj_t [G,H]) of groups.
+    their bits, int32 of channels [I], int16 of groups [I,G]; of down_proj_t [H] and [G,H].
     """
 
     def __init__(self, weights: QuantizedWeights):
@@ -83,7 +83,7 @@ class QuantizedExperts(nn.Module):
         matrices = []
         for name in MATRICES:
             if not group_size:
-                shape = (rows,)
+                shape = (hidden_size if name == "down_proj_t" else rows,)
             elif name == "down_proj_t":
                 shape = (sum(-(-size // group_size) for size in sizes), hidden_size)
             else:

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from dsmoe_ext.quantization.codes import (
     MATRICES,
-    QuantizedMatrix,
     QuantizedWeights,
-    group_numbers,
     nearest_codes,
     neuron_groups,
     quantize_weights,
@@ -41,68 +39,52 @@ def quantize_with_gram(
     them, 0 where an expert is off.
     """
     plain = quantize_weights(gate_proj, up_proj, down_proj_t, expert_offsets, **form)
+    size = plain.group_size
     matrices = {}
     for name, weight in zip(MATRICES, (gate_proj, up_proj, down_proj_t), strict=True):
-        weight = weight.detach().float()
-        before: QuantizedMatrix = getattr(plain, name)
-        symmetric = before.mins is None
+        weight, before = weight.detach().float(), getattr(plain, name)
         if name == "down_proj_t":
-            weight, gram = weight.t(), gram_a
-            group = neuron_groups(expert_offsets, plain.group_size or 1)
+            groups = neuron_groups(expert_offsets, size) if size else None
+            numbers = [None if n is None else n.t() for n in (before.scales, before.mins)]
+            codes = _round(weight.t(), gram_a, *numbers, groups, plain.bits).t().contiguous()
         else:
-            gram = gram_x
-            group = torch.arange(weight.shape[1]) // (plain.group_size or weight.shape[1] or 1)
-        numbers = None
-        if not plain.group_size:  # scales of neurons stay as they are
-            scales = before.scales
-            numbers = (scales[None] if name == "down_proj_t" else scales[:, None]).expand(
-                weight.shape
-            )
-        codes, scales, mins = _round(weight, gram, group, numbers, plain.bits, symmetric)
-        if name == "down_proj_t":
-            codes, scales = codes.t().contiguous(), scales.t().contiguous()
-            mins = None if mins is None else mins.t().contiguous()
-        if not plain.group_size:
-            scales, mins = before.scales, None
-        matrices[name] = QuantizedMatrix(codes, scales, mins)
+            groups = torch.arange(weight.shape[1]) // size if size else None
+            codes = _round(weight, gram_x, before.scales, before.mins, groups, plain.bits)
+        matrices[name] = replace(before, codes=codes)
     return replace(plain, **matrices)
 
 
 def _round(
-    weight: Tensor, gram: Tensor, group: Tensor, scales: Tensor | None, bits: int, symmetric: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(codes [N,K], scales [N,G], mins [N,G]) of weight [N,K]; group [K] ascending.
-
-    Numbers of a group are taken from its weights as they are when it is reached, unless scales
-    [N,K] are given.
-    """
-    weight = weight.clone()
-    num_rows, num_terms = weight.shape
+    weight: Tensor,
+    gram: Tensor,
+    scales: Tensor,
+    mins: Tensor | None,
+    groups: Tensor | None,
+    bits: int,
+) -> Tensor:
+    """int8 codes [N,K] of weight [N,K]. scales, mins: [N,G], with the group [K] of each term; [N]
+    without groups. Terms that the text uses most come first, while all others can make up for
+    their errors."""
+    order = gram.diagonal().argsort(descending=True)
+    weight, gram = weight[:, order], gram[order][:, order]
+    scales = scales.float()[:, groups[order]] if groups is not None else scales[:, None]
+    mins = torch.zeros(1) if mins is None else mins.float()[:, groups[order]]
+    scales, mins = scales.expand(weight.shape), mins.expand(weight.shape)
     factor = _inverse_factor(gram)
-    codes = torch.zeros(num_rows, num_terms, dtype=torch.int8)
-    all_scales, all_mins = [], []
+    num_rows, num_terms = weight.shape
+    codes = torch.empty(num_rows, num_terms, dtype=torch.int8)
     for begin in range(0, num_terms, _BLOCK):
         end = min(begin + _BLOCK, num_terms)
-        block, errors = weight[:, begin:end], torch.zeros(num_rows, end - begin)
+        block, errors = weight[:, begin:end], torch.empty(num_rows, end - begin)
         for k in range(begin, end):
-            if scales is not None:
-                scale, least = scales[:, k], 0
-            elif k == 0 or group[k] != group[k - 1]:
-                members = weight[:, group == group[k]]
-                exists = torch.ones(members.shape[1], dtype=torch.bool)
-                scale, least = group_numbers(members, exists, bits=bits, symmetric=symmetric)
-                all_scales.append(scale)
-                all_mins.append(least)
-                scale, least = scale[:, 0].float(), 0 if least is None else least[:, 0].float()
-            column = block[:, k - begin]
-            codes[:, k] = nearest_codes(column, scale, least, bits)
-            error = (column - (codes[:, k] * scale + least)) / factor[k, k]
+            column, scale, least = block[:, k - begin], scales[:, k], mins[:, k]
+            code = nearest_codes(column, scale, least, bits)
+            error = (column - (code * scale + least)) / factor[k, k]
             block[:, k - begin :] -= error[:, None] * factor[k, k:end]
             errors[:, k - begin] = error
+            codes[:, order[k]] = code
         weight[:, end:] -= errors @ factor[begin:end, end:]
-    if scales is not None:
-        return codes, scales, None
-    return codes, torch.cat(all_scales, 1), None if symmetric else torch.cat(all_mins, 1)
+    return codes
 
 
 def _inverse_factor(gram: Tensor) -> Tensor:
