@@ -1,11 +1,13 @@
 """Experts of 8 and 4 bits: the kernels against the formula in float64 of the weights that the codes
 stand for, by the same rule as other weights; the rounding itself; bad input."""
 
+import gc
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 
 import dsmoe_ext
 from dsmoe_ext import _C, ops, reference
@@ -351,6 +353,30 @@ def test_model_saved_and_loaded(form, make_llama, tmp_path):
     with pytest.raises(RuntimeError, match="load the model again"):
         loaded.save_pretrained(tmp_path / "again")
     assert f"bits={form['bits']}" in repr(loaded)
+
+
+def tensor_bytes():
+    """Of all tensors that are alive, each storage once."""
+    gc.collect()
+    alive = [found for found in gc.get_objects() if type(found) in (torch.Tensor, nn.Parameter)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("form", ["8", "4, symmetric"])
+def test_packed_model_is_as_large_as_its_file(form, make_llama, tmp_path):
+    """No copy in bf16, and none of the codes, stays beside those that the kernels read."""
+    from transformers import AutoModelForCausalLM
+
+    wide = make_llama(hidden_size=128, intermediate_size=2048).to(torch.bfloat16)
+    quantize(dsmoe_ext.sparsify(wide, num_experts=16), **FORMATS[form]).save_pretrained(tmp_path)
+    del wide
+    before = tensor_bytes()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").pack()
+    with torch.no_grad():
+        loaded(torch.ones(1, 40, dtype=torch.long))
+    file = (tmp_path / "model.safetensors").stat().st_size
+    assert tensor_bytes() - before <= 1.1 * file
 
 
 def test_model_trains_past_codes(make_llama):

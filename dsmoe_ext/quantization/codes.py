@@ -78,6 +78,7 @@ def quantize_weights(
     group_size: int | None = None,
     symmetric: bool | None = None,
     activation: str = "silu",
+    importance: tuple[Tensor, Tensor] | None = None,
 ) -> QuantizedWeights:
     """Rounds weights [I,H] to codes.
 
@@ -86,6 +87,8 @@ def quantize_weights(
         group_size: 32 or a multiple of 64; 0: one scale per output channel (8 bits only). None:
             0 for 8 bits, 32 for 4.
         symmetric: no mins. None: as long as there are 8 bits.
+        importance: mean squares of the terms that gate_proj and up_proj [H], and down_proj [I], are
+            multiplied with: what squared errors of groups are weighed by.
 
     Raises:
         ValueError: for another format, or for weights that are not finite.
@@ -101,9 +104,11 @@ def quantize_weights(
                 f"{name} holds NaN or infinity, which has no code: repair the weights."
             )
         if name == "down_proj_t":
-            matrices[name] = _quantize_down(weight, expert_offsets, **options)
+            weigh = importance[1] if importance else torch.ones(len(weight))
+            matrices[name] = _quantize_down(weight, expert_offsets, weigh, **options)
         else:
-            matrices[name] = QuantizedMatrix(*quantize_rows(weight, **options))
+            weigh = importance[0] if importance else torch.ones(weight.shape[1])
+            matrices[name] = QuantizedMatrix(*quantize_rows(weight, weigh, **options))
     offsets = expert_offsets.detach().cpu().clone()
     return QuantizedWeights(**matrices, expert_offsets=offsets, bits=bits, group_size=group_size,
                             activation=activation)  # fmt: skip
@@ -128,24 +133,26 @@ def check_format(bits: int, group_size: int | None, symmetric: bool | None) -> t
 
 
 def quantize_rows(
-    weight: Tensor, *, bits: int, group_size: int, symmetric: bool
+    weight: Tensor, importance: Tensor, *, bits: int, group_size: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(codes [N,K], scales, mins) of a matrix [N,K] with groups along K."""
+    """(codes [N,K], scales, mins) of a matrix [N,K] with groups along K, whose terms weigh
+    importance [K]."""
     num_rows, num_terms = weight.shape
     if not group_size:
         scales = weight.abs().amax(1) / 127 if num_terms else weight.new_zeros(num_rows)
         return nearest_codes(weight, scales[:, None], 0, 8), scales, None
     padded = F.pad(weight, (0, -num_terms % group_size)).unflatten(1, (-1, group_size))
     exists = torch.arange(padded.shape[1] * group_size).view(1, -1, group_size) < num_terms
-    numbers = group_numbers(padded, exists, bits=bits, symmetric=symmetric)
+    weigh = F.pad(importance, (0, -num_terms % group_size)).view(1, -1, group_size)
+    numbers = _group_numbers(padded, exists, weigh, bits=bits, symmetric=symmetric)
     scales, mins = numbers
     codes = nearest_codes(padded, scales.float(), 0 if mins is None else mins.float(), bits)
     codes = codes.flatten(1)[:, :num_terms].contiguous()
     return codes, scales[..., 0].contiguous(), None if mins is None else mins[..., 0].contiguous()
 
 
-def group_numbers(
-    groups: Tensor, exists: Tensor, *, bits: int, symmetric: bool
+def _group_numbers(
+    groups: Tensor, exists: Tensor, importance: Tensor, *, bits: int, symmetric: bool
 ) -> tuple[Tensor, Tensor | None]:
     """float16 scales and mins [..., 1] of groups [..., group_size]: of several ranges the one that
     leaves the least squared error. exists: False where a group's last weights are padding."""
@@ -165,7 +172,7 @@ def group_numbers(
             least = (center - reach - low_code * scale.float()).half()
         codes = nearest_codes(groups, scale.float(), least.float(), bits)
         error = (codes * scale.float() + least.float() - groups).masked_fill(~exists, 0)
-        error = error.square().sum(-1, keepdim=True)
+        error = (error.square() * importance).sum(-1, keepdim=True)
         is_better = error < best_error
         best_error = torch.where(is_better, error, best_error)
         best_scale = torch.where(is_better, scale, best_scale)
@@ -181,13 +188,18 @@ def nearest_codes(weight: Tensor, scale: Tensor, least: Tensor | float, bits: in
     return codes.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).to(torch.int8)
 
 
-def _quantize_down(weight: Tensor, expert_offsets: Tensor, **options) -> QuantizedMatrix:
+def _quantize_down(
+    weight: Tensor, expert_offsets: Tensor, importance: Tensor, **options
+) -> QuantizedMatrix:
     """down_proj_t: sums run along the neurons, groups along those of one expert."""
     if not options["group_size"]:
-        codes, scales, _ = quantize_rows(weight.t(), **options)
+        codes, scales, _ = quantize_rows(weight.t(), importance, **options)
         return QuantizedMatrix(codes.t().contiguous(), scales)
     sizes = expert_offsets.diff().tolist()
-    experts = [quantize_rows(part.t(), **options) for part in weight.split(sizes)]
+    experts = [
+        quantize_rows(part.t(), weigh, **options)
+        for part, weigh in zip(weight.split(sizes), importance.split(sizes), strict=True)
+    ]
     codes, scales, mins = zip(*experts, strict=True)
     join = [torch.cat([part.t() for part in parts]).contiguous() for parts in (codes, scales)]
     return QuantizedMatrix(

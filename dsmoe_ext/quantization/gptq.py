@@ -38,7 +38,10 @@ def quantize_with_gram(
     gram_x: [H,H], xᵀx of the FFN's input; gram_a: [I,I], of the activations as down_proj sees
     them, 0 where an expert is off.
     """
-    plain = quantize_weights(gate_proj, up_proj, down_proj_t, expert_offsets, **form)
+    importance = gram_x.diagonal(), gram_a.diagonal()
+    plain = quantize_weights(
+        gate_proj, up_proj, down_proj_t, expert_offsets, importance=importance, **form
+    )
     size = plain.group_size
     matrices = {}
     for name, weight in zip(MATRICES, (gate_proj, up_proj, down_proj_t), strict=True):
