@@ -110,8 +110,8 @@ class QuantizedExperts(nn.Module):
         """An error if the codes are no longer here."""
         if self.is_released:
             raise RuntimeError(
-                "The codes of these experts were packed for inference and let go of: load the "
-                "model again to save, train or move it."
+                "The codes of these experts were packed for inference under torch.no_grad() and "
+                "let go of: load the model again to save, train or move it."
             )
 
     def _save_to_state_dict(self, *args, **kwargs):
