@@ -4,10 +4,11 @@ if(NOT CMAKE_CUDA_COMPILER)
   find_program(CMAKE_CUDA_COMPILER nvcc REQUIRED)
 endif()
 
-# Machine code for the chips that people have; the PTX of 80, 90 and 120 serves those between and after.
+# Machine code for the chips that people have, 100's for B300 (10.3) too; the PTX of 80, 90 and 120 serves those
+# between and after.
 if(NOT CMAKE_CUDA_ARCHITECTURES)
   execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch OUTPUT_VARIABLE known)
-  foreach(architecture 80 86-real 89-real 90 120)
+  foreach(architecture 80 86-real 89-real 90 100-real 120)
     string(REPLACE "-real" "" number ${architecture})
     if(known MATCHES "compute_${number}\n")
       list(APPEND CMAKE_CUDA_ARCHITECTURES ${architecture})
