@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import dsmoe_ext
-from dsmoe_ext.calibration import layerwise, streams
+from dsmoe_ext.calibration import layerwise, states, streams
 from dsmoe_ext.calibration.neurons import (
     Layout,
     expert_norms,
@@ -151,6 +151,22 @@ def test_the_chunks_do_not_decide(seed, monkeypatch):
     whole = calibrate(model, text)
     monkeypatch.setattr(streams, "CHUNK_TOKENS", 64)
     torch.testing.assert_close(logits(calibrate(model, text), text), logits(whole, text))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_states_in_files_give_the_same_bits(dtype, seed, monkeypatch):
+    model, text = tiny_llama(dtype=dtype), some_text(24)
+    monkeypatch.setattr(streams, "CHUNK_TOKENS", 7 * 64)
+    in_memory = calibrate(model, text).state_dict()
+    monkeypatch.setattr(states, "IN_MEMORY", 0)
+    in_files = calibrate(model, text).state_dict()
+    assert all(torch.equal(value, in_files[name]) for name, value in in_memory.items())
+
+
+def test_no_room_for_the_states(monkeypatch):
+    monkeypatch.setattr(states, "IN_MEMORY", 0)
+    with pytest.raises(OSError, match="set TMPDIR to a folder with more"):
+        states.States((2**40, 64, 32), torch.float32, torch.device("cpu"))
 
 
 def test_save_and_load_give_the_same_bits(seed, tmp_path):

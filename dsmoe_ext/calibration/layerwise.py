@@ -91,8 +91,9 @@ def calibrate(
     progress: show a progress bar on stderr.
 
     The result has binary gates and no rescaling; config.dsmoe["target_active"] is set for training.
-    Besides the models it needs the hidden states of the text, 3 H · T floats for T tokens, and sums
-    of some 8 I² floats for one layer at a time.
+    Besides the models it needs sums of some 8 I² floats for one layer at a time, and the hidden
+    states of the text, 3 H · T floats for T tokens: in memory up to states.IN_MEMORY bytes each,
+    in temporary files beyond.
     """
     refuse_offloaded(model)
     check_finite(model)
@@ -141,19 +142,15 @@ def _fit_next(streams: Streams, layer: Layer, *options) -> LayerFit:
     quick = [w.to(quick_dtype(streams.dtype, w.device)) for w in weights]
 
     def chunks():
-        for chunk, _ in streams.token_rows():
-            x = streams.x[chunk].flatten(0, 1)
+        for chunk in streams.chunks:
+            x = streams.x.read(chunk).flatten(0, 1)
             yield x, lambda own, chunk=chunk: streams.missing(chunk, own)
 
     def activate(x: Tensor) -> Tensor:
         return mlp_activations(x.to(quick[0].dtype), quick, found.activation)
 
-    def output(rows: slice) -> Tensor:
-        x = streams.x.flatten(0, 1)[rows]
-        return fit.output(x, activate(x))
-
     fit = fit_layer(chunks, activate, weights[-1].T.contiguous(), *options)
-    streams.leave(output)
+    streams.leave(lambda x: fit.output(x, activate(x)))
     return fit
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from dsmoe_ext.calibration.states import States
 from dsmoe_ext.gated_mlp import GatedMLP, describe
 from dsmoe_ext.models.adopt import gated_mlps, text_model
 from dsmoe_ext.routers import at_least_float32
@@ -83,10 +84,10 @@ class Residual:
 
 
 class Streams:
-    """dense, sparse [N,L,H] float32 (float64 for such a model): the two hidden states.
+    """dense, sparse: the two hidden states, float32 (float64 for such a model).
 
     `enter(layer)` brings both behind the layer, the sparse one without its MLP, whose input is then
-    in x [N,L,H]. `leave` adds what the sparse MLP gives.
+    in x. `leave` adds what the sparse MLP gives. `chunks` are slices of the windows.
     """
 
     def __init__(self, model: nn.Module, windows: Tensor):
@@ -95,10 +96,15 @@ class Streams:
         self.layers = _layers(self.model)
         step = max(1, CHUNK_TOKENS // windows.shape[1])
         self.chunks = [slice(i, i + step) for i in range(0, len(windows), step)]
-        self.dense = torch.cat([self._first_input(windows[chunk]) for chunk in self.chunks])
-        self._first_input(windows[:1])  # `_probe` calls layers on one window
-        self.sparse = self.dense.clone()
-        self.x = torch.empty_like(self.dense)
+        first = self._first_input(windows[:1])  # `_probe` calls layers on one window
+        shape = (len(windows), *first.shape[1:])
+        self.dense, self.sparse, self.x = (
+            States(shape, self.dtype, first.device) for _ in range(3)
+        )
+        for chunk in self.chunks:
+            first = self._first_input(windows[chunk])
+            self.dense.write(chunk, first)
+            self.sparse.write(chunk, first)
 
     def _first_input(self, windows: Tensor) -> Tensor:
         """Records how the layers are called for so many windows; the first one's hidden state."""
@@ -127,46 +133,45 @@ class Streams:
             module = copy.deepcopy(layer.module).to(self.dtype)
             layer = Layer(module, layer.mlp_name, layer.calls)
         for chunk in self.chunks:
-            self.dense[chunk] = layer(self.dense[chunk])
+            self.dense.write(chunk, layer(self.dense.read(chunk)))
         if layer.mlp_name is None:
             for chunk in self.chunks:
-                self.sparse[chunk] = layer(self.sparse[chunk])
+                self.sparse.write(chunk, layer(self.sparse.read(chunk)))
             return layer
-        self.layer, self.residual = layer, _probe(layer, self.sparse[:1])
+        self.layer, self.residual = layer, _probe(layer, self.sparse.read(slice(0, 1)))
+        self.before = None
         if self.residual is None or self.residual.is_normed:
-            self.before = self.sparse.clone()
+            self.before = States(self.sparse.shape, self.dtype, self.sparse.device)
         for chunk in self.chunks:
-            seen = self.x[chunk]
+            before = self.sparse.read(chunk)
+            if self.before is not None:
+                self.before.write(chunk, before)
 
-            def nothing(x, seen=seen):
-                seen.copy_(x)
+            def nothing(x, chunk=chunk):
+                self.x.write(chunk, x)
                 return torch.zeros_like(x)
 
-            self.sparse[chunk] = layer.with_mlp(self.sparse[chunk], nothing)
+            self.sparse.write(chunk, layer.with_mlp(before, nothing))
         return layer
 
-    def leave(self, output: Callable[[slice], Tensor]) -> None:
-        """Adds what the sparse MLP gives, [t,H], asked for by the rows in [T,...] matrices."""
-        for chunk, rows in self.token_rows():
-            v = output(rows).view_as(self.sparse[chunk])
-            if self.residual is not None and not self.residual.is_normed:
-                self.sparse[chunk] += v if self.residual.factor == 1.0 else self.residual.factor * v
+    def leave(self, output: Callable[[Tensor], Tensor]) -> None:
+        """Adds what the sparse MLP gives, output(x [t,H]) [t,H]."""
+        for chunk in self.chunks:
+            x = self.x.read(chunk)
+            v = output(x.flatten(0, 1)).view_as(x)
+            if self.before is None:
+                after = self.sparse.read(chunk) + self.residual.factor * v
             else:  # once more through the layer: exact whatever becomes of v there
-                self.sparse[chunk] = self.layer.with_mlp(self.before[chunk], lambda x, v=v: v)
+                after = self.layer.with_mlp(self.before.read(chunk), lambda x, v=v: v)
+            self.sparse.write(chunk, after)
 
     def missing(self, chunk: slice, own: Tensor) -> Tensor:
         """What the MLP would have to give [t,H] for the sparse state to become the dense one; own
         [t,H], what it gives, where it cannot be told."""
         if self.residual is None:
             return own
-        target = (self.dense[chunk] - self.sparse[chunk]).flatten(0, 1)
+        target = (self.dense.read(chunk) - self.sparse.read(chunk)).flatten(0, 1)
         return self.residual.wanted(target, own)
-
-    def token_rows(self) -> Iterator[tuple[slice, slice]]:
-        """(windows of a chunk, their rows in a [T,...] matrix of all tokens)."""
-        num_windows, length = self.dense.shape[:2]
-        for chunk in self.chunks:
-            yield chunk, slice(chunk.start * length, min(chunk.stop, num_windows) * length)
 
 
 def _layers(model: nn.Module) -> list[Layer]:
