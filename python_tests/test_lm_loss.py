@@ -1,4 +1,4 @@
-"""causal_lm_loss is transformers' loss, whatever the pieces."""
+"""causal_lm_loss is transformers' loss, divergence is its formula, whatever the pieces."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from dsmoe_ext import lm_loss
-from dsmoe_ext.lm_loss import causal_lm_loss
+from dsmoe_ext.lm_loss import causal_lm_loss, divergence
 
 pytestmark = pytest.mark.quick
 
@@ -76,3 +76,41 @@ def test_torch_func(seed):
     want = with_gradient(ForCausalLMLoss, logits, labels)[1] / 3
     got = torch.func.grad(lambda z: causal_lm_loss(z, labels, 11))(logits.detach())
     torch.testing.assert_close(got, want)
+
+
+# -------------------------------------------------------------------------------------- divergence
+
+
+@pytest.mark.parametrize("piece", [1, 14, 2**22])
+@pytest.mark.parametrize("num_items", [None, 10])
+def test_divergence_is_what_it_says(piece, num_items, seed, monkeypatch):
+    monkeypatch.setattr(lm_loss, "PIECE", piece)
+    logits, wanted = torch.randn(2, 2, 5, 7, dtype=torch.float64).unbind(0)
+    labels = torch.tensor([[1, 2, -100, 3, 4], [1, 1, 1, -100, -100]])
+    rows = [(0, 0), (0, 2), (0, 3), (1, 0), (1, 1)]  # the positions before a counted label
+    logits.requires_grad_()
+    p, q = (t.softmax(-1) for t in (wanted, logits))
+    want = sum((p[at] * (p[at] / q[at]).log()).sum() for at in rows) / (num_items or len(rows))
+    got = divergence(logits, wanted, labels, num_items)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(3 * loss, logits) for loss in (got, want)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_divergence_of_half_logits(dtype, seed):
+    logits, labels = batch(dtype)
+    wanted = torch.randn(2, 7, 11).to(dtype)
+    loss = divergence(logits, wanted, labels)
+    exact = logits.detach().double().requires_grad_()
+    want = divergence(exact, wanted.double(), labels)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-7)
+    gradients = [torch.autograd.grad(*pair)[0] for pair in ((loss, logits), (want, exact))]
+    eps = torch.finfo(dtype).eps  # rounded once as it is made, once as it is scaled
+    torch.testing.assert_close(gradients[0].double(), gradients[1], rtol=2 * eps, atol=eps * 2**-5)
+    assert loss.dtype == torch.float32 and divergence(logits.detach(), wanted, labels) == loss
+
+
+def test_divergence_without_a_label(seed):
+    logits, labels = batch(num_ignored=14)
+    loss = divergence(logits, torch.randn(2, 7, 11), labels)
+    assert loss == 0 and torch.autograd.grad(loss, logits)[0].eq(0).all()

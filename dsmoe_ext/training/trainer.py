@@ -6,10 +6,10 @@ Everything else (accumulation, precision, logging, checkpoints, `accelerate laun
 """
 
 import torch
-import torch.nn.functional as F
 from transformers import Trainer
 
 from ..errors import UserError
+from ..lm_loss import divergence
 from .callbacks import StartStep
 
 
@@ -57,8 +57,10 @@ class SparseTrainer(Trainer):
         if self.distill:
             with torch.no_grad():
                 wanted = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"}).logits
-            divergence = kl_divergence(outputs.logits, wanted, inputs["labels"], num_items_in_batch)
-            loss = (1 - self.distill) * loss + self.distill * divergence
+            missing = divergence(outputs.logits, wanted, inputs["labels"], num_items_in_batch)
+            # All from the teacher: no gradient of a loss that does not count is worth its time.
+            own = (1 - self.distill) * loss if self.distill < 1 else 0.0
+            loss = own + self.distill * missing
         if not torch.isfinite(loss):
             raise UserError(
                 f"the loss is not finite at step {self.state.global_step + 1} ({loss.item()}): "
@@ -75,18 +77,3 @@ class SparseTrainer(Trainer):
 def is_router(parameter_name: str) -> bool:
     """Whether a parameter of a converted model belongs to a router."""
     return ".router." in f".{parameter_name}"
-
-
-def kl_divergence(logits, wanted, labels, num_items=None) -> torch.Tensor:
-    """KL(wanted || logits) at the positions that predict a label, in fp32: 0-d.
-
-    Args:
-        logits, wanted: [B,L,V] of student and teacher.
-        labels: [B,L] int64, -100: not counted.
-        num_items: what the sum is divided by; None: the number of counted positions.
-    """
-    counts = labels[:, 1:] != -100
-    got = F.log_softmax(logits[:, :-1][counts].float(), dim=-1)
-    wanted = F.log_softmax(wanted[:, :-1][counts].float(), dim=-1)
-    total = F.kl_div(got, wanted, log_target=True, reduction="sum")
-    return total / (counts.sum().clamp(min=1) if num_items is None else num_items)
