@@ -65,12 +65,18 @@ def test_oracles_keep_their_share_and_put_the_model_back(seed):
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "rows"),
-    [("ladder", [], 5), ("static", ["--shared", "0.25"], 3), ("curve", ["--targets", "0.5"], 3)],
+    ("name", "options", "rows", "tables"),
+    [
+        ("ladder", ["--tokens", 2048], 5, 1),
+        ("static", ["--tokens", 2048, "--shared", "0.25"], 3, 1),
+        ("curve", ["--tokens", 2048, "--targets", "0.5"], 3, 1),
+        ("tokens", ["--counts", "1024,2048", "--sources", "self,self+builtin"], 5, 1),
+        ("tuned", ["--tokens", 2048, "--steps", "2"], 6, 2),
+    ],
 )
-def test_commands_go_on_where_they_stopped(tmp_path, name, options, rows):
+def test_commands_go_on_where_they_stopped(tmp_path, name, options, rows, tables):
     save_tiny_llama(tmp_path / "model")
-    arguments = ["experiment", name, "--model", tmp_path / "model", "--tokens", 2048]
+    arguments = ["experiment", name, "--model", tmp_path / "model"]
     arguments += ["--windows", 1, "--out", tmp_path, *options]
     arguments = [str(argument) for argument in arguments]
     result = CliRunner().invoke(app, arguments)
@@ -78,6 +84,7 @@ def test_commands_go_on_where_they_stopped(tmp_path, name, options, rows):
     file = tmp_path / f"{name}.jsonl"
     before = file.read_text()
     assert len(before.splitlines()) == rows
-    assert result.stdout.count("\n|") == rows + 1 and "| python |" in result.stdout
+    assert ("\n" + result.stdout).count("\n|") == tables * (rows + 2)
+    assert "| python |" in result.stdout
     again = CliRunner().invoke(app, arguments)
     assert again.stdout == result.stdout and file.read_text() == before

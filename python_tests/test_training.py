@@ -162,6 +162,19 @@ def test_schedule_and_groups(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_only_the_ffns_learn(kind):
+    model = tiny_llama() if kind == "dense" else tiny_sparse()
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    settings = dataclasses.replace(FAST, steps=2, trained="ffn", distill=1.0)
+    fine_tune(model, tiny_windows(), settings, teacher=tiny_llama(1).eval())
+    changed = {name for name, value in model.named_parameters() if (value != before[name]).any()}
+    assert changed == {name for name in before if ".mlp." in name}
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(ValueError, match="all, ffn"):
+        fine_tune(model, tiny_windows(), dataclasses.replace(settings, trained="router"))
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_training_learns(kind):
     model = tiny_llama() if kind == "dense" else tiny_sparse(sparsity_weight=0.0)
     windows = tiny_windows()

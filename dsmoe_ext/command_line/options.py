@@ -105,6 +105,13 @@ class Ste(str, enum.Enum):
     sampled = "sampled"
 
 
+class Trained(str, enum.Enum):
+    """Which parameters learn."""
+
+    all = "all"
+    ffn = "ffn"
+
+
 class Router(str, enum.Enum):
     """How the routers start."""
 

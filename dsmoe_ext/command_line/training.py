@@ -16,6 +16,7 @@ from .options import (
     SeedOption,
     Ste,
     TargetOption,
+    Trained,
     WindowOption,
     finite,
 )
@@ -29,15 +30,28 @@ def train(
         int | None, typer.Option(min=64, help="Training tokens to take from the text.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 80,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows in a micro-batch.")] = 1,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Windows in a micro-batch (default: 1; 2 with a teacher)."),
+    ] = None,
     accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches in a step.")] = 1,
     window: WindowOption = 512,
     lr: Annotated[
-        float, typer.Option(callback=finite, min=0, help="Learning rate of the weights.")
-    ] = 2e-5,
+        float | None,
+        typer.Option(
+            callback=finite,
+            min=0,
+            help="Learning rate of the weights (default: 2e-5; 1e-4 with a teacher).",
+        ),
+    ] = None,
     router_lr: Annotated[
-        float, typer.Option(callback=finite, min=0, help="Learning rate of the routers.")
-    ] = 1e-3,
+        float | None,
+        typer.Option(
+            callback=finite,
+            min=0,
+            help="Learning rate of the routers (default: 1e-3; 1e-5 with a teacher).",
+        ),
+    ] = None,
     weight_decay: Annotated[
         float, typer.Option(callback=finite, min=0, help="AdamW's, of the weights.")
     ] = 0.0,
@@ -61,7 +75,15 @@ def train(
     distill: Annotated[
         float,
         typer.Option(callback=finite, min=0.0, max=1.0, help="Share of the teacher in the loss."),
-    ] = 0.5,
+    ] = 1.0,
+    trained: Annotated[
+        Trained | None,
+        typer.Option(
+            "--parameters",
+            help="Which are trained: all, or those of the FFNs and routers (default: all; ffn with "
+            "a teacher).",
+        ),
+    ] = None,
     ste: Annotated[
         Ste | None,
         typer.Option(
@@ -102,19 +124,21 @@ def train(
     Example: `dsmoe train smollm2-half smollm2-tuned --steps 200 --teacher smollm2`
     """
     from ..training.command import run_training
-    from ..training.fine_tune import TrainSettings
+    from ..training.fine_tune import TrainSettings, recovery
 
     if precision is Dtype.fp16:
         raise typer.BadParameter("training runs in fp32 or bf16", param_hint="--precision")
-    settings = TrainSettings(
+    given = {"batch_size": batch_size, "lr": lr, "router_lr": router_lr}
+    given |= {"trained": trained and trained.value}
+    given = {name: value for name, value in given.items() if value is not None}
+    if teacher:
+        given |= {"distill": distill}
+    settings = (recovery if teacher else TrainSettings)(
         steps=steps,
-        batch_size=batch_size,
+        **given,
         accumulate=accumulate,
-        lr=lr,
-        router_lr=router_lr,
         weight_decay=weight_decay,
         clip=clip,
-        distill=distill if teacher else 0.0,
         target_active=target_active,
         bf16=None if precision is Dtype.auto else precision is Dtype.bf16,
         seed=seed,

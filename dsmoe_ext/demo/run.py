@@ -10,7 +10,7 @@ import torch
 
 from ..command_line import console
 from ..command_line.steps import calibrate_on, evaluate_with_bar, prompt_ids, text_after
-from ..command_line.text import mixed_windows
+from ..command_line.text import OWN_LENGTH, mixed_windows
 from ..errors import UserError
 from ..files import DEMO_FILES, atomic_directory, directory_size, json_text
 from ..loading import load_model, model_bytes, need_tokenizer
@@ -18,18 +18,23 @@ from ..model_source import HUB_ID, SMOLLM2
 from ..models.options import options_of
 from ..quiet import quiet_transformers
 from ..training.command import describe
-from ..training.data import prose_text, second_domain_text, windows_of
+from ..training.data import TextWindows, prose_text, second_domain_text, windows_of
 from ..training.evaluate import evaluate, supports_bf16
-from ..training.fine_tune import TrainSettings, fine_tune
-from ..training.measure import active_parameters, generate, num_parameters, threshold
+from ..training.fine_tune import TrainSettings, fine_tune, recovery
+from ..training.measure import (
+    active_parameters,
+    generate,
+    inference_copy,
+    num_parameters,
+    threshold,
+)
 from ..training.sources import BUILTIN, SELF, Source, read_windows
 from .speed import measure_speed
 
 DISPLAY_NAMES = {SMOLLM2: HUB_ID.rpartition("/")[2]}
 PROMPT = "A Python function is"
-CALIBRATION_TOKENS = 65536
+CALIBRATION_TOKENS = 32768
 OTHER_WINDOWS = 8  # of each of the other texts
-DISTILL = 1.0  # on text that the dense model says itself, its predictions are all there is to learn
 PROBES = 8  # evaluations during the fine-tuning, for the curves
 PROBE_WINDOWS = 4
 
@@ -51,12 +56,11 @@ class DemoSettings:
 
 def tuning_settings(settings: DemoSettings, sparse: bool) -> TrainSettings:
     """The demo's recipe. --compare trains the dense model on the same text, with no teacher."""
-    return TrainSettings(
-        steps=settings.steps,
-        distill=DISTILL if sparse else 0.0,
-        target_active=settings.target_active if sparse else None,
-        seed=settings.seed,
-    )
+    if sparse:
+        target, seed = settings.target_active, settings.seed
+        return recovery(settings.steps, target_active=target, seed=seed)
+    batch = recovery(settings.steps).batch_size
+    return TrainSettings(steps=settings.steps, batch_size=batch, seed=settings.seed)
 
 
 class Demo:
@@ -94,10 +98,9 @@ class Demo:
 
     def measure(self, name: str, model) -> dict:
         """Perplexity on the held-out windows and on the other texts, and what was active."""
-        context, bf16 = self.windows.num_context, self.bf16
-        result = evaluate_with_bar(
-            model, self.windows.held_out, f"Evaluating ({name})", context=context, bf16=bf16
-        )
+        model, context = inference_copy(model), self.windows.num_context
+        held_out, label = self.windows.held_out, f"Evaluating ({name})"
+        result = evaluate_with_bar(model, held_out, label, context=context)
         stage = self.stages[name] = {
             "perplexity": result.perplexity,
             "active_ffn": result.active,
@@ -105,7 +108,7 @@ class Demo:
             "active_parameters": active_parameters(model, result.active_per_layer),
         }
         for text, ids in self.others.items():
-            other = evaluate(model, ids, num_context=context, bf16=bf16)
+            other = evaluate(model, ids, num_context=context)
             stage[f"perplexity_{text}"] = other.perplexity
             stage[f"active_ffn_{text}"] = other.active
         return stage
@@ -114,7 +117,9 @@ class Demo:
         """A quick look during training: perplexity on a few held-out windows."""
         step = max(1, len(self.windows.held_out) // PROBE_WINDOWS)
         ids = self.windows.held_out[::step][:PROBE_WINDOWS]
-        result = evaluate(model, ids, num_context=self.windows.num_context, bf16=self.bf16)
+        result = evaluate(
+            model, ids, num_context=self.windows.num_context, bf16=self.bf16, batch_size=len(ids)
+        )
         return {"held_out_perplexity": result.perplexity}
 
     def tune(self, label: str, model, windows, train: TrainSettings, run_dir=None, teacher=None):
@@ -188,8 +193,11 @@ def _run(demo: Demo, dense, folder: Path) -> dict:
     last = "calibrated"
     demo.measure(last, sparse)
     if settings.steps:
+        text = in_rows(text)
         train = tuning_settings(settings, True)
-        logs["fine-tuned"] = demo.tune("Fine-tuning", sparse, text, train, folder, dense)
+        teacher = copy.deepcopy(dense).to(torch.bfloat16) if demo.bf16 else dense
+        logs["fine-tuned"] = demo.tune("Fine-tuning", sparse, text, train, folder, teacher)
+        del teacher
         last = "fine-tuned"
         demo.measure(last, sparse)
     if settings.threshold is not None:
@@ -221,6 +229,14 @@ def _run(demo: Demo, dense, folder: Path) -> dict:
         "speed": {key: speeds[key] for key in ("dtype", "threads")},
         "texts": {"prompt": PROMPT, "dense": dense_sample, last: sample},
     }
+
+
+def in_rows(text: TextWindows) -> TextWindows:
+    """The text in windows as long as the model's own rows: attention takes half of the time."""
+    length = min(text.length, OWN_LENGTH)
+    whole = text.length // length * length
+    parts = (part[:, :whole].reshape(-1, length) for part in (text.train, text.held_out))
+    return TextWindows(*parts)
 
 
 def prompt(tokenizer) -> torch.Tensor:

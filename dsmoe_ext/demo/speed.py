@@ -1,12 +1,10 @@
 """Dense against sparse, interleaved in one process: evaluation and decoding."""
 
-import copy
 import time
 
 import torch
 
-from ..training.evaluate import supports_bf16
-from ..training.measure import generate, ready_for_inference
+from ..training.measure import generate, inference_copy
 
 ROUNDS = 3
 NEW_TOKENS = 32
@@ -20,8 +18,7 @@ def measure_speed(dense, sparse, windows: torch.Tensor, prompt: torch.Tensor) ->
     evaluation: logits of whole windows, one at a time. decoding: greedy, KV cache, batch 1.
     Copies in bf16 where the processor computes in it; the sparse one with packed weights.
     """
-    dtype = torch.bfloat16 if supports_bf16() else torch.float32
-    models = {"dense": _ready(dense, dtype), "sparse": _ready(sparse, dtype)}
+    models = {"dense": inference_copy(dense), "sparse": inference_copy(sparse)}
     best = {name: {"evaluation": 0.0, "decoding": 0.0} for name in models}
     for _ in range(ROUNDS):
         for name, model in models.items():
@@ -33,8 +30,5 @@ def measure_speed(dense, sparse, windows: torch.Tensor, prompt: torch.Tensor) ->
             best[name]["evaluation"] = max(best[name]["evaluation"], rate)
             new = generate(model, prompt, NEW_TOKENS, min_new_tokens=NEW_TOKENS)
             best[name]["decoding"] = max(best[name]["decoding"], new.tokens_per_second)
-    return best | {"dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
-
-
-def _ready(model, dtype: torch.dtype):
-    return ready_for_inference(copy.deepcopy(model).to(dtype))
+    dtype = str(models["dense"].dtype).removeprefix("torch.")
+    return best | {"dtype": dtype, "threads": torch.get_num_threads()}

@@ -8,11 +8,15 @@ from pathlib import Path
 import torch
 
 from ..calibration import calibrate
-from ..command_line.text import Text, own_windows, texts_to_measure
+from ..command_line.text import OWN_LENGTH, Text, own_windows, texts_to_measure
+from ..layers import find_ffns
 from ..loading import load_model, need_tokenizer
-from ..training.data import prose_text, second_domain_text, windows_of
+from ..models.options import options_of
+from ..training.data import TextWindows, prose_text, second_domain_text, windows_of
 from ..training.evaluate import evaluate, supports_bf16
-from ..training.measure import ready_for_inference
+from ..training.fine_tune import fine_tune, recovery
+from ..training.measure import inference_copy
+from ..training.sources import SELF, Source, read_windows
 
 
 class Bench:
@@ -25,6 +29,20 @@ class Bench:
         self.windows, self.wikitext, self.seed = windows, wikitext, seed
         self.dense, tokenizer = load_model(model, dtype="fp32")
         self.tokenizer = need_tokenizer(tokenizer, model)
+
+    def text(self, name: str, tokens: int) -> torch.Tensor:
+        """Windows [N,L], `tokens` in all, of "self", another source, or several joined by "+", the
+        same share of each."""
+        parts, share = name.split("+"), tokens // len(name.split("+"))
+        rows = max(1, -(-share // self.window))
+        windows = []
+        for part in parts:
+            if part == SELF:
+                windows.append(self.own_text[:rows])
+            else:
+                read = read_windows(self.tokenizer, [Source(part)], self.window, share)
+                windows.append(read.train[:rows])
+        return torch.cat(windows)
 
     @cached_property
     def own_text(self) -> torch.Tensor:
@@ -43,17 +61,36 @@ class Bench:
             texts += texts_to_measure(self.tokenizer, None, self.wikitext, window=self.window)
         return [Text(text.name, _spread(text, self.windows), text.context) for text in texts]
 
-    def calibrate(self, target_active: float, **options):
-        """calibrate() on the own text -> (the sparse model, the seconds it took)."""
-        text, start = self.own_text, time.perf_counter()
+    def calibrate(self, target_active: float, text: torch.Tensor | None = None, **options):
+        """calibrate() on a text (the own one) -> (the sparse model, the seconds it took)."""
+        text, start = self.own_text if text is None else text, time.perf_counter()
         sparse = calibrate(self.dense, text, target_active, seed=self.seed, **options)
         return sparse, time.perf_counter() - start
 
+    def tune(self, model, steps: int, distill: float) -> list[dict]:
+        """Trains the FFNs in place on the own text, by the recipe of `dsmoe demo` -> its log.
+
+        distill: 1 learns from the dense model alone, 0 from the text alone, as a model that has no
+        teacher would.
+        """
+        target = options_of(model)["target_active"] if find_ffns(model) else None
+        if target is not None:
+            options_of(model)["sparsity_weight"] = 0.0  # the thresholds hold the target
+        settings = recovery(steps, distill=distill, target_active=target, seed=self.seed)
+        rows = self.own_text.view(-1, min(self.window, OWN_LENGTH))  # as they were drawn
+        text = TextWindows(rows, rows[:1])
+        return fine_tune(model, text, settings, teacher=inference_copy(self.dense))
+
     def losses(self, model) -> dict:
-        """{"loss": nats per token by text, "active": share of the FFN by text}."""
-        ready_for_inference(model)
+        """{"loss": nats per token by text, "active": share of the FFN by text}, of the model as it
+        would be used."""
+        return self.losses_in_place(inference_copy(model))
+
+    def losses_in_place(self, model) -> dict:
+        """The same of the model as it is; in float32 under bf16 autocast where that is faster."""
+        bf16 = supports_bf16() and model.dtype == torch.float32
         results = {
-            text.name: evaluate(model, text.ids, num_context=text.context, bf16=supports_bf16())
+            text.name: evaluate(model, text.ids, num_context=text.context, bf16=bf16)
             for text in self.texts
         }
         return {

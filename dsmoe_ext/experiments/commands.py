@@ -1,5 +1,7 @@
 """The commands of `dsmoe experiment`."""
 
+import copy
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -33,24 +35,44 @@ def _benches(model: str, tokens: int, windows: int, wikitext: Path | None, seeds
         yield Bench(model, tokens, 512, windows, wikitext, seed)
 
 
-def _show(title: str, rows: list[dict], names: list[str]) -> None:
-    """Prints the table: ratios to the dense row of the same seed, and active shares."""
-    from .bench import ratio
+class Rows:
+    """The rows of one table, measured or read, and how they are shown."""
 
-    dense = {row["what"]["seed"]: row for row in rows if row["what"]["row"] == "dense"}
-    texts = list(next(iter(dense.values()))["loss"])
-    cells = []
-    for name in names:
-        same = [row for row in rows if row["what"]["row"] == name]
-        cell = [name]
-        for text in texts:
-            ratios = [ratio(row, dense[row["what"]["seed"]], text) for row in same]
-            active = sum(row["active"][text] for row in same) / len(same)
-            spread = f" ± {(max(ratios) - min(ratios)) / 2:.3f}" if len(same) > 1 else ""
-            cell.append(f"{sum(ratios) / len(ratios):.3f}{spread} @{active:.3f}")
-        cells.append(cell)
-    console.say(title)
-    print(markdown(["", *texts], cells))
+    def __init__(self, out: Path, name: str):
+        self.record, self.rows = Record(out / f"{name}.jsonl"), []
+
+    def add(self, bench, name: str, measurement, **what) -> None:
+        """One row of one seed: losses by text and active shares, as Bench.losses gives them."""
+        self.rows.append(self.record.measure(bench.what(row=name, **what), measurement))
+
+    def add_dense(self, bench, **what) -> None:
+        self.add(bench, "dense", lambda: bench.losses(bench.dense), **what)
+
+    def add_calibrated(self, bench, name: str, target: float, text=None, **options) -> None:
+        def measurement() -> dict:
+            sparse, seconds = bench.calibrate(target, text and text(), **options)
+            return bench.losses(sparse) | {"seconds": seconds}
+
+        self.add(bench, name, measurement, target=target, **options)
+
+    def show(self, title: str, against: str = "dense") -> None:
+        """Prints the table: ratios to a row of the same seed, and active shares."""
+        from .bench import ratio
+
+        base = {row["what"]["seed"]: row for row in self.rows if row["what"]["row"] == against}
+        texts = list(next(iter(base.values()))["loss"])
+        cells = []
+        for name in dict.fromkeys(row["what"]["row"] for row in self.rows):
+            same = [row for row in self.rows if row["what"]["row"] == name]
+            cell = [name]
+            for text in texts:
+                ratios = [ratio(row, base[row["what"]["seed"]], text) for row in same]
+                active = sum(row["active"][text] for row in same) / len(same)
+                spread = f" ± {(max(ratios) - min(ratios)) / 2:.3f}" if len(same) > 1 else ""
+                cell.append(f"{sum(ratios) / len(ratios):.3f}{spread} @{active:.3f}")
+            cells.append(cell)
+        console.say(title)
+        print(markdown(["", *texts], cells))
 
 
 @app.command()
@@ -67,35 +89,26 @@ def ladder(
     from ..models.adopt import gated_mlps, text_model
     from .oracle import masked_ffns, strongest_experts, strongest_neurons
 
-    record = Record(out / "ladder.jsonl")
-    rows = []
+    table = Rows(out, "ladder")
     for bench in _benches(model, tokens, windows, wikitext, seeds):
-
-        def measured(name: str, measurement, bench=bench) -> None:
-            rows.append(record.measure(bench.what(row=name, target=target_active), measurement))
 
         def oracle(masks, bench=bench) -> dict:
             with masked_ffns(bench.dense, masks):
-                losses = bench.losses(bench.dense)
+                losses = bench.losses_in_place(bench.dense)
             return losses | {"active": dict.fromkeys(losses["active"], target_active)}
 
         def oracle_experts(bench=bench) -> dict:
             sparse, _ = bench.calibrate(target_active, refit=False)
             return oracle(strongest_experts(sparse, target_active))
 
-        def calibrated(refit: bool, bench=bench) -> dict:
-            sparse, seconds = bench.calibrate(target_active, refit=refit)
-            return bench.losses(sparse) | {"seconds": seconds}
-
         layers = len(gated_mlps(text_model(bench.dense)))
-        measured("dense", lambda b=bench: b.losses(b.dense))
         neurons = [strongest_neurons(target_active)] * layers
-        measured("oracle neurons", lambda masks=neurons: oracle(masks))
-        measured("oracle experts", oracle_experts)
-        measured("router", lambda: calibrated(False))
-        measured("router, refit", lambda: calibrated(True))
-    names = ["dense", "oracle neurons", "oracle experts", "router", "router, refit"]
-    _show(f"perplexity / dense @ active share, target {target_active:g}", rows, names)
+        table.add_dense(bench, target=target_active)
+        table.add(bench, "oracle neurons", lambda n=neurons: oracle(n), target=target_active)
+        table.add(bench, "oracle experts", oracle_experts, target=target_active)
+        table.add_calibrated(bench, "router", target_active, refit=False)
+        table.add_calibrated(bench, "router, refit", target_active)
+    table.show(f"perplexity / dense @ active share, target {target_active:g}")
 
 
 @app.command()
@@ -110,17 +123,14 @@ def static(
     out: Out = Path("experiments"),
 ) -> None:
     """Does routing earn its keep? Against the strongest neurons alone, refitted the same way."""
-    record = Record(out / "static.jsonl")
-    rows, names = [], ["dense"]
+    table = Rows(out, "static")
     shares = [*numbers(shared, float, "--shared"), target_active]
     for bench in _benches(model, tokens, windows, wikitext, seeds):
-        what = bench.what(row="dense", target=target_active)
-        rows.append(record.measure(what, lambda b=bench: b.losses(b.dense)))
+        table.add_dense(bench, target=target_active)
         for share in shares:
             name = f"shared {share:g}" if share < target_active else "static: strongest + refit"
-            names += [name] if name not in names else []
-            rows.append(_calibrated_row(record, bench, name, target_active, share))
-    _show(f"perplexity / dense @ active share, target {target_active:g}", rows, names)
+            table.add_calibrated(bench, name, target_active, shared=share)
+    table.show(f"perplexity / dense @ active share, target {target_active:g}")
 
 
 @app.command()
@@ -134,22 +144,80 @@ def curve(
     out: Out = Path("experiments"),
 ) -> None:
     """Perplexity over the active share, routed (half of it always on) and static."""
-    record = Record(out / "curve.jsonl")
-    rows, names = [], ["dense"]
+    table = Rows(out, "curve")
     for bench in _benches(model, tokens, windows, wikitext, seeds):
-        what = bench.what(row="dense")
-        rows.append(record.measure(what, lambda b=bench: b.losses(b.dense)))
+        table.add_dense(bench)
         for target in numbers(targets, float, "--targets"):
             for kind, share in (("routed", target / 2), ("static", target)):
-                name = f"{kind} {target:g}"
-                names += [name] if name not in names else []
-                rows.append(_calibrated_row(record, bench, name, target, share))
-    _show("perplexity / dense @ active share", rows, names)
+                table.add_calibrated(bench, f"{kind} {target:g}", target, shared=share)
+    table.show("perplexity / dense @ active share")
 
 
-def _calibrated_row(record: Record, bench, name: str, target: float, shared: float) -> dict:
-    def measurement() -> dict:
-        sparse, seconds = bench.calibrate(target, shared=shared)
-        return bench.losses(sparse) | {"seconds": seconds}
+@app.command("tokens")
+def tokens_by_domain(
+    model: Model = "smollm2",
+    target_active: Annotated[float, typer.Option(min=0.01, max=1.0)] = 0.5,
+    counts: Annotated[str, typer.Option(help="Tokens to calibrate on.")] = "4096,16384,65536",
+    sources: Annotated[
+        str, typer.Option(help="Texts to calibrate on, as in --data; + joins equal parts.")
+    ] = "self,builtin,self+builtin",
+    windows: Windows = 8,
+    wikitext: WikiText = None,
+    seeds: Seeds = "0",
+    out: Out = Path("experiments"),
+) -> None:
+    """How much text, and which? Calibrated on each source at each size, measured on every text."""
+    table = Rows(out, "tokens")
+    sizes = numbers(counts, int, "--counts")
+    for bench in _benches(model, max(sizes), windows, wikitext, seeds):
+        table.add_dense(bench)
+        for source in sources.split(","):
+            for size in sizes:
+                name = f"{source}, {size:,}"
+                text = functools.partial(bench.text, source, size)
+                table.add_calibrated(bench, name, target_active, text)
+    table.show(f"perplexity / dense @ active share, target {target_active:g}")
 
-    return record.measure(bench.what(row=name, target=target, shared=shared), measurement)
+
+@app.command()
+def tuned(
+    model: Model = "smollm2",
+    target_active: Annotated[float, typer.Option(min=0.01, max=1.0)] = 0.5,
+    steps: Annotated[int, typer.Option(min=1, help="Of two windows each.")] = 80,
+    tokens: Tokens = 65536,
+    windows: Windows = 8,
+    wikitext: WikiText = None,
+    seeds: Seeds = "0",
+    out: Out = Path("experiments"),
+) -> None:
+    """What does training bring, and would the dense model have gained the same?
+
+    All rows are trained on the same tokens, of the model's own text: on the text itself (CE) or on
+    the dense model's predictions (KL).
+    """
+    table = Rows(out, "tuned")
+    for bench in _benches(model, tokens, windows, wikitext, seeds):
+
+        def after(distill: float, shared: float | None, bench=bench) -> dict:
+            """Losses of the dense model (shared None) or a calibrated one behind the steps."""
+            if shared is None:
+                start = copy.deepcopy(bench.dense)
+            else:
+                start, _ = bench.calibrate(target_active, shared=shared)
+            log = bench.tune(start, steps, distill)
+            trained = {"held": [row.get("active") for row in log]}
+            return bench.losses(start) | trained
+
+        what = {"target": target_active}
+        table.add_dense(bench, **what)
+        table.add_calibrated(bench, "calibrated", target_active)
+        for name, distill, shared in (
+            ("dense, CE", 0.0, None),
+            ("static, KL", 1.0, target_active),
+            ("calibrated, CE", 0.0, 0.25),
+            ("calibrated, KL", 1.0, 0.25),
+        ):
+            measurement = functools.partial(after, distill, shared)
+            table.add(bench, name, measurement, steps=steps, **what)
+    table.show(f"perplexity / dense @ active share, target {target_active:g}, {steps} steps")
+    table.show("the same / the dense model trained on the same tokens", "dense, CE")

@@ -25,7 +25,7 @@ from ..models.options import options_of
 from .callbacks import read_log
 from .checkpoint import find_checkpoints, remove_checkpoint
 from .data import TextWindows
-from .fine_tune import TrainSettings, fine_tune, run_checks
+from .fine_tune import TrainSettings, computes_in_bf16, fine_tune, run_checks
 from .record import check_same
 from .sources import BUILTIN, SELF, Source, read_windows
 
@@ -103,7 +103,8 @@ def _train_into(
         need_tokenizer(tokenizer, model)
         teaching = None
         if teacher:
-            teaching = load_model(teacher, only="dense", device=device)[0].eval()
+            quick = "bf16" if computes_in_bf16(loaded, settings) else "fp32"
+            teaching = load_model(teacher, dtype=quick, only="dense", device=device)[0].eval()
     if teaching is not None and teaching.config.vocab_size != loaded.config.vocab_size:
         raise UserError(f"{teacher} and {model} have different vocabularies")
     settings = _adapt(loaded, model, settings, ste, sparsity_weight)

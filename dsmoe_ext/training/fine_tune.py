@@ -7,15 +7,17 @@ Nothing depends on more than settings, data and step: a resumed run gives the sa
 
 import dataclasses
 import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback, is_tensorboard_available
 
 from ..layers import find_ffns
+from ..models.adopt import gated_mlps, text_model
 from .callbacks import ActiveShare, JsonLines
 from .checkpoint import KeepNewest, newest_checkpoint
 from .controller import controller_for
@@ -23,6 +25,8 @@ from .data import TextWindows
 from .evaluate import supports_bf16
 from .record import check_same, tensors_digest, write_record
 from .trainer import SparseTrainer
+
+TRAINED = ("all", "ffn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +42,30 @@ class TrainSettings:
     warmup: float = 0.05  # share of the steps
     clip: float = 1.0  # largest norm of the gradient; 0: no limit
     distill: float = 0.0  # share of the loss that is the KL divergence to the teacher
+    trained: str = "all"  # parameters: "all", or those of the "ffn"s with their routers
     target_active: float | None = None  # share of the FFN to hold; None: thresholds stay
     controller_rate: float = 0.5  # of the thresholds, per step (controller.py)
     bf16: bool | None = None  # autocast; None: where the processor is faster that way
     seed: int = 0
+
+
+def recovery(steps: int, **changes) -> TrainSettings:
+    """What brings a calibrated model back towards its dense teacher in few steps.
+
+    The FFNs alone lost something, so they alone are trained: without the embeddings' gradient and
+    moments a step is a fifth cheaper. Routers that calibration fitted want to follow, not to move:
+    at a hundred times this rate they lose more than the weights gain (docs/log/calibration.md).
+    Scores then move slowly, and thresholds can be averaged over many batches.
+    """
+    chosen = {
+        "batch_size": 2,
+        "lr": 1e-4,
+        "router_lr": 1e-5,
+        "distill": 1.0,
+        "trained": "ffn",
+        "controller_rate": 0.1,
+    }
+    return TrainSettings(steps=steps, **chosen | changes)
 
 
 class WindowDataset(torch.utils.data.Dataset):
@@ -127,6 +151,7 @@ def fine_tune(
         if controller is not None:
             stack.callback(controller.close)
         stack.callback(model.train, was_training)
+        stack.enter_context(frozen_but(model, settings.trained))
         folder = run_dir or stack.enter_context(tempfile.TemporaryDirectory())
         trainer = SparseTrainer(
             model,
@@ -140,6 +165,25 @@ def fine_tune(
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=start and str(start))
     return log.rows
+
+
+@contextmanager
+def frozen_but(model: nn.Module, trained: str) -> Iterator[None]:
+    """Inside, no parameter but those that are to be trained asks for a gradient."""
+    if trained not in TRAINED:
+        raise ValueError(f"trained must be one of {', '.join(TRAINED)}, got {trained!r}")
+    others = []
+    if trained == "ffn":
+        ffns = find_ffns(model) or gated_mlps(text_model(model)).values()
+        kept = {id(parameter) for ffn in ffns for parameter in ffn.parameters()}
+        others = [p for p in model.parameters() if p.requires_grad and id(p) not in kept]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
 
 
 def run_checks(model, windows: TextWindows, settings: TrainSettings, identity: dict) -> dict:

@@ -1,6 +1,7 @@
 """What a model costs to run: active parameters, decoding speed, and a sweep of thresholds."""
 
 import contextlib
+import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..layers import find_ffns
-from .evaluate import autocast
+from .evaluate import autocast, supports_bf16
 
 
 def num_parameters(model) -> int:
@@ -36,6 +37,13 @@ def ready_for_inference(model):
         if layer.threshold.device.type == "cpu":
             layer.pack()
     return model
+
+
+def inference_copy(model):
+    """A copy as it would be used here: in bf16 where the processor computes in it, packed."""
+    device = next(model.parameters()).device
+    dtype = torch.bfloat16 if supports_bf16(device) else torch.float32
+    return ready_for_inference(copy.deepcopy(model).to(dtype))
 
 
 @contextlib.contextmanager
