@@ -38,6 +38,17 @@ def test_draws_follow_the_probabilities(seed):
     torch.testing.assert_close(share, logits[0].softmax(0), atol=0.015, rtol=0)
 
 
+def test_the_caches_memory_is_taken_once():
+    model, layer = tiny_llama(), own_text._RoomForAll(9)
+    states = torch.randn(2, 2, 3, 9, 4)  # keys and values of 2 rows, 3 heads, 9 tokens
+    for start, stop in ((0, 4), (4, 5), (5, 9)):
+        kept = layer.update(*states[..., start:stop, :])
+        assert all(map(torch.equal, kept, states[..., :stop, :]))
+        assert layer.get_seq_length() == stop
+    assert layer.keys.untyped_storage().nbytes() == states[0].nbytes
+    assert model.config.num_hidden_layers == len(own_text._cache_for(model, 9).layers)
+
+
 def test_cold_text_is_the_likeliest():
     """Towards temperature 0 every step takes the largest logit, and the cache changes nothing."""
     model = tiny_llama()

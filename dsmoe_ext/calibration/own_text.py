@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 # Rows that are drawn together. More would save little: reading and growing the cache takes over.
 BATCH_ROWS = 128
@@ -67,7 +68,7 @@ def _starts(config, num_rows: int, generator: torch.Generator) -> Tensor:
 def _continue(model, ids: Tensor, length: int, temperature: float, generator, advance) -> Tensor:
     """Draws every row of ids [N,1] up to `length` tokens. int64 [N,length]."""
     text = [ids]
-    cache = None
+    cache = _cache_for(model, length)
     for _ in range(length - 1):
         out = model(input_ids=text[-1], cache=cache, use_cache=True)
         cache = out.cache
@@ -75,6 +76,43 @@ def _continue(model, ids: Tensor, length: int, temperature: float, generator, ad
         if advance:
             advance(len(ids))
     return torch.cat(text, dim=1)
+
+
+def _cache_for(model, length: int) -> DynamicCache:
+    """An empty cache of the model's kind, with room for `length` tokens."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [
+        _RoomForAll(length) if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
+    return cache
+
+
+class _RoomForAll(DynamicLayer):
+    """A layer's keys and values [N,heads,L,d] in memory that is taken once for all `length` tokens.
+
+    transformers' own grows by a copy of everything for every token.
+    """
+
+    def __init__(self, length: int):
+        super().__init__()
+        self.length = length
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.room = [
+            states.new_empty(*states.shape[:2], self.length, states.shape[3])
+            for states in (key_states, value_states)
+        ]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        stop = start + key_states.shape[2]
+        for room, states in zip(self.room, (key_states, value_states), strict=True):
+            room[:, :, start:stop] = states
+        self.keys, self.values = (room[:, :, :stop] for room in self.room)
+        return self.keys, self.values
 
 
 def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:

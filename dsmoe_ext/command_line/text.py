@@ -9,7 +9,7 @@ import torch
 from ..calibration.own_text import sample_text
 from ..errors import UserError
 from ..loading import need_tokenizer
-from ..training.data import HELD_OUT_EVERY, TextWindows, split_windows
+from ..training.data import TextWindows
 from ..training.evaluate import supports_bf16
 from ..training.sources import BUILTIN, SELF, Source, read_windows
 from ..training.wikitext import wikitext_windows
@@ -69,24 +69,25 @@ def mixed_windows(
         wanted = round(tokens * (1 - own))
         parts.append(read_windows(tokenizer, others, window, wanted, model=model))
     if own:
-        parts.append(own_windows(model, round(tokens * own), window, seed))
+        text = own_windows(model, round(tokens * own), window, seed)
+        parts.append(TextWindows(text, text[:0]))
     train = torch.cat([part.train for part in parts])
     held_out = torch.cat([part.held_out for part in parts])
     return TextWindows(train, held_out, parts[0].num_context)
 
 
-def own_windows(model, tokens: int, window: int, seed: int) -> TextWindows:
-    """About `tokens` training tokens of the model's own text, and a tenth more held out.
+def own_windows(model, tokens: int, window: int, seed: int) -> torch.Tensor:
+    """Windows [N, window] of about `tokens` tokens of the model's own text; all to learn from.
 
     It is drawn in rows of OWN_LENGTH tokens; a longer window holds several, like documents that are
     packed for training.
     """
-    wanted = max(tokens * HELD_OUT_EVERY // (HELD_OUT_EVERY - 1), 2 * window)
     length = min(window, OWN_LENGTH)
+    wanted = max(1, round(tokens / window)) * window
     rows = -(-wanted // length)
     device = next(model.parameters()).device
     if supports_bf16(device) and model.dtype == torch.float32:
         model = copy.deepcopy(model).to(torch.bfloat16)  # reading the weights is what takes time
     with console.progress("Sampling text", rows * (length - 1), "tokens") as advance:
         text = sample_text(model, rows, length, seed=seed, advance=advance)
-    return split_windows(text.flatten(), window)
+    return text.flatten()[:wanted].view(-1, window)

@@ -47,8 +47,7 @@ class Bench:
     @cached_property
     def own_text(self) -> torch.Tensor:
         """Windows [N,L] that the dense model says itself, `tokens` in all."""
-        windows = own_windows(self.dense, self.tokens, self.window, self.seed)
-        return windows.train[: -(-self.tokens // self.window)]
+        return own_windows(self.dense, self.tokens, self.window, self.seed)
 
     @cached_property
     def texts(self) -> list[Text]:
