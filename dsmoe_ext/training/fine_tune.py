@@ -53,9 +53,9 @@ def recovery(steps: int, **changes) -> TrainSettings:
     """What brings a calibrated model back towards its dense teacher in few steps.
 
     The FFNs alone lost something, so they alone are trained: without the embeddings' gradient and
-    moments a step is a fifth cheaper. Routers that calibration fitted want to follow, not to move:
-    at a hundred times this rate they lose more than the weights gain (docs/log/calibration.md).
-    Scores then move slowly, and thresholds can be averaged over many batches.
+    moments a step is cheaper. The rates are low, for routers above all: at 3e-4 and 1e-3 the same
+    steps undo what calibration found (docs/log/calibration.md). Scores then move slowly, and
+    thresholds can be averaged over many batches.
     """
     chosen = {
         "batch_size": 2,
