@@ -170,7 +170,7 @@ def demo(
         float | None,
         typer.Option(callback=finite, help="Also evaluate with every threshold at this."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=0, help="Steps of fine-tuning.")] = 80,
+    steps: Annotated[int, typer.Option(min=0, help="Steps of distillation, 512 tokens each.")] = 40,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also fine-tune the dense model on the same tokens.")
     ] = False,
@@ -187,7 +187,7 @@ def demo(
     quality and speed that gives on three texts it never saw: one table, and a picture in
     OUT/report.png. With --data your text is mixed in, and its held-out part is measured.
 
-    Example: `dsmoe demo --steps 40 --target-active 0.6`
+    Example: `dsmoe demo --steps 100 --target-active 0.6`
     """
     from ..demo.run import DemoSettings, run_demo
 
