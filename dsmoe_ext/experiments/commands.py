@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Option(help="The dense model.")]
+Target = Annotated[float, typer.Option(min=0.01, max=1.0, help="Active share of the FFN.")]
 Tokens = Annotated[int, typer.Option(min=64, help="Of the model's own text, to calibrate on.")]
 Windows = Annotated[int, typer.Option(min=0, help="Windows to measure on, of each text; 0: all.")]
 WikiText = Annotated[
@@ -78,7 +79,7 @@ class Rows:
 @app.command()
 def ladder(
     model: Model = "smollm2",
-    target_active: Annotated[float, typer.Option(min=0.01, max=1.0)] = 0.5,
+    target_active: Target = 0.5,
     tokens: Tokens = 65536,
     windows: Windows = 8,
     wikitext: WikiText = None,
@@ -114,7 +115,7 @@ def ladder(
 @app.command()
 def static(
     model: Model = "smollm2",
-    target_active: Annotated[float, typer.Option(min=0.01, max=1.0)] = 0.5,
+    target_active: Target = 0.5,
     shared: Annotated[str, typer.Option(help="Shares that are always on.")] = "0,0.125,0.25,0.375",
     tokens: Tokens = 65536,
     windows: Windows = 8,
@@ -156,7 +157,7 @@ def curve(
 @app.command("tokens")
 def tokens_by_domain(
     model: Model = "smollm2",
-    target_active: Annotated[float, typer.Option(min=0.01, max=1.0)] = 0.5,
+    target_active: Target = 0.5,
     counts: Annotated[str, typer.Option(help="Tokens to calibrate on.")] = "4096,16384,65536",
     sources: Annotated[
         str, typer.Option(help="Texts to calibrate on, as in --data; + joins equal parts.")
@@ -182,7 +183,7 @@ def tokens_by_domain(
 @app.command()
 def tuned(
     model: Model = "smollm2",
-    target_active: Annotated[float, typer.Option(min=0.01, max=1.0)] = 0.5,
+    target_active: Target = 0.5,
     steps: Annotated[int, typer.Option(min=1, help="Of two windows each.")] = 80,
     tokens: Tokens = 65536,
     windows: Windows = 8,
