@@ -25,6 +25,11 @@ from pathlib import Path
 
 from .errors import UserError
 
+CARD = "README.md"  # of a model; a name that users write too, so that ours carries a mark
+CARD_MARK = (
+    "<!-- written by dsmoe_ext, which replaces it with the model; yours may take its place -->"
+)
+
 # What a result consists of: paths below OUT, with wildcards.
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model"),
@@ -34,6 +39,7 @@ TOKENIZER_FILES = (
 MODEL_FILES = (
     *("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
     *("model.safetensors.index.json", "*processor_config.json", "dsmoe_auto.py", *TOKENIZER_FILES),
+    CARD,
 )
 CHECKPOINT_FILES = (  # Trainer's
     *("trainer_state.json", "training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt"),
@@ -244,6 +250,7 @@ def filled_directory(
     with _partial_directory(place, True, place) as partial:
         yield partial
         files = [path.relative_to(partial) for path in partial.rglob("*") if not path.is_dir()]
+        files = [file for file in files if is_ours(place / file)]
         taken = {file for file in files if os.path.lexists(place / file)}
         if taken and not overwrite:
             raise _kept(partial, place)
@@ -290,7 +297,15 @@ def owned_files(folder: Path, owns: Iterable[str]) -> list[Path]:
         for file in found
         if ((folder / file).is_file() or (folder / file).is_symlink())
         and not any((folder / above).is_symlink() for above in file.parents)
+        and is_ours(folder / file)
     )
+
+
+def is_ours(file: Path) -> bool:
+    """Whether a file of a result's name may be replaced: not a card that somebody else wrote."""
+    if file.name != CARD or not os.path.lexists(file):
+        return True
+    return file.is_file() and CARD_MARK in file.read_text(encoding="utf-8", errors="replace")
 
 
 def remove_owned(folder: Path, owns: Iterable[str]) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import dsmoe_ext
 from dsmoe_ext.layers import ffn_layers
+from dsmoe_ext.training.measure import generate
 from dsmoe_ext.training.tiny import save_tiny_llama
 
 
@@ -84,10 +85,16 @@ def test_pipeline(sparse_folder):
     assert text == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def test_static_cache_gives_the_same_tokens(sparse_folder):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_static_cache_gives_the_same_tokens(sparse_folder, compiled):
+    """And one compiled graph, without a break, is a step of it."""
     model = AutoModelForCausalLM.from_pretrained(sparse_folder).eval()
     ids = torch.arange(1, 9)[None]
-    options = {"max_new_tokens": 6, "do_sample": False}
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     wanted = model.generate(ids, **options)
     model.pack()
-    assert torch.equal(model.generate(ids, cache_implementation="static", **options), wanted)
+    if compiled:
+        got = generate(model, ids, 6, min_new_tokens=6, compiled=True).ids
+        assert got == wanted[0, 8:].tolist()
+    else:
+        assert torch.equal(model.generate(ids, cache_implementation="static", **options), wanted)

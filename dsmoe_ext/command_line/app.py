@@ -194,7 +194,7 @@ def calibrate(
     with atomic_directory(out, overwrite, reads=reads) as folder:
         with console.stage("Loading"):
             loaded, tokenizer = load_model(model, dtype=dtype.value, device=device)
-        from .steps import calibrate_on
+        from .steps import calibrate_on, card_rows
         from .text import mixed_windows
 
         windows = mixed_windows(
@@ -211,7 +211,7 @@ def calibrate(
                 refit=refit,
                 seed=seed,
             )
-        save_model(sparse, tokenizer, folder)
+        save_model(sparse, tokenizer, folder, card_rows(sparse, windows, sources))
     print(f"wrote {out}")
 
 
@@ -283,9 +283,9 @@ def quantize(
     with atomic_directory(out, overwrite, reads=reads) as folder:
         with console.stage("Loading"):
             loaded, tokenizer = load_model(model, dtype=dtype.value, only="sparse")
-        ids = None
+        ids, windows = None, None
         if not plain:
-            from .steps import spread_windows
+            from .steps import card_rows, spread_windows
             from .text import mixed_windows
 
             windows = mixed_windows(
@@ -294,7 +294,8 @@ def quantize(
             ids = spread_windows(windows, tokens)
         with console.expect(ValueError, TypeError):
             quantize_model(loaded, bits, group_size, symmetric, token_ids=ids)
-        save_model(loaded, tokenizer, folder)
+        measured = card_rows(loaded, windows, sources) if windows else ()
+        save_model(loaded, tokenizer, folder, measured)
     print(f"wrote {out}")
 
 
@@ -321,6 +322,12 @@ def generate(
         float | None,
         typer.Option(callback=finite, help="Set every layer's threshold for this run."),
     ] = None,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="Compile the step first: takes a minute, pays on long texts."
+        ),
+    ] = False,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
@@ -344,6 +351,7 @@ def generate(
         max_new_tokens,
         chat=chat,
         threshold_value=threshold,
+        compiled=compiled,
         temperature=temperature,
         top_p=top_p,
         seed=seed,

@@ -1,6 +1,7 @@
 """The steps that the commands and the demo share: calibrate, evaluate over thresholds, generate."""
 
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from rich.table import Table
@@ -16,10 +17,12 @@ from ..training.measure import (
     ready_for_inference,
     threshold,
 )
+from ..training.sources import Source
 from ..training.usage import watch_usage
 from . import console
 from .text import Text
 
+CARD_WINDOWS = 4  # of a text, measured for a model's card: a first idea of it, in seconds
 _DECODER_CONTEXT = 8  # tokens of the prompt that are decoded with the new ones
 
 
@@ -72,6 +75,13 @@ def evaluation_rows(
             with nullcontext() if value is None else threshold(model, value):
                 rows.append(_row(model, text, value, label, batch_size, teacher))
     return rows
+
+
+def card_rows(model, windows: TextWindows, sources: list[Source]) -> list[dict]:
+    """A little text that was held out of the sources, measured for the model's card."""
+    name = "held out of " + " + ".join(Path(source.name).name for source in sources)
+    held_out = Text(name, windows.held_out[:CARD_WINDOWS], windows.num_context)
+    return evaluation_rows(model, [held_out], [])
 
 
 def _row(model, text: Text, value: float | None, label: str, batch_size: int, teacher) -> dict:

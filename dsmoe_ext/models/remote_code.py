@@ -2,7 +2,8 @@
 
 lm-evaluation-harness, `transformers serve` and the like open a folder, and without `import
 dsmoe_ext` they would get the dense model. Under trust_remote_code transformers runs what the
-config's `auto_map` names: four lines that import the package.
+config's `auto_map` names: a few lines that import the package. It names the config's class too, as
+some programs read the config that way and then build the model's class themselves.
 """
 
 import functools
@@ -15,32 +16,40 @@ import dsmoe_ext  # noqa: F401
 import transformers
 
 
-class {name}(transformers.{name}):
+class {config}(transformers.{config}):
+    pass
+
+
+class {model}(transformers.{model}):
     pass
 '''
 
 
 def auto_map(model) -> dict[str, str]:
-    """What the config of a saved model says: the Auto classes that have this model's class."""
+    """What the config of a saved model says: the Auto classes that have this model's classes."""
     import transformers
 
-    name = type(model).__name__
-    if not hasattr(transformers, name):
+    name, config = type(model).__name__, type(model.config).__name__
+    if not hasattr(transformers, name) or not hasattr(transformers, config):
         return {}
-    suffix = name.removeprefix(type(model.config).__name__.removesuffix("Config"))
+    suffix = name.removeprefix(config.removesuffix("Config"))
     auto = {"ForCausalLM": "AutoModelForCausalLM", "Model": "AutoModel"}
     auto = auto.get(suffix, f"AutoModel{suffix}")
-    return {auto: f"{MODULE}.{name}"} if hasattr(transformers, auto) else {}
+    if not hasattr(transformers, auto):
+        return {}
+    return {"AutoConfig": f"{MODULE}.{config}", auto: f"{MODULE}.{name}"}
 
 
 def saves_remote_code(save_pretrained):
-    """Around PreTrainedModel.save_pretrained: writes the file beside a sparse model's config."""
+    """Around PreTrainedModel.save_pretrained: of a sparse model also the file and the card."""
 
     @functools.wraps(save_pretrained)
     def save(self, save_directory, *args, **kwargs):
         from dsmoe_ext.layers import find_ffns
+        from dsmoe_ext.models.card import write_card
 
-        entry = auto_map(self) if find_ffns(self) else {}
+        is_sparse = bool(find_ffns(self))
+        entry = auto_map(self) if is_sparse else {}
         if entry:
             self.config.auto_map = entry
         try:
@@ -48,8 +57,13 @@ def saves_remote_code(save_pretrained):
         finally:
             if entry:
                 del self.config.auto_map
-        if entry and kwargs.get("is_main_process", True):
-            source = _SOURCE.format(name=type(self).__name__)
+        if not kwargs.get("is_main_process", True):
+            return
+        if is_sparse:
+            write_card(self, save_directory)
+        if entry:
+            names = {"config": type(self.config).__name__, "model": type(self).__name__}
+            source = _SOURCE.format(**names)
             Path(save_directory, f"{MODULE}.py").write_text(source, encoding="utf-8")
 
     return save
