@@ -18,21 +18,15 @@ from dsmoe_ext.gated_mlp import SPLIT, describe
 from dsmoe_ext.layout import expert_layout
 from dsmoe_ext.ops import Routing
 from dsmoe_ext.reference import ACTIVATIONS, GATES, METHODS
-from dsmoe_ext.routers import (
-    ROUTERS,
-    LinearRouter,
-    Router,
-    make_router,
-    router_names,
-    without_half_casts,
-)
-from dsmoe_ext.routers.scored import dense_start
+from dsmoe_ext.routers import LinearRouter, make_router, router_class, router_names
+from dsmoe_ext.routers.interface import without_half_casts
 from dsmoe_ext.sampling import MIN_PROB, draw_weights, mix_key
 from dsmoe_ext.sliced_ffn import SlicedFFN
 from dsmoe_ext.statistics import ActivityCounter
 from dsmoe_ext.weights import check_permutation, permuted, replicated
 
 STE_MODES = ("active", "exact", "sampled")
+ROUTERS = ("linear", "modse")
 ROUTER_INITS = ("dense", "paper")
 
 
@@ -124,35 +118,27 @@ class DSMoEFFN(SlicedFFN):
         self.shared_size = shared_size
         self.num_shared = 1 if shared_size else 0
         self.num_experts = len(self.sizes) - self.num_shared  # the routed ones, R
-        if method == "top_k" and not 0 < top_k <= self.num_experts:
-            raise ValueError(
-                f"top_k must lie between 1 and the {self.num_experts} routed experts, got {top_k}"
-            )
-        self.method, self.top_k = method, top_k
-        self.gates = gates
-        self.rescale = gates == "scores" if rescale is None else rescale
+        self.method = method
         self.ste, self.sample_prob = ste, sample_prob
         self.set_seed(torch.randint(2**62, (), device="cpu").item() if seed is None else seed)
-        if method in METHODS and not router_options:
-            self._init_router(
-                router, router_init, router_bias, gate_scale, threshold, device, dtype
-            )
-        else:
-            given = dict(threshold=threshold, top_k=top_k, bias=router_bias, gate_scale=gate_scale)
-            given |= dict(rescale=rescale, gates=None if gates == "scores" else gates)
-            self.router = make_router(
-                method,
-                self.hidden_size,
-                self.sizes,
-                self.num_shared,
-                given | (router_options or {}),
-                is_dense_start=router_init == "dense",
-                device=device,
-                dtype=dtype,
-            )
-            self.gates = self.router.options.get("gates", gates)
-            self.gate_scale = float(self.router.options.get("gate_scale", 1.0))
-        self.balance = balance or getattr(self.router, "balance_form", None)
+        if gates == "scores":
+            gates = router_class(method).defaults.get("gates", gates)
+        given = dict(threshold=threshold, top_k=top_k, gates=gates, gate_scale=gate_scale)
+        given |= dict(bias=router_bias, noise=True if router == "modse" else None)
+        given["rescale"] = gates == "scores" if rescale is None else rescale
+        self.router = make_router(
+            method,
+            self.hidden_size,
+            self.sizes,
+            self.num_shared,
+            given | (router_options or {}),
+            is_dense_start=router_init == "dense",
+            device=device,
+            dtype=dtype,
+        )
+        self.gates = self.router.options.get("gates", gates)
+        # The rules of `ops.route` train with the sparsity loss unless told otherwise.
+        self.balance = balance or (None if method in METHODS else self.router.balance_form)
         if self.balance is not None:
             check_choice("balance", self.balance, BALANCE_FORMS)
 
@@ -165,28 +151,14 @@ class DSMoEFFN(SlicedFFN):
         if weights is None:
             self.reset_parameters()
 
-    def _init_router(self, router, router_init, bias, gate_scale, threshold, device, dtype) -> None:
-        """Builds the router, and for a dense start the factor that makes its first gates 1."""
-        logit, scale = None, 1.0
-        if router_init == "dense":
-            logit, score = dense_start(self.method, threshold, self.num_experts, self.top_k)
-            scale = 1 / score if self.gates == "scores" else 1.0
-            if logit and bias is False:
-                raise ValueError("router_init='dense' needs a router bias: leave router_bias out")
-        self.gate_scale = float(scale if gate_scale is None else gate_scale)
-        bias = bool(logit) if bias is None else bias
-        self.router = ROUTERS[router](
-            self.hidden_size, self.num_experts, bias, device=device, dtype=dtype
-        )
-        self.router.start_at(logit)
-
     def reset_parameters(self) -> None:
         """As it was made: random expert weights as in nn.Linear, the router and all buffers."""
         for name in self.names:
             weight = getattr(self, name).weight
             bound = weight.shape[1] ** -0.5
             nn.init.uniform_(weight, -bound, bound)
-        self.router.reset_parameters()
+        if isinstance(self.router, LinearRouter):
+            self.router.reset_parameters()
         self.reset_buffers()
 
     @torch.no_grad()
@@ -220,8 +192,6 @@ class DSMoEFFN(SlicedFFN):
         if self.threshold.is_meta:
             raise RuntimeError("the threshold is offloaded: load the model without offload_buffers")
         self._writable("threshold").copy_(torch.as_tensor(threshold))
-        if isinstance(self.router, Router):
-            self.router.turn(threshold)
 
     def set_seed(self, *parts: int) -> None:
         """Picks the stream of draws of ste="sampled". Layers must differ: pass (seed, layer).
@@ -263,7 +233,7 @@ class DSMoEFFN(SlicedFFN):
                 *self.router.weights(),
                 self.threshold,
                 self._packed,
-                **self.routing_options,
+                **self.router.rule_options,
             )
         else:
             routing = self.route(tokens)
@@ -281,52 +251,35 @@ class DSMoEFFN(SlicedFFN):
 
     def route(self, tokens: Tensor) -> Routing:
         """Gates [T,E] and scores [T,R] of tokens [T,H]."""
-        if isinstance(self.router, Router):
-            gate = None
-            if self.router.needs_gate_proj:
-                gate = self.expert_weights(tokens)[0][: self.intermediate_size]
-            return self.router(tokens, gate)
-        logits, offsets = self.router(tokens), self.offsets_on(tokens.device)
-        return ops.route(logits, self.threshold, offsets, **self.routing_options)
+        given = ()
+        if self.router.needs_gate_proj:
+            given = (self.expert_weights(tokens)[0][: self.intermediate_size],)
+        return self.router.pick(self.router(tokens, *given), self.threshold)
 
     def loss_terms(self, routing: Routing, token_mask: Tensor | None = None) -> Tensor | None:
         """What training adds to the loss for each token, [T]: the terms of the balance loss, or of
         the sparsity loss; None: the method has neither."""
         if self.balance is not None:
             return balance_terms(routing, self.balance, token_mask=token_mask)
-        if isinstance(self.router, Router) and self.method not in METHODS:
+        if self.method not in METHODS:
             return None
         offsets = self.offsets_on(routing.gates.device)
         return sparsity.sparsity_terms(routing, offsets, self.gates == "binary")
 
     def turn(self, value: float) -> None:
         """Moves what trades quality for work: tau, the mass, k, or the router's own knob."""
-        if isinstance(self.router, Router):
-            self.router.turn(value)
-        elif self.method == "top_k":
-            if not 1 <= value <= self.num_experts:
-                raise ValueError(f"top_k must lie between 1 and {self.num_experts}, got {value:g}")
-            self.top_k = int(value)
-        else:
+        if self.router.knob == "threshold":
             self.set_threshold(value)
+        else:
+            self.router.turn(value)
 
     @property
     def knob(self) -> float:
         """What turn moves, as it is now."""
-        if isinstance(self.router, Router):
-            return float(getattr(self.router, self.router.knob)) if self.router.knob else math.nan
-        return float(self.top_k if self.method == "top_k" else self.threshold)
-
-    @property
-    def routing_options(self) -> dict:
-        """The options of ops.route that this layer was made with."""
-        return {
-            "method": self.method,
-            "top_k": self.top_k,
-            "gates": self.gates,
-            "rescale": self.rescale,
-            "gate_scale": self.gate_scale,
-        }
+        name = self.router.knob
+        if name is None:
+            return math.nan
+        return float(self.threshold if name == "threshold" else getattr(self.router, name))
 
     def _can_run_packed(self, tokens: Tensor) -> bool:
         """Whether router, routing and experts can be one call, which saves 10 to 20 µs a token."""
@@ -334,7 +287,8 @@ class DSMoEFFN(SlicedFFN):
             self._packed is not None
             and not torch.is_grad_enabled()
             and self._packed.takes(tokens.dtype)
-            and type(self.router) is LinearRouter
+            and isinstance(self.router, LinearRouter)
+            and self.router.is_plain
             and not self.router.weight.is_meta  # offloaded: the router must be called
         )
 
@@ -441,9 +395,9 @@ class DSMoEFFN(SlicedFFN):
             f"experts={experts}",
             f"shared_size={self.shared_size}" if self.shared_size else "",
             f"method={self.method}",
-            f"top_k={self.top_k}" if self.method == "top_k" else "",
+            f"top_k={self.router.top_k}" if self.router.knob == "top_k" else "",
             "" if self.threshold.is_meta else f"threshold={self.threshold.item():.4g}",
-            f"gates={self.gates}, rescale={self.rescale}, gate_scale={self.gate_scale:.4g}",
+            f"gates={self.gates}",
             f"ste={self.ste}",
             f"packed={self._packed.form}" if self._packed is not None else "",
         ]

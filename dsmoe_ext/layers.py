@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from dsmoe_ext.ffn import DSMoEFFN
-from dsmoe_ext.routers import Router
 from dsmoe_ext.statistics import active_share
 
 
@@ -46,8 +45,7 @@ def turn(model: nn.Module, value: float) -> None:
 def start_step(model: nn.Module, step: int) -> None:
     """To be called before every optimiser step of methods that draw something then (MatFormer)."""
     for ffn in find_ffns(model):
-        if isinstance(ffn.router, Router):
-            ffn.router.start_step(step)
+        ffn.router.start_step(step)
 
 
 def pack(model: nn.Module, **form) -> nn.Module:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsmoe_ext.routers import at_least_float32
+from dsmoe_ext.routers.interface import at_least_float32
 
 IGNORE_INDEX = -100
 PIECE = 2**22  # logits at once: 16 MiB in fp32

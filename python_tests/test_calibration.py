@@ -77,7 +77,7 @@ def test_reaches_the_target(target, seed):
     assert all(abs(share - target) <= 0.03 for share in active.per_layer), active
     ffn = ffn_layers(sparse)[0]
     assert ffn.shared_size == 24 and ffn.num_experts == 9 and ffn.gates == "binary"
-    assert not ffn.rescale and sparse.config.dsmoe["target_active"] == target
+    assert not ffn.router.options["rescale"] and sparse.config.dsmoe["target_active"] == target
     unseen = measured_active(sparse, some_text(24))
     assert abs(unseen.mean - target) <= 0.06
 

@@ -34,10 +34,10 @@ def by_reference(ffn: DSMoEFFN, x: torch.Tensor, grad_weight=None) -> torch.Tens
         ffn.threshold,
         ffn.expert_offsets,
         method=ffn.method,
-        top_k=ffn.top_k,
+        top_k=ffn.router.top_k,
         gates=ffn.gates,
-        rescale=ffn.rescale,
-        gate_scale=ffn.gate_scale,
+        rescale=ffn.router.options["rescale"],
+        gate_scale=ffn.router.gate_scale,
     )
     weights = ffn.expert_weights()
     if grad_weight == "exact":

@@ -35,7 +35,7 @@ def check(router, gate_proj, want_gates, want_scores, x):
     """Values, and gradients of x and all parameters, of gates at active pairs and of all scores."""
     x.requires_grad_()
     parameters = [x, *router.parameters()]
-    gates, scores = router(x, gate_proj)
+    gates, scores = router.route(x, gate_proj)
     wanted_gates, wanted_scores = want_gates(x), want_scores(x)
     torch.testing.assert_close(gates[:, router.num_shared :], wanted_gates, rtol=1e-9, atol=1e-12)
     assert (gates[:, : router.num_shared] == 1).all()
@@ -71,7 +71,7 @@ def factor(gates, num_shared):
 @pytest.mark.parametrize("num_shared", [0, 1])
 def test_threshold(num_shared, seed):
     router, gate_proj = make("threshold", num_shared)
-    s = lambda x: (x @ router.logits.weight.T).sigmoid()  # noqa: E731
+    s = lambda x: (x @ router.weight.T).sigmoid()  # noqa: E731
 
     def gates(x):
         kept = torch.where(s(x) > 0.5, s(x), 0.0)
@@ -83,7 +83,7 @@ def test_threshold(num_shared, seed):
 @pytest.mark.parametrize("t", [0.0, 0.3, 0.7, 0.9, 1.0])
 def test_top_p(t, seed):
     router, gate_proj = make("top_p", threshold=t)
-    p = lambda x: (x @ router.logits.weight.T).softmax(1)  # noqa: E731
+    p = lambda x: (x @ router.weight.T).softmax(1)  # noqa: E731
 
     def gates(x):
         kept = torch.zeros_like(p(x))
@@ -96,7 +96,7 @@ def test_top_p(t, seed):
         return kept
 
     check(router, gate_proj, gates, p, inputs())
-    active = (router(inputs()).gates != 0).sum(1)
+    active = (router.route(inputs()).gates != 0).sum(1)
     assert (active == 1).all() if t == 0 else (active == len(SIZES)).all() if t == 1 else True
 
 
@@ -104,7 +104,7 @@ def test_top_p(t, seed):
 @pytest.mark.parametrize("rescale", [True, False])
 def test_top_k(renormalize, rescale, seed):
     router, gate_proj = make("top_k", 1, renormalize=renormalize, rescale=rescale, bias=True)
-    logits = lambda x: x @ router.logits.weight.T + router.logits.bias  # noqa: E731
+    logits = lambda x: x @ router.weight.T + router.bias  # noqa: E731
 
     def gates(x):
         kept = keep_largest(logits(x), 2)
@@ -119,10 +119,10 @@ def test_modse(seed):
     router, gate_proj = make("modse")
 
     def logits(x):
-        noise = torch.log1p((x @ router.logits.noise_weight.T).exp())
+        noise = torch.log1p((x @ router.noise_weight.T).exp())
         mean_square = noise.square().mean(1, keepdim=True) + torch.finfo(torch.float64).eps
-        gain = router.logits.noise_gain
-        return x @ router.logits.weight.T + noise / mean_square.sqrt() * gain
+        gain = router.noise_gain
+        return x @ router.weight.T + noise / mean_square.sqrt() * gain
 
     check(
         router, gate_proj,
@@ -132,7 +132,7 @@ def test_modse(seed):
 
 def test_relu(seed):
     router, gate_proj = make("relu")
-    r = lambda x: (x @ router.logits.weight.T).clamp(min=0)  # noqa: E731
+    r = lambda x: (x @ router.weight.T).clamp(min=0)  # noqa: E731
     check(router, gate_proj, r, r, inputs())
 
 
@@ -156,13 +156,13 @@ def test_mean_score_keeps_its_keys_in_evaluation_only(seed):
     x = inputs()
     with torch.no_grad():
         router.eval()
-        before = router(x, gate_proj)
+        before = router.route(x, gate_proj)
         other = torch.randn_like(gate_proj)
-        assert torch.equal(router(x, other).gates, before.gates)
+        assert torch.equal(router.route(x, other).gates, before.gates)
         router.train()
-        assert not torch.equal(router(x, other).scores, before.scores)
-        fresh = router.eval()(x, other).scores
-        assert torch.equal(router(x).scores, fresh)
+        assert not torch.equal(router.route(x, other).scores, before.scores)
+        fresh = router.eval().route(x, other).scores
+        assert torch.equal(router.route(x).scores, fresh)
     with pytest.raises(ValueError, match="pass it"):
         router.train()(x)
 
@@ -178,13 +178,13 @@ def test_recurrent(seed):
     gru = layers[0].gru
     h, wanted = torch.zeros(TOKENS, 7, dtype=torch.float64), []
     for layer, x in zip(layers, xs, strict=True):
-        v = x @ layer.project.weight.T + layer.project.bias
+        v = x @ layer.project_weight.T + layer.project_bias
         i_r, i_z, i_n = (v @ gru.weight_ih.T + gru.bias_ih).chunk(3, 1)
         h_r, h_z, h_n = (h @ gru.weight_hh.T + gru.bias_hh).chunk(3, 1)
         r, z = (i_r + h_r).sigmoid(), (i_z + h_z).sigmoid()
         h = (1 - z) * (i_n + r * h_n).tanh() + z * h
-        wanted.append(keep_largest(h @ layer.logits.weight.T, 2).softmax(1))
-    got = [layer(x).gates for layer, x in zip(layers, xs, strict=True)]
+        wanted.append(keep_largest(h @ layer.weight.T, 2).softmax(1))
+    got = [layer.route(x).gates for layer, x in zip(layers, xs, strict=True)]
     weight = torch.randn_like(wanted[2])
     leaves = [*xs, *(p for layer in layers for p in layer.parameters())]
     for ours, theirs in zip(got, wanted, strict=True):
@@ -203,18 +203,18 @@ def test_recurrent(seed):
 def test_prefix(seed):
     router, _ = make("prefix", 1)
     x = inputs()
-    assert (router.eval()(x).gates == 1).all()
+    assert (router.eval().route(x).gates == 1).all()
     for active in range(5):
         router.turn(active)
         want = torch.tensor([1.0] * (1 + active) + [0.0] * (4 - active), dtype=torch.float64)
-        assert torch.equal(router(x).gates, want.expand(TOKENS, 5))
+        assert torch.equal(router.route(x).gates, want.expand(TOKENS, 5))
     other, _ = make("prefix", 1)
     drawn = []
     for step in range(400):
         for layer in (router, other):
             layer.train().start_step(step)
-        drawn.append(int(router(x).gates[0].sum()) - 1)
-        assert torch.equal(router(x).gates, other(x).gates)
+        drawn.append(int(router.route(x).gates[0].sum()) - 1)
+        assert torch.equal(router.route(x).gates, other.route(x).gates)
     counts = torch.tensor(drawn).bincount(minlength=5).tolist()
     assert counts[0] == 0 and min(counts[1:]) > 60  # 400 draws of 4: 100 each, 8.7 is sigma
 
@@ -230,7 +230,7 @@ def test_capacity(seed):
         queue.sort(key=lambda t: (ranks[t], -scores[t, e].item()))
         assert kept[:, e].nonzero().flatten().tolist() == sorted(queue[:9])
     router, _ = make("top_p", 1, threshold=1.0, capacity_factor=0.5)
-    gates = router(inputs()).gates
+    gates = router.route(inputs()).gates
     assert (gates[:, 1:] != 0).sum(0).tolist() == [4] * 4  # max(4, ceil(30/4 · 0.5))
     assert (gates[:, 0] == 1).all()
 
@@ -243,7 +243,7 @@ class TestEdges:
         router, gate_proj = make(name)
         for parameter in router.parameters():
             torch.nn.init.zeros_(parameter)
-        gates, scores = router(torch.full((4, HIDDEN), value, dtype=torch.float64), 0 * gate_proj)
+        gates, scores = router.route(torch.full((4, HIDDEN), value, dtype=torch.float64), 0 * gate_proj)
         want = {"threshold": 0, "top_p": 5, "relu": 0, "prefix": 5}.get(name, 2)
         assert (gates != 0).sum(1).tolist() == [want] * 4
         assert gates.isfinite().all() and scores.isfinite().all()
@@ -252,13 +252,13 @@ class TestEdges:
     def test_one_expert(self, name, seed):
         options = {"top_k": 1} if "top_k" in routers.router_class(name).defaults else {}
         router = routers.router_class(name)(HIDDEN, [9], **options)
-        gates, _ = router(inputs(torch.float32), torch.randn(9, HIDDEN))
+        gates, _ = router.route(inputs(torch.float32), torch.randn(9, HIDDEN))
         if name not in ("threshold", "relu"):
             torch.testing.assert_close(gates, torch.ones(TOKENS, 1))
 
     def test_no_tokens(self, name, seed):
         router, gate_proj = make(name)
-        gates, scores = router(inputs()[:0], gate_proj)
+        gates, scores = router.route(inputs()[:0], gate_proj)
         assert gates.shape == scores.shape == (0, 5)
 
     def test_nan_shows(self, name, seed):
@@ -266,9 +266,9 @@ class TestEdges:
         router, gate_proj = make(name)
         x = inputs()
         with torch.no_grad():
-            clean = router(x, gate_proj).gates
+            clean = router.route(x, gate_proj).gates
             x[3, 2] = math.nan
-            gates = router(x, gate_proj).gates
+            gates = router.route(x, gate_proj).gates
         assert name in ("prefix", "mean_score") or gates[3].isnan().any()
         assert (gates[3] != 0).any()
         rest = torch.arange(TOKENS) != 3
@@ -281,26 +281,26 @@ class TestEdges:
         assert {p.dtype for p in router.parameters()} <= {torch.float32}
         x = inputs(torch.float32).to(dtype)
         with torch.autocast("cpu", dtype=dtype):
-            gates, scores = router(x, gate_proj)
+            gates, scores = router.route(x, gate_proj)
         assert gates.dtype == scores.dtype == torch.float32
-        assert torch.equal(gates, router(x.float(), gate_proj).gates)
+        assert torch.equal(gates, router.route(x.float(), gate_proj).gates)
 
     def test_copies_and_state(self, name, seed):
         router, gate_proj = make(name)
         x = inputs()
-        gates = router(x, gate_proj).gates
+        gates = router.route(x, gate_proj).gates
         for other in (copy.deepcopy(router), pickle.loads(pickle.dumps(router))):
-            assert torch.equal(other(x, gate_proj).gates, gates)
+            assert torch.equal(other.route(x, gate_proj).gates, gates)
         fresh, _ = make(name)
         fresh.load_state_dict(router.state_dict())
-        assert torch.equal(fresh(x, gate_proj).gates, gates)
+        assert torch.equal(fresh.route(x, gate_proj).gates, gates)
 
     def test_in_front_of_the_ffn(self, name, seed):
         """Gates are what sparse_ffn takes; gradients come back through both."""
         router, gate_proj = make(name, 1, dtype=torch.float32)
         x = inputs(torch.float32)
         weights = [gate_proj.requires_grad_(), *torch.randn(2, sum(SIZES), HIDDEN)]
-        y = sparse_ffn(x, router(x, gate_proj).gates, *weights, router.offsets(x.device))
+        y = sparse_ffn(x, router.route(x, gate_proj).gates, *weights, router.offsets(x.device))
         y.square().sum().backward()
         assert gate_proj.grad.abs().sum() > 0
         trained = {n: p.grad for n, p in router.named_parameters() if "noise" not in n}
@@ -317,7 +317,7 @@ class TestEdges:
         x, shares = inputs(), []
         for value in {"threshold": [0.2, 0.5, 0.8]}.get(router.knob, [1, 2, 4]):
             router.eval().turn(value)
-            shares.append((router(x, gate_proj).gates != 0).double().mean())
+            shares.append((router.route(x, gate_proj).gates != 0).double().mean())
         assert shares == sorted(shares, reverse=name == "threshold") and shares[0] != shares[-1]
 
     def test_bad_options(self, name):
@@ -361,6 +361,6 @@ def test_example_of_the_docs(monkeypatch):
     exec(example, {})
     router = routers.router_class("loud")(HIDDEN, SIZES)
     x = torch.cat([torch.full((1, HIDDEN), 9.0), torch.zeros(1, HIDDEN)])
-    routing = router(x)
+    routing = router.route(x)
     assert isinstance(routing, Routing)
     assert routing.gates.tolist() == [[1.0] * 5, [1.0, 0, 0, 0, 0]]

@@ -3,13 +3,18 @@
 import pytest
 import torch
 
-from dsmoe_ext.routers import ROUTERS, LinearRouter, NoisyRouter
+from dsmoe_ext.routers import LinearRouter
 
 pytestmark = pytest.mark.quick
+KINDS = {"linear": False, "modse": True}  # with noise
+
+
+def make(kind="linear", bias=True, dtype=None):
+    return LinearRouter(12, [4] * 5, bias=bias, noise=KINDS[kind], dtype=dtype)
 
 
 def test_linear(seed):
-    router = LinearRouter(12, 5, dtype=torch.float64).requires_grad_()
+    router = make(dtype=torch.float64)
     torch.nn.init.normal_(router.bias)
     x = torch.randn(7, 12, dtype=torch.float64)
     torch.testing.assert_close(router(x), x @ router.weight.t() + router.bias)
@@ -17,8 +22,7 @@ def test_linear(seed):
 
 def test_modse(seed):
     """H(x) = x Wg + RMSNorm(softplus(x Wn)), with a learnable gain."""
-    router = NoisyRouter(12, 5, bias=False, dtype=torch.float64)
-    router.start_at(None)
+    router = make("modse", bias=False, dtype=torch.float64)
     torch.nn.init.normal_(router.noise_gain)
     x = torch.randn(7, 12, dtype=torch.float64)
     noise = torch.log1p(torch.exp(x @ router.noise_weight.t()))
@@ -26,18 +30,19 @@ def test_modse(seed):
     torch.testing.assert_close(router(x), x @ router.weight.t() + noise)
 
 
-@pytest.mark.parametrize("kind", ROUTERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_linear_layer(kind):
     """Quantisers and LoRA's "all-linear" take every nn.Linear: a router keeps its own weights."""
-    router = ROUTERS[kind](12, 5)
+    router = make(kind)
     assert not any(isinstance(module, torch.nn.Linear) for module in router.modules())
 
 
-@pytest.mark.parametrize("kind", ROUTERS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("logit", [0.0, 1.25, None])
 def test_start(kind, logit, seed):
-    router = ROUTERS[kind](12, 5)
-    router.start_at(logit)
+    router = make(kind)
+    router.start_logit = logit
+    router.reset_parameters()
     logits = router(torch.randn(30, 12))
     if logit is None:
         assert logits.std() > 0.01
@@ -50,11 +55,10 @@ def test_start(kind, logit, seed):
             )
 
 
-@pytest.mark.parametrize("kind", ROUTERS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_float32_throughout(kind, dtype, seed):
-    router = ROUTERS[kind](12, 5, dtype=dtype)
-    router.start_at(None)
+    router = make(kind, dtype=dtype)
     assert {p.dtype for p in router.to(dtype).parameters()} == {torch.float32}
     x = torch.randn(7, 12)
     with torch.autocast("cpu", dtype=dtype):
@@ -64,12 +68,11 @@ def test_float32_throughout(kind, dtype, seed):
     assert {p.dtype for p in router.double().parameters()} == {torch.float64}
 
 
-@pytest.mark.parametrize("kind", ROUTERS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_weights_that_others_cast(kind, bias, seed):
     """As FSDP2 does with MixedPrecisionPolicy(param_dtype=...): the logits are float32 still."""
-    router = ROUTERS[kind](12, 5, bias=bias)
-    router.start_at(None)
+    router = make(kind, bias=bias)
     x = torch.randn(7, 12).bfloat16()
     cast = {name: p.detach().bfloat16() for name, p in router.named_parameters()}
     logits = torch.func.functional_call(router, cast, x)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dsmoe_ext.calibration.states import States
 from dsmoe_ext.gated_mlp import GatedMLP, describe
 from dsmoe_ext.models.adopt import gated_mlps, text_model
-from dsmoe_ext.routers import at_least_float32
+from dsmoe_ext.routers.interface import at_least_float32
 from dsmoe_ext.training.evaluate import supports_bf16
 
 # Tokens per chunk: temporaries are a few [CHUNK, I] matrices, and GEMMs of this height run at full

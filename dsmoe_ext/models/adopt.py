@@ -56,7 +56,8 @@ def replace_mlps(model: PreTrainedModel, options: dict, permutations=None) -> in
         ffn.set_seed(options["seed"], index)
         if options["quantization"]:
             ffn.quantize(**options["quantization"])
-        options["gate_scale"] = ffn.gate_scale
+        rule = getattr(ffn.router, "rule_options", {})
+        options |= {name: rule[name] for name in ("rescale", "gate_scale") if name in rule}
         model.set_submodule(name, ffn)
     _join_routers(model)
     setattr(model.config, KEY, options)
@@ -67,8 +68,11 @@ def _join_routers(model: nn.Module) -> None:
     """Routers that share a part over the layers learn of each other."""
     routers = [m.router for m in model.modules() if isinstance(m, DSMoEFFN)]
     for layer, router in enumerate(routers):
-        if isinstance(router, Router):
-            router.join(layer, routers[0])
+        router.join(layer, routers[0])
+
+
+def _router_classes(model: nn.Module) -> set[str]:
+    return {type(module).__name__ for module in model.modules() if isinstance(module, Router)}
 
 
 def adopt(model: PreTrainedModel, config) -> None:
@@ -98,7 +102,7 @@ def connect(model: PreTrainedModel, config) -> None:
     ignored = set(model._keys_to_ignore_on_load_unexpected or ())
     model._keys_to_ignore_on_load_unexpected = ignored | {r"\.expert_offsets$"}
     # accelerate then gives routers an FSDP2 group of their own: their dtype is another.
-    model._no_split_modules = {*(model._no_split_modules or ()), LinearRouter.__name__}
+    model._no_split_modules = {*(model._no_split_modules or ()), *_router_classes(model)}
     for part in {id(c): c for c in (model.config, config, text_config)}.values():
         _strip_tp_plan(part)
     if isinstance(getattr(model, "_tp_plan", None), dict):
@@ -114,7 +118,7 @@ def disconnect(model: PreTrainedModel) -> None:
     for name in ("_init_weights", "pack"):
         model.__dict__.pop(name, None)
     for name in ("_keys_to_ignore_on_load_unexpected", "_no_split_modules"):
-        kept = set(getattr(model, name)) - {r"\.expert_offsets$", LinearRouter.__name__}
+        kept = set(getattr(model, name)) - {r"\.expert_offsets$", *_router_classes(model)}
         setattr(model, name, kept)
     for config in (model.config, model.config.get_text_config(decoder=True)):
         config.__dict__.pop(KEY, None)

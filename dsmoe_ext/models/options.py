@@ -3,8 +3,8 @@
 from dsmoe_ext.layout import expert_layout
 from dsmoe_ext.models import KEY
 
-# Of each layer's FFN; see DSMoEFFN. gate_scale None: what the dense start needs, noted once made,
-# so that it stays where it is when thresholds move.
+# Of each layer's FFN; see DSMoEFFN. rescale and gate_scale None: what the method and the dense start
+# need, noted once made, so that they stay as they are when thresholds move.
 FFN_DEFAULTS = {
     "num_experts": 8,
     "expert_sizes": None,
@@ -52,8 +52,6 @@ def complete(given: dict, intermediate_size: int) -> dict:
     options["num_experts"] = len(routed)
     if options["expert_sizes"] is not None:
         options["expert_sizes"] = routed
-    if options["rescale"] is None:
-        options["rescale"] = options["gates"] == "scores"
     return options
 
 

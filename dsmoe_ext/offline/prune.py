@@ -14,7 +14,6 @@ from dsmoe_ext.ffn import DSMoEFFN
 from dsmoe_ext.layers import ffn_layers
 from dsmoe_ext.models.adopt import text_model
 from dsmoe_ext.models.options import options_of
-from dsmoe_ext.routers import LinearRouter
 
 
 @torch.no_grad()
@@ -41,10 +40,11 @@ def prune(model, use: list[Tensor], keep: float):
         raise ValueError("only experts of one size can be pruned: layers must stay alike")
     if any(ffn.experts is not None for ffn in layers):
         raise ValueError("quantized experts cannot be pruned: prune first, then quantize")
-    if any(type(ffn.router) is not LinearRouter for ffn in layers):
+    if any(not getattr(ffn.router, "has_plain_logits", False) for ffn in layers):
         raise ValueError("only linear routers can be pruned row by row")
-    if layers[0].method == "top_k" and layers[0].top_k > num_kept:
-        raise ValueError(f"top_k={layers[0].top_k} needs that many experts, {num_kept} are kept")
+    router = layers[0].router
+    if router.rule == "top_k" and router.top_k > num_kept:
+        raise ValueError(f"top_k={router.top_k} needs that many experts, {num_kept} are kept")
     pruned = _sharing_copy(model)
     for ffn, shares in zip(ffn_layers(pruned), use, strict=True):
         kept = shares.argsort(descending=True, stable=True)[:num_kept].sort().values
@@ -77,8 +77,8 @@ def _keep(ffn: DSMoEFFN, kept: Tensor) -> None:
     router.weight = nn.Parameter(router.weight[kept].clone())
     if router.bias is not None:
         router.bias = nn.Parameter(router.bias[kept].clone())
-    router.num_experts = len(kept)
     ffn.sizes = [ffn.sizes[e] for e in experts]
+    router.num_experts, router.expert_sizes, router._offsets = len(kept), ffn.sizes, None
     ffn.num_experts, ffn.intermediate_size = len(kept), len(rows)
     ffn.permutation = torch.arange(len(rows), device=ffn.permutation.device)
     ffn.activity = type(ffn.activity)(len(ffn.sizes), ffn.permutation.device)

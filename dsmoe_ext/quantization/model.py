@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from dsmoe_ext import ops
 from dsmoe_ext.command_line import console
 from dsmoe_ext.ffn import DSMoEFFN
 from dsmoe_ext.layers import ffn_layers
@@ -67,7 +66,7 @@ class _Gram:
     def add(self, ffn: DSMoEFFN, args) -> None:
         x = args[0].reshape(-1, ffn.hidden_size)
         offsets = ffn.offsets_on(x.device)
-        gates = ops.route(ffn.router(x), ffn.threshold, offsets, **ffn.routing_options).gates
+        gates = ffn.route(x).gates
         gate, up, _ = as_rows(*ffn.expert_weights(x))
         a = ACTIVATIONS[ffn.activation](x @ gate.t()) * (x @ up.t())
         a = a.float() * expand_experts(gates, offsets)

@@ -3,17 +3,11 @@ interface.py.
 
     from dsmoe_ext import routers
     router = routers.router_class("top_p")(hidden_size, expert_sizes, threshold=0.9)
-    gates, scores = router(x)
+    gates, scores = router.route(x)
 """
 
 from dsmoe_ext.routers.interface import Router, make_router, register, router_class, router_names
-from dsmoe_ext.routers.linear import (
-    ROUTERS,
-    LinearRouter,
-    NoisyRouter,
-    at_least_float32,
-    without_half_casts,
-)
+from dsmoe_ext.routers.linear import LinearRouter
 from dsmoe_ext.routers.mean_score import MeanScoreRouter
 from dsmoe_ext.routers.modse import MoDSERouter
 from dsmoe_ext.routers.prefix import PrefixRouter
@@ -24,11 +18,9 @@ from dsmoe_ext.routers.top_k import TopKRouter
 from dsmoe_ext.routers.top_p import TopPRouter
 
 __all__ = [
-    "ROUTERS",
     "LinearRouter",
     "MeanScoreRouter",
     "MoDSERouter",
-    "NoisyRouter",
     "PrefixRouter",
     "RecurrentRouter",
     "ReluRouter",
@@ -36,10 +28,8 @@ __all__ = [
     "ThresholdRouter",
     "TopKRouter",
     "TopPRouter",
-    "at_least_float32",
     "make_router",
     "register",
     "router_class",
     "router_names",
-    "without_half_casts",
 ]

@@ -13,11 +13,28 @@ from torch import Tensor, nn
 
 from dsmoe_ext.balance import balance_loss
 from dsmoe_ext.ops import Routing
-from dsmoe_ext.routers.linear import at_least_float32, without_half_casts
+
+
+def at_least_float32(dtype: torch.dtype | None) -> torch.dtype:
+    """float64 stays, everything else becomes float32."""
+    return torch.float64 if (dtype or torch.get_default_dtype()) == torch.float64 else torch.float32
+
+
+def without_half_casts(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What Module._apply is given, with its device moves, but float32 in place of half types."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        out = fn(tensor)
+        if out.is_floating_point() and out.itemsize < 4:
+            return tensor.to(out.device, torch.float32)
+        return out
+
+    return moved
 
 
 class Router(nn.Module):
-    """x [T,H] of any dtype -> Routing(gates [T,E], scores [T,R]), float32 (float64 of float64).
+    """Two steps: the module itself makes logits [T,R] of x [T,H] of any dtype, and `pick` makes of
+    them Routing(gates [T,E], scores [T,R]); all float32 (float64 of float64).
 
     A gate of 0 means that the token skips the expert. The first E - R experts are shared: their
     gates are 1. Balance and sparsity losses look at the scores.
@@ -27,7 +44,7 @@ class Router(nn.Module):
     num_shared     E - R
     options        the method's own, by name; their defaults stand in the class's `defaults`
 
-    A subclass implements `forward`, reads `self.options`, and may set these:
+    A subclass implements `forward` and `pick`, reads `self.options`, and may set these:
     knob           the attribute that trades quality for work without training (see `turn`)
     balance_form   the form of `balance_loss` that the method trains with, or None
     needs_gate_proj  whether `forward` looks at the FFN's gate_proj
@@ -66,9 +83,18 @@ class Router(nn.Module):
         self.options = self.defaults | options
         self._offsets: Tensor | None = None
 
-    def forward(self, x: Tensor, gate_proj: Tensor | None = None) -> Routing:
-        """gate_proj [I,H]: the FFN's own, for routers that need it; None for others."""
+    def forward(self, x: Tensor, gate_proj: Tensor | None = None) -> Tensor:
+        """What the choice is made from, [T,R]. gate_proj [I,H]: the FFN's own, for routers that
+        need it; None for others."""
         raise NotImplementedError
+
+    def pick(self, logits: Tensor, threshold: Tensor | None = None) -> Routing:
+        """The rule alone. threshold: 0-d, the FFN's, for routers that have one; None: their own."""
+        raise NotImplementedError
+
+    def route(self, x: Tensor, gate_proj: Tensor | None = None) -> Routing:
+        """Both steps, for a router that stands alone."""
+        return self.pick(self(x, gate_proj))
 
     def balance(self, routing: Routing, token_mask: Tensor | None = None) -> Tensor | None:
         """The balance loss of one layer that the method trains with, 0-d; None: it has none."""
@@ -97,6 +123,8 @@ class Router(nn.Module):
         if self.knob is None:
             raise ValueError(f"{type(self).__name__} has no knob to turn")
         old = getattr(self, self.knob)
+        if self.knob == "top_k" and not 1 <= value <= self.num_experts:
+            raise ValueError(f"top_k must lie between 1 and {self.num_experts}, got {value:g}")
         if isinstance(old, Tensor):
             old.fill_(value)
         else:
@@ -166,7 +194,7 @@ def make_router(
     Options that every FFN has (threshold, top_k, ...) are left out where the router has none such.
     """
     router = router_class(name)
-    common = ("threshold", "top_k", "bias", "gate_scale", "rescale", "gates")
+    common = ("threshold", "top_k", "bias", "gate_scale", "rescale", "gates", "noise")
     given = {
         option: value
         for option, value in options.items()

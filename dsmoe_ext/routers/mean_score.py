@@ -5,11 +5,11 @@ from torch import Tensor
 
 from dsmoe_ext.ops import Routing
 from dsmoe_ext.routers.interface import float_of, register
-from dsmoe_ext.routers.scored import ScoredRouter
+from dsmoe_ext.routers.linear import LinearRouter
 
 
 @register("mean_score")
-class MeanScoreRouter(ScoredRouter):
+class MeanScoreRouter(LinearRouter):
     """Logit of e = mean over its neurons of x·Wgate; the k largest are on, G = 1   arXiv 2310.10908
 
     Nothing is trained and no gradient passes through the choice. The keys, one row an expert, are
@@ -20,13 +20,18 @@ class MeanScoreRouter(ScoredRouter):
     rule = "top_k"
     knob = "top_k"
     needs_gate_proj = True
-    defaults = ScoredRouter.defaults | dict(gates="binary")
+    defaults = LinearRouter.defaults | dict(gates="binary")
 
-    def make_logits(self, device, dtype):
+    def make_weights(self, width, **kind):
         self._keys: Tensor | None = None
-        return None
 
-    def forward(self, x: Tensor, gate_proj: Tensor | None = None) -> Routing:
+    def start_dense(self) -> None:
+        """Nothing: the choice is the weights' own."""
+
+    def reset_parameters(self) -> None:
+        self.forget()
+
+    def forward(self, x: Tensor, gate_proj: Tensor | None = None) -> Tensor:
         if self.training or torch.is_grad_enabled() or self._keys is None:
             if gate_proj is None:
                 raise ValueError("mean_score routes by the FFN's gate_proj: pass it")
@@ -36,9 +41,9 @@ class MeanScoreRouter(ScoredRouter):
             self._keys = None  # holds a graph; and the next step changes the weights
         dtype = torch.promote_types(float_of(x), keys.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return self.pick(x.to(dtype) @ keys.to(dtype).T)
+            return x.to(dtype) @ keys.to(dtype).T
 
-    def pick(self, logits: Tensor) -> Routing:
+    def pick(self, logits: Tensor, threshold: Tensor | None = None) -> Routing:
         gates, scores = super().pick(logits)
         return Routing(gates.detach(), scores)
 

@@ -36,8 +36,10 @@ class PrefixRouter(Router):
         key = mix_key(self.options["seed"], step) % 2**64
         self.drawn = 1 + (key * self.num_experts >> 64)  # uniform, the same for every layer
 
-    def forward(self, x: Tensor, gate_proj: Tensor | None = None) -> Routing:
+    def forward(self, x: Tensor, gate_proj: Tensor | None = None) -> Tensor:
         active = self.drawn if self.training else self.active
         mask = torch.arange(self.num_experts, device=x.device) < active
-        scores = mask.to(float_of(x)).expand(len(x), -1)
-        return self.routing(scores, mask)
+        return mask.to(float_of(x)).expand(len(x), -1)
+
+    def pick(self, logits: Tensor, threshold: Tensor | None = None) -> Routing:
+        return self.routing(logits, logits > 0)

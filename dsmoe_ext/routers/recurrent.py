@@ -1,16 +1,15 @@
 """RMoE: routers that remember what the layers before decided."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsmoe_ext.ops import Routing
 from dsmoe_ext.routers.interface import register
-from dsmoe_ext.routers.linear import LinearRouter, at_least_float32
-from dsmoe_ext.routers.scored import ScoredRouter
+from dsmoe_ext.routers.linear import LinearRouter
 
 
 @register("recurrent")
-class RecurrentRouter(ScoredRouter):
+class RecurrentRouter(LinearRouter):
     """h_l = GRU(Proj_l(x_l), h_{l-1}), logits = h_l W_l, top-k softmax     arXiv 2408.06793
 
     h is `state_size` wide; the GRU belongs to the first layer and serves all (`join`). A state
@@ -21,15 +20,21 @@ class RecurrentRouter(ScoredRouter):
     rule = "top_k"
     knob = "top_k"
     balance_form = "switch"
-    defaults = ScoredRouter.defaults | dict(state_size=128)
+    defaults = LinearRouter.defaults | dict(state_size=128)
 
-    def make_logits(self, device, dtype):
-        size, kind = self.options["state_size"], dict(device=device, dtype=dtype)
-        self.project = LinearRouter(self.hidden_size, size, **kind)
-        self.gru = nn.GRUCell(size, size, device=device, dtype=at_least_float32(dtype))
+    def make_weights(self, width, **kind):
+        size = self.options["state_size"]
+        self.project_weight = nn.Parameter(torch.empty(size, width, **kind))
+        self.project_bias = nn.Parameter(torch.empty(size, **kind))
+        self.gru = nn.GRUCell(size, size, **kind)
         self.states: dict[int, Tensor] = {}  # by layer; the first layer's serves all
         self.join(0, self)
-        return LinearRouter(size, self.num_experts, self.options["bias"], **kind)
+        super().make_weights(size, **kind)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.normal_(self.project_weight, std=0.02)
+        nn.init.zeros_(self.project_bias)
 
     def join(self, layer: int, first: "RecurrentRouter") -> None:
         self.layer = layer
@@ -37,7 +42,7 @@ class RecurrentRouter(ScoredRouter):
         if first is not self:
             self.gru = None
 
-    def forward(self, x: Tensor, gate_proj: Tensor | None = None) -> Routing:
+    def forward(self, x: Tensor, gate_proj: Tensor | None = None) -> Tensor:
         states = self.first.states
         if self.layer == 0:
             before = None
@@ -49,8 +54,9 @@ class RecurrentRouter(ScoredRouter):
         else:
             before = states[self.layer - 1]
         with torch.autocast(x.device.type, enabled=False):
-            states[self.layer] = self.first.gru(self.project(x), before)
-            return self.pick(self.logits(states[self.layer]))
+            weight, bias = self.project_weight, self.project_bias
+            states[self.layer] = self.first.gru(F.linear(x.to(weight.dtype), weight, bias), before)
+            return self.logits(states[self.layer])
 
     def __getstate__(self):
         return {**self.__dict__, "states": {}}

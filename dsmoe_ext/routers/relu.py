@@ -1,11 +1,11 @@
 """ReMoE: an expert is on where its logit is positive."""
 
 from dsmoe_ext.routers.interface import register
-from dsmoe_ext.routers.scored import ScoredRouter
+from dsmoe_ext.routers.linear import LinearRouter
 
 
 @register("relu")
-class ReluRouter(ScoredRouter):
+class ReluRouter(LinearRouter):
     """G = R = relu(x W), active iff R > 0; differentiable, no estimator     arXiv 2412.14711
 
     Training adds the L1 of R, weighted by each expert's load (balance form "load_l1"), times a

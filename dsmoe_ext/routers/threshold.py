@@ -1,11 +1,11 @@
 """DSMoE: every expert whose sigmoid exceeds tau."""
 
 from dsmoe_ext.routers.interface import register
-from dsmoe_ext.routers.scored import ScoredRouter
+from dsmoe_ext.routers.linear import LinearRouter
 
 
 @register("threshold")
-class ThresholdRouter(ScoredRouter):
+class ThresholdRouter(LinearRouter):
     """s = sigmoid(x Y), active iff s > tau, G = (E/k) s        arXiv 2502.12455, section 3
 
     tau = 0 keeps every expert but those whose sigmoid underflows, tau = 1 none: the FFN then adds
@@ -14,4 +14,4 @@ class ThresholdRouter(ScoredRouter):
 
     rule = "threshold"
     knob = "threshold"
-    defaults = ScoredRouter.defaults | dict(rescale=True)
+    defaults = LinearRouter.defaults | dict(rescale=True)

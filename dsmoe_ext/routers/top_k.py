@@ -4,11 +4,11 @@ from torch import Tensor
 
 from dsmoe_ext.ops import Routing
 from dsmoe_ext.routers.interface import register
-from dsmoe_ext.routers.scored import ScoredRouter
+from dsmoe_ext.routers.linear import LinearRouter
 
 
 @register("top_k")
-class TopKRouter(ScoredRouter):
+class TopKRouter(LinearRouter):
     """The k largest logits, ties by index; G = softmax        LLaMA-MoE, arXiv 2406.16554
 
     renormalize=True   softmax over the kept logits, which is the softmax over all, renormalised
@@ -19,18 +19,27 @@ class TopKRouter(ScoredRouter):
     rule = "top_k"
     knob = "top_k"
     balance_form = "cv"
-    defaults = ScoredRouter.defaults | dict(renormalize=True)
+    defaults = LinearRouter.defaults | dict(renormalize=True)
 
-    def pick(self, logits: Tensor) -> Routing:
+    @property
+    def is_plain(self) -> bool:
+        return self.has_plain_logits and type(self).pick is TopKRouter.pick and self.is_rule
+
+    @property
+    def is_rule(self) -> bool:
+        """Whether the gates are those of `ops.route`."""
+        return self.options["renormalize"] or self.options["gates"] == "binary"
+
+    def pick(self, logits: Tensor, threshold: Tensor | None = None) -> Routing:
         gates, scores = super().pick(logits)
-        if self.options["renormalize"] or self.options["gates"] == "binary":
+        if self.is_rule:
             return Routing(gates, scores)
         active = gates[:, self.num_shared :].detach() != 0
         return self.routing(scores, active, scores * self.factor(active.to(scores)))
 
     def factor(self, active: Tensor) -> Tensor | float:
         """gate_scale, with rescale times I_routed / active neurons [T,1]; active [T,R]: 0 or 1."""
-        scale = self.options["gate_scale"]
+        scale = self.gate_scale
         if not self.options["rescale"]:
             return scale
         sizes = self.offsets(active.device).diff()[self.num_shared :].to(active)

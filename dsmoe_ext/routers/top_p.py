@@ -7,13 +7,13 @@ from torch import Tensor
 
 from dsmoe_ext.ops import Routing
 from dsmoe_ext.routers.interface import register
-from dsmoe_ext.routers.scored import ScoredRouter
+from dsmoe_ext.routers.linear import LinearRouter
 
 MIN_CAPACITY = 4  # as in the paper's code
 
 
 @register("top_p")
-class TopPRouter(ScoredRouter):
+class TopPRouter(LinearRouter):
     """p = softmax(x W), active while the mass ranked before is below t, G = p      arXiv 2403.18926
 
     t = 0 is top-1, t = 1 every expert. Equal logits rank by index. p is not renormalised.
@@ -24,10 +24,15 @@ class TopPRouter(ScoredRouter):
     rule = "top_p"
     knob = "threshold"
     balance_form = "switch"
-    defaults = ScoredRouter.defaults | dict(threshold=0.9, capacity_factor=None)
+    defaults = LinearRouter.defaults | dict(threshold=0.9, capacity_factor=None)
 
-    def pick(self, logits: Tensor) -> Routing:
-        gates, scores = super().pick(logits)
+    @property
+    def is_plain(self) -> bool:
+        is_rule = type(self).pick is TopPRouter.pick and self.options["capacity_factor"] is None
+        return self.has_plain_logits and is_rule
+
+    def pick(self, logits: Tensor, threshold: Tensor | None = None) -> Routing:
+        gates, scores = super().pick(logits, threshold)
         factor = self.options["capacity_factor"]
         if factor is not None:
             capacity = max(MIN_CAPACITY, math.ceil(len(scores) / self.num_experts * factor))
