@@ -23,7 +23,7 @@ from dsmoe_ext.routers.interface import without_half_casts
 from dsmoe_ext.sampling import MIN_PROB, draw_weights, mix_key
 from dsmoe_ext.sliced_ffn import SlicedFFN
 from dsmoe_ext.statistics import ActivityCounter
-from dsmoe_ext.weights import check_permutation, permuted, replicated
+from dsmoe_ext.weights import check_permutation, permuted
 
 STE_MODES = ("active", "exact", "sampled")
 ROUTERS = ("linear", "modse")
@@ -185,7 +185,7 @@ class DSMoEFFN(SlicedFFN):
 
     def set_threshold(self, threshold: float | Tensor) -> None:
         """Moves tau (method "threshold") or the probability mass (method "top_p")."""
-        if self.method not in ("threshold", "top_p"):
+        if self.router.knob != "threshold":
             raise ValueError(f"method {self.method!r} has no threshold that could be moved")
         if not isinstance(threshold, Tensor) and not math.isfinite(threshold):
             raise ValueError(f"a threshold must be a finite number, got {threshold}")
@@ -227,12 +227,13 @@ class DSMoEFFN(SlicedFFN):
             token_mask = token_mask.reshape(-1)
         elif run is not None:
             token_mask = run.mask_of(len(tokens))
-        if self._can_run_packed(tokens) and not return_routing:
+        packed = None if return_routing else self._pack_for_routing(tokens)
+        if packed is not None:
             y, gates = ops.routed_ffn(
                 tokens,
                 *self.router.weights(),
                 self.threshold,
-                self._packed,
+                packed,
                 **self.router.rule_options,
             )
         else:
@@ -251,10 +252,10 @@ class DSMoEFFN(SlicedFFN):
 
     def route(self, tokens: Tensor) -> Routing:
         """Gates [T,E] and scores [T,R] of tokens [T,H]."""
-        given = ()
         if self.router.needs_gate_proj:
-            given = (self.expert_weights(tokens)[0][: self.intermediate_size],)
-        return self.router.pick(self.router(tokens, *given), self.threshold)
+            gate_proj = self.expert_weights(tokens)[0][: self.intermediate_size]
+            return self.router.pick(self.router(tokens, gate_proj), self.threshold)
+        return self.router.pick(self.router(tokens), self.threshold)
 
     def loss_terms(self, routing: Routing, token_mask: Tensor | None = None) -> Tensor | None:
         """What training adds to the loss for each token, [T]: the terms of the balance loss, or of
@@ -268,10 +269,8 @@ class DSMoEFFN(SlicedFFN):
 
     def turn(self, value: float) -> None:
         """Moves what trades quality for work: tau, the mass, k, or the router's own knob."""
-        if self.router.knob == "threshold":
-            self.set_threshold(value)
-        else:
-            self.router.turn(value)
+        turn = self.set_threshold if self.router.knob in ("threshold", None) else self.router.turn
+        turn(value)
 
     @property
     def knob(self) -> float:
@@ -281,16 +280,19 @@ class DSMoEFFN(SlicedFFN):
             return math.nan
         return float(self.threshold if name == "threshold" else getattr(self.router, name))
 
-    def _can_run_packed(self, tokens: Tensor) -> bool:
-        """Whether router, routing and experts can be one call, which saves 10 to 20 µs a token."""
-        return (
+    def _pack_for_routing(self, tokens: Tensor) -> ops.PackedWeights | None:
+        """The packed weights where router, routing and experts can be one call, which saves 10 to
+        20 µs a token."""
+        if (
             self._packed is not None
             and not torch.is_grad_enabled()
             and self._packed.takes(tokens.dtype)
             and isinstance(self.router, LinearRouter)
             and self.router.is_plain
             and not self.router.weight.is_meta  # offloaded: the router must be called
-        )
+        ):
+            return self._current_pack()
+        return None
 
     def _grad_weight(self, gates: Tensor, draw: Tensor | None) -> Tensor | None:
         """The weights [T,E] of the inactive pairs' gradients; None: none of them has any."""
@@ -320,22 +322,6 @@ class DSMoEFFN(SlicedFFN):
         super()._apply(fn, recurse)
         self.threshold = threshold
         return self
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        # Of a model sharded by FSDP2, loaders expect tensors on its mesh, also of buffers.
-        mesh = getattr(next(self.parameters(), None), "device_mesh", None)
-        if mesh is not None:
-            for name in self._buffers:
-                destination[prefix + name] = replicated(destination[prefix + name], mesh)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        self._packed = None
-        for key in (prefix + name for name in self._buffers):
-            if hasattr(state_dict.get(key), "device_mesh"):
-                state_dict[key] = state_dict[key].to_local()
-        state_dict.pop(f"{prefix}expert_offsets", None)  # of folders saved before 0.2: derived now
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     # ------------------------------------------------------------ to and from dense
 

@@ -20,6 +20,13 @@ ACTIVATIONS = {
 }
 
 
+def activation_index(name: str) -> int:
+    """As the C++ ops take it."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, but is {name!r}.")
+    return list(ACTIVATIONS).index(name)
+
+
 def expert_sizes(expert_offsets: Tensor) -> Tensor:
     """Sizes [E] (int64) of the experts that expert_offsets [E+1] cuts out of I."""
     return expert_offsets.long().diff()

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from dsmoe_ext import ops
 from dsmoe_ext.gated_mlp import SPLIT
-from dsmoe_ext.ops import as_rows
+from dsmoe_ext.packing import as_rows
 from dsmoe_ext.quantization.codes import quantize_weights
 from dsmoe_ext.quantization.experts import QuantizedExperts
 from dsmoe_ext.quantization.gptq import quantize_with_gram
-from dsmoe_ext.weights import Weight, permuted
+from dsmoe_ext.weights import Weight, permuted, replicated
 
 
 class SlicedFFN(nn.Module):
@@ -47,6 +47,8 @@ class SlicedFFN(nn.Module):
         self.experts: QuantizedExperts | None = None  # in place of the weights once quantized
         self._offsets: Tensor | None = None
         self._packed: ops.PackedWeights | None = None
+        self._pack_form: dict = {}  # what pack() was asked for, and of which weights
+        self._packed_state: list = []
 
     def _init_weights(self, weights, device, dtype) -> None:
         height = self.intermediate_size * (2 if len(self.names) == 2 else 1)
@@ -96,10 +98,9 @@ class SlicedFFN(nn.Module):
             dtype = torch.get_autocast_dtype(tokens.device.type)
         else:
             dtype = None
-        if self._packed is not None and not torch.is_grad_enabled():
-            return ops.sparse_ffn(
-                tokens.to(self._packed.dtype) if dtype else tokens, gates, self._packed
-            )
+        packed = None if torch.is_grad_enabled() else self._current_pack()
+        if packed is not None:
+            return ops.sparse_ffn(tokens.to(packed.dtype) if dtype else tokens, gates, packed)
         if self.experts is not None:
             tokens = tokens.to(dtype) if dtype else tokens
             return self.experts.sparse_ffn(tokens, gates, self.expert_offsets, grad_weight)
@@ -138,8 +139,9 @@ class SlicedFFN(nn.Module):
     def pack(self, **form) -> "SlicedFFN":
         """Packs a copy of the weights for inference without gradients.
 
-        train(), loading and moves undo it. Weights that are changed in place in eval mode (by an
-        optimizer, an average of models) want to be packed again.
+        train(), loading and moves undo it. Weights that are changed in place meanwhile (an average
+        of models, an adapter) are packed anew at the next call; what leaves no trace in a tensor's
+        version, as fused optimizers and `.data` do, is not seen.
 
         Args:
             form: bits=8 or 4, group_size, symmetric: the copy is rounded (see ops.pack_weights).
@@ -158,10 +160,29 @@ class SlicedFFN(nn.Module):
         if any(parameter.is_meta for parameter in self.parameters()):
             raise RuntimeError("the weights are offloaded: load the model whole, then pack it")
         weights = [None if w is None else w.detach() for w in self.expert_weights()]
+        self._pack_form, self._packed_state = form, self._weights_state()
         self._packed = ops.pack_weights(
             *weights, self.offsets_on(weights[0].device), activation=self.activation, **form
         )
         return self
+
+    def _current_pack(self) -> ops.PackedWeights | None:
+        """The packed weights, anew if the parameters have changed since."""
+        if self._packed is None or self.experts is not None or torch.compiler.is_compiling():
+            return self._packed
+        if self._weights_state() != self._packed_state:
+            self._packed = None  # its memory first
+            self.pack(**self._pack_form)
+        return self._packed
+
+    def _weights_state(self) -> list:
+        """What changes with the weights and their adapters: every tensor's memory and version."""
+        tensors = []
+        for name in self.names:
+            holder = self._modules[name]
+            plain = type(holder) is Weight  # reading it so saves 3 us a weight
+            tensors += (holder._parameters["weight"],) if plain else holder.parameters()
+        return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
 
     @torch.no_grad()
     def quantize(
@@ -210,6 +231,22 @@ class SlicedFFN(nn.Module):
         if self._packed is not None and self.experts is not None:
             self.experts.check_held()
         self._packed = None
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Of a model sharded by FSDP2, loaders expect tensors on its mesh, also of buffers.
+        mesh = getattr(next(self.parameters(), None), "device_mesh", None)
+        if mesh is not None:
+            for name in self._buffers:
+                destination[prefix + name] = replicated(destination[prefix + name], mesh)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        self._packed = None
+        for key in (prefix + name for name in self._buffers):
+            if hasattr(state_dict.get(key), "device_mesh"):
+                state_dict[key] = state_dict[key].to_local()
+        state_dict.pop(f"{prefix}expert_offsets", None)  # of folders saved before 0.2: derived now
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self):
         return {**self.__dict__, "_packed": None}

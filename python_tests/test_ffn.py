@@ -251,6 +251,28 @@ def test_packed(seed):
         ffn.train().pack()
 
 
+@pytest.mark.parametrize("change", ["copy_", "add_", "assign"])
+def test_packed_anew_once_weights_have_changed(change, seed):
+    """In place, in eval mode, as averages of models and merged adapters do; or another tensor."""
+    ffn, other = random_ffn(shared_size=8).eval(), random_ffn(shared_size=8).eval()
+    other.router.load_state_dict(ffn.router.state_dict())
+    x = torch.randn(2, 9, 24)
+    with torch.no_grad():
+        first = ffn.pack()._packed
+        ffn(x)
+        assert ffn._packed is first
+        for name in ffn.names:
+            mine, theirs = getattr(ffn, name), getattr(other, name).weight
+            if change == "copy_":
+                mine.weight.copy_(theirs)
+            elif change == "add_":
+                mine.weight.add_(theirs - mine.weight)
+            else:
+                mine.weight = torch.nn.Parameter(theirs.clone())
+        torch.testing.assert_close(ffn(x), other(x))
+        assert ffn._packed is not None and ffn._packed is not first
+
+
 def test_state_dict_restores_everything(seed):
     ffn = random_ffn(ste="sampled", shared_size=8)
     ffn.permutation.copy_(torch.randperm(40))

@@ -243,7 +243,9 @@ class TestEdges:
         router, gate_proj = make(name)
         for parameter in router.parameters():
             torch.nn.init.zeros_(parameter)
-        gates, scores = router.route(torch.full((4, HIDDEN), value, dtype=torch.float64), 0 * gate_proj)
+        gates, scores = router.route(
+            torch.full((4, HIDDEN), value, dtype=torch.float64), 0 * gate_proj
+        )
         want = {"threshold": 0, "top_p": 5, "relu": 0, "prefix": 5}.get(name, 2)
         assert (gates != 0).sum(1).tolist() == [want] * 4
         assert gates.isfinite().all() and scores.isfinite().all()

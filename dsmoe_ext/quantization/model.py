@@ -7,7 +7,7 @@ from dsmoe_ext.command_line import console
 from dsmoe_ext.ffn import DSMoEFFN
 from dsmoe_ext.layers import ffn_layers
 from dsmoe_ext.models.options import options_of
-from dsmoe_ext.ops import as_rows
+from dsmoe_ext.packing import as_rows
 from dsmoe_ext.quantization.codes import check_format
 from dsmoe_ext.reference import ACTIVATIONS, expand_experts
 
