@@ -24,17 +24,17 @@ def sparsify(model, num_experts: int = 8, *, permutations=None, dtype=None, **op
     What is found in a model that does not fit (no gated MLP, biases, another activation, something
     else inside) stands in the error.
     """
-    from dsmoe_ext.models.adopt import replace_mlps, text_model
+    from dsmoe_ext.models.adopt import connect_parts, replace_mlps, text_model
 
     if isinstance(model, str | Path):
         model = load_dense(model, dtype)
     check_dense(model)
     refuse_offloaded(model)
-    sparse = _sharing_copy(model)
+    sparse = sharing_copy(model)
     _forget_gguf(sparse)
     part = text_model(sparse)
     replace_mlps(part, {"num_experts": num_experts, **options}, permutations)
-    _connect_all(sparse, part.config)
+    connect_parts(sparse, part.config)
     return sparse
 
 
@@ -44,7 +44,7 @@ def check_dense(model) -> None:
 
     from dsmoe_ext.gated_mlp import Unsuitable, describe, probe
     from dsmoe_ext.layers import find_ffns
-    from dsmoe_ext.models.adopt import gated_mlps, text_model
+    from dsmoe_ext.models.adopt import gated_mlps, text_model, what_stands_there
 
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"{type(model).__name__} is no transformers model")
@@ -53,7 +53,8 @@ def check_dense(model) -> None:
     mlps = gated_mlps(text_model(model))
     if not mlps:
         raise Unsuitable(
-            f"{type(model).__name__} has no gated MLP (gate_proj, up_proj, down_proj) in its layers"
+            f"{type(model).__name__} has no gated MLP (gate_proj, up_proj, down_proj) in its "
+            f"layers, but {what_stands_there(model)}"
         )
     for mlp in mlps.values():
         probe(mlp, describe(mlp))
@@ -74,7 +75,7 @@ def merge(model):
     if not isinstance(model, PreTrainedModel) or not find_ffns(model):
         raise TypeError(f"{type(model).__name__} has no sparse FFN, so there is nothing to merge")
     refuse_offloaded(model)
-    dense = _sharing_copy(model)
+    dense = sharing_copy(model)
     for module in dense.modules():
         if isinstance(module, PreTrainedModel):
             disconnect(module)
@@ -131,21 +132,10 @@ def check_finite(model) -> None:
             raise ValueError(f"{name} holds numbers that are not finite: the model is damaged")
 
 
-def _sharing_copy(model):
+def sharing_copy(model):
     """The model once more, with modules and configs of its own around the same tensors."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
-def _connect_all(model, config) -> None:
-    from transformers import PreTrainedModel
-
-    from dsmoe_ext.layers import find_ffns
-    from dsmoe_ext.models.adopt import connect
-
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and find_ffns(module):
-            connect(module, config)
 
 
 def _forget_gguf(model) -> None:

@@ -12,7 +12,7 @@ from dsmoe_ext.packing import as_rows
 from dsmoe_ext.quantization.codes import quantize_weights
 from dsmoe_ext.quantization.experts import QuantizedExperts
 from dsmoe_ext.quantization.gptq import quantize_with_gram
-from dsmoe_ext.weights import Weight, permuted, replicated
+from dsmoe_ext.weights import FactoredWeight, Weight, permuted, replicated
 
 
 class SlicedFFN(nn.Module):
@@ -124,6 +124,8 @@ class SlicedFFN(nn.Module):
             weights = [nn.Parameter(weight) for weight in (*gate_up, down.t().contiguous())]
         else:
             weights = [getattr(self, name)() for name in self.names]
+            if self.is_factored:
+                weights = [nn.Parameter(weight.detach()) for weight in weights]
         order = self.permutation.to(weights[0].device).argsort()
         if torch.equal(order, torch.arange(len(order), device=order.device)):
             return weights
@@ -133,6 +135,24 @@ class SlicedFFN(nn.Module):
     def num_expert_weights(self) -> int:
         """Of gate_proj, up_proj and down_proj, whether they are parameters or codes."""
         return 3 * self.hidden_size * self.intermediate_size
+
+    # ------------------------------------------------------------ factors
+
+    @property
+    def is_factored(self) -> bool:
+        """Whether the weights are a centre and residuals (offline/compress.py)."""
+        return isinstance(self._modules.get(self.names[0]), FactoredWeight)
+
+    def use_factors(self, sizes: Sequence[int], rank: int) -> None:
+        """Puts memory for factors in the weights' place. sizes: of the shared part and of a routed
+        expert, and the number of these."""
+        for index, name in enumerate(self.names):
+            weight = getattr(self, name).weight
+            is_down = index == len(self.names) - 1
+            parts = 0 if is_down else 2 if len(self.names) == 2 else 1
+            kind = {"device": weight.device, "dtype": weight.dtype}
+            setattr(self, name, FactoredWeight(parts, sizes, self.hidden_size, rank, **kind))
+        self._packed = None
 
     # ------------------------------------------------------------ packing
 

@@ -24,6 +24,32 @@ class Weight(nn.Module):
         return f"{list(self.weight.shape)}"
 
 
+class FactoredWeight(nn.Module):
+    """A weight of which the routed experts are a centre and residuals of low rank (compress.py).
+
+    [I,H], or two of them on top of each other (gate and up in one), or transposed (down_proj):
+    the shared expert's rows, then centre + left_e @ right_e of every routed expert e.
+    """
+
+    def __init__(self, parts: int, sizes: Sequence[int], hidden_size: int, rank: int, **kind):
+        super().__init__()
+        shared_size, size, num_experts = sizes
+        self.is_transposed = parts == 0
+        parts = max(parts, 1)
+        for name, shape in (
+            ("shared", (parts, shared_size, hidden_size)),
+            ("centre", (parts, size, hidden_size)),
+            ("left", (parts, num_experts, size, rank)),
+            ("right", (parts, num_experts, rank, hidden_size)),
+        ):
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, **kind)))
+
+    def forward(self, *_) -> Tensor:
+        routed = (self.centre[:, None] + self.left @ self.right).flatten(1, 2)
+        rows = torch.cat([self.shared, routed], dim=1).flatten(0, 1)
+        return rows.t() if self.is_transposed else rows
+
+
 def check_permutation(permutation, size: int, device) -> Tensor:
     """The permutation as an int64 tensor [size] on device; an error if it is none."""
     permutation = torch.as_tensor(permutation, device=device, dtype=torch.int64)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
+from ..experiments import app as experiments
 from . import console
 from .evaluation import evaluate_command
 from .options import (
@@ -25,8 +26,8 @@ from .options import (
     written_sizes,
 )
 from .placing import place
-from .pruning import prune
 from .report import report
+from .shrinking import compress, prune
 from .training import demo, train
 
 app = typer.Typer(
@@ -170,6 +171,9 @@ def calibrate(
     refit: Annotated[
         bool, typer.Option(help="Refit down_proj to the sparse FFN; without, merge stays exact.")
     ] = True,
+    method: Annotated[
+        str, typer.Option(help="The router: threshold, top_p, top_k or mean_score.")
+    ] = "threshold",
     tokens: Annotated[int, typer.Option(min=64, help="Tokens to calibrate on.")] = 65536,
     window: WindowOption = 512,
     dtype: DtypeOption = Dtype.auto,
@@ -209,6 +213,7 @@ def calibrate(
                 expert_size=expert_size,
                 shared=shared,
                 refit=refit,
+                method=method,
                 seed=seed,
             )
         save_model(sparse, tokenizer, folder, card_rows(sparse, windows, sources))
@@ -374,13 +379,6 @@ def _standard_input() -> str:
         raise UserError(f"standard input is not UTF-8 text: {error.reason}") from None
 
 
-def _add_experiments() -> None:
-    """`dsmoe experiment ...`: heavy imports stand inside its commands too."""
-    from ..experiments import app as experiments
-
-    app.add_typer(experiments, name="experiment")
-
-
 def _add_benchmarks() -> None:
     """`dsmoe bench ...`: the benchmarks that this installation has."""
     try:
@@ -396,7 +394,8 @@ app.command()(demo)
 app.command()(place)
 app.command()(prune)
 app.command()(report)
-_add_experiments()
+app.command()(compress)
+app.add_typer(experiments, name="experiment")
 _add_benchmarks()
 
 

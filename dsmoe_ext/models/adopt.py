@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from dsmoe_ext.ffn import DSMoEFFN
 from dsmoe_ext.gated_mlp import Unsuitable, describe
-from dsmoe_ext.layers import pack
+from dsmoe_ext.layers import find_ffns, pack
 from dsmoe_ext.lm_loss import causal_lm_loss
 from dsmoe_ext.models import KEY
 from dsmoe_ext.models.options import FFN_DEFAULTS, complete
@@ -28,6 +28,19 @@ def gated_mlps(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if _IN_A_LAYER.search(name) and not isinstance(module, DSMoEFFN) and describe(module)
     }
+
+
+def what_stands_there(model: nn.Module) -> str:
+    """The other modules of the layers in words, for an error: "ArceeMLP (up_proj, down_proj)"."""
+    found = {}
+    for name, module in model.named_modules():
+        children = [child for child, _ in module.named_children()]
+        if _IN_A_LAYER.search(name) and children and "attn" not in name and "attention" not in name:
+            found.setdefault(type(module).__name__, children)
+    words = ", ".join(f"{kind} ({', '.join(names)})" for kind, names in found.items())
+    hint = '; experts_implementation="dsmoe" runs a mixture of experts as it is (docs/experts.md)'
+    has_experts = any("experts" in names for names in found.values())
+    return (words or "none with layers inside") + hint * has_experts
 
 
 def text_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -56,6 +69,9 @@ def replace_mlps(model: PreTrainedModel, options: dict, permutations=None) -> in
         ffn.set_seed(options["seed"], index)
         if options["quantization"]:
             ffn.quantize(**options["quantization"])
+        elif options["compression"]:
+            sizes = (ffn.shared_size, ffn.sizes[-1], ffn.num_experts)
+            ffn.use_factors(sizes, **options["compression"])
         rule = getattr(ffn.router, "rule_options", {})
         options |= {name: rule[name] for name in ("rescale", "gate_scale") if name in rule}
         model.set_submodule(name, ffn)
@@ -79,7 +95,7 @@ def adopt(model: PreTrainedModel, config) -> None:
     """Called as model, or a model around it, is built. config is the one with the key."""
     if model.config is config:
         replace_mlps(model, getattr(config, KEY))
-    if any(isinstance(module, DSMoEFFN) for module in model.modules()):
+    if find_ffns(model):
         connect(model, config)
 
 
@@ -107,6 +123,13 @@ def connect(model: PreTrainedModel, config) -> None:
         _strip_tp_plan(part)
     if isinstance(getattr(model, "_tp_plan", None), dict):
         model._tp_plan = _without_mlps(model._tp_plan)
+
+
+def connect_parts(model: nn.Module, config) -> None:
+    """Connects the model and every model inside it that holds sparse FFNs."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and find_ffns(module):
+            connect(module, config)
 
 
 def disconnect(model: PreTrainedModel) -> None:

@@ -3,8 +3,8 @@
 from dsmoe_ext.layout import expert_layout
 from dsmoe_ext.models import KEY
 
-# Of each layer's FFN; see DSMoEFFN. rescale and gate_scale None: what the method and the dense start
-# need, noted once made, so that they stay as they are when thresholds move.
+# Of each layer's FFN; see DSMoEFFN. rescale and gate_scale None: what the method and the dense
+# start need, noted once made, so that they stay as they are when thresholds move.
 FFN_DEFAULTS = {
     "num_experts": 8,
     "expert_sizes": None,
@@ -24,10 +24,12 @@ FFN_DEFAULTS = {
     "sample_prob": 0.25,
 }
 # Of the model: what its experts are quantized to, {"bits": .., "group_size": .., "symmetric": ..};
+# compressed to, {"rank": ..};
 # seed of the sampled STE; lambda, by which training adds the sparsity loss; the share of the FFN
 # that training should hold (ThresholdController).
 DEFAULTS = FFN_DEFAULTS | {
     "quantization": None,
+    "compression": None,
     "seed": 0,
     "sparsity_weight": 1.0,
     "target_active": None,

@@ -9,10 +9,10 @@ dense dimension I shrinks with them, so the result is a smaller model of the sam
 import torch
 from torch import Tensor, nn
 
-from dsmoe_ext.convert import _connect_all, _sharing_copy
+from dsmoe_ext.convert import sharing_copy
 from dsmoe_ext.ffn import DSMoEFFN
 from dsmoe_ext.layers import ffn_layers
-from dsmoe_ext.models.adopt import text_model
+from dsmoe_ext.models.adopt import connect_parts, text_model
 from dsmoe_ext.models.options import options_of
 
 
@@ -38,14 +38,14 @@ def prune(model, use: list[Tensor], keep: float):
         raise ValueError(f"keep={keep} of {len(sizes)} experts leaves {num_kept}")
     if any(len(set(ffn.sizes[ffn.num_shared :])) > 1 for ffn in layers):
         raise ValueError("only experts of one size can be pruned: layers must stay alike")
-    if any(ffn.experts is not None for ffn in layers):
-        raise ValueError("quantized experts cannot be pruned: prune first, then quantize")
+    if any(ffn.experts is not None or ffn.is_factored for ffn in layers):
+        raise ValueError("quantized or compressed experts cannot be pruned: prune first")
     if any(not getattr(ffn.router, "has_plain_logits", False) for ffn in layers):
         raise ValueError("only linear routers can be pruned row by row")
     router = layers[0].router
     if router.rule == "top_k" and router.top_k > num_kept:
         raise ValueError(f"top_k={router.top_k} needs that many experts, {num_kept} are kept")
-    pruned = _sharing_copy(model)
+    pruned = sharing_copy(model)
     for ffn, shares in zip(ffn_layers(pruned), use, strict=True):
         kept = shares.argsort(descending=True, stable=True)[:num_kept].sort().values
         _keep(ffn, kept)
@@ -54,7 +54,7 @@ def prune(model, use: list[Tensor], keep: float):
     options = options_of(pruned)
     options["num_experts"] = num_kept
     options["expert_sizes"] = [sizes[0]] * num_kept if options["expert_sizes"] else None
-    _connect_all(pruned, config)
+    connect_parts(pruned, config)
     return pruned
 
 

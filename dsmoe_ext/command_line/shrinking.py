@@ -1,4 +1,4 @@
-"""The command that drops experts: `dsmoe prune`."""
+"""The commands that make the experts smaller: `dsmoe prune`, `dsmoe compress`."""
 
 from typing import Annotated
 
@@ -52,4 +52,37 @@ def prune(
         with console.stage("Measuring"), console.expect(ValueError, TypeError):
             pruned = drop_experts(loaded, expert_use(loaded, ids), keep)
         save_model(pruned, tokenizer, folder)
+    print(f"wrote {out}")
+
+
+def compress(
+    model: ModelArgument,
+    out: OutArgument,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of what an expert has of its own.")],
+    dtype: DtypeOption = Dtype.auto,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Keep what the experts have in common once, and of each a residual of low rank.
+
+    For experts of one size (ResMoE). The result is not the same function: look with `dsmoe eval`,
+    and win quality back with `dsmoe train`.
+
+    Example: `dsmoe compress smollm2-8 smollm2-8-r48 --rank 48`
+    """
+    from ..files import atomic_directory
+    from ..loading import load_model, model_bytes, save_model
+
+    with atomic_directory(out, overwrite, reads=[model]) as folder:
+        with console.stage("Loading"):
+            loaded, tokenizer = load_model(model, dtype=dtype.value, only="sparse")
+        from ..offline import compress as factor_experts
+
+        before = model_bytes(loaded)
+        with console.stage("Compressing"), console.expect(ValueError, TypeError):
+            compressed, error = factor_experts(loaded, rank)
+        console.say(
+            f"{model_bytes(compressed) / before:.1%} of the bytes; squared error {error:.1%} of "
+            "the experts' weights"
+        )
+        save_model(compressed, tokenizer, folder)
     print(f"wrote {out}")
