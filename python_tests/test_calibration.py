@@ -1,6 +1,7 @@
 """calibrate() on tiny random LLaMAs, and its parts on plain tensors."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -109,6 +110,14 @@ def test_deterministic_and_leaves_the_model_alone(seed):
     assert torch.backends.mkldnn.matmul.fp32_precision == precision and not model.training
 
 
+def test_autocast_does_not_matter(seed):
+    model, text = tiny_llama(), some_text()
+    want = calibrate(model, text).state_dict()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = calibrate(model, text).state_dict()
+    assert all(torch.equal(value, got[name]) for name, value in want.items())
+
+
 def test_without_refit_the_merge_is_exact(seed):
     model = tiny_llama()
     merged = dsmoe_ext.merge_to_llama(calibrate(model, some_text(), refit=False))
@@ -130,7 +139,7 @@ def test_refit_reduces_every_layers_error(seed, monkeypatch):
 
     def recorded(*args):
         fit = fit_layer(*args)
-        errors.setdefault(args[5], []).append(fit.error)
+        errors.setdefault(args[7], []).append(fit.error)
         return fit
 
     monkeypatch.setattr(layerwise, "fit_layer", recorded)
@@ -143,6 +152,68 @@ def test_refit_reduces_every_layers_error(seed, monkeypatch):
     assert len(errors[True]) == len(errors[False]) == 3
     assert all(new < old for new, old in zip(errors[True], errors[False], strict=True)), errors
     assert distance[True] < distance[False]
+
+
+def layers_of(model, text):
+    """The inputs [T,H] of every FFN, in float64."""
+    seen = []
+    hooks = [
+        ffn.register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(0, 1).double()))
+        for ffn in ffn_layers(model)
+    ]
+    logits(model, text)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("method", ["top_k", "top_p", "mean_score"])
+def test_other_routers(method, seed, tmp_path):
+    """The first layer's router against its definition; the target is met; the model is saved."""
+    model, text = tiny_llama(dtype=torch.float64), some_text(24)
+    sparse = calibrate(model, text, 0.5, method=method, refit=False)
+    ffn, x = ffn_layers(sparse)[0], layers_of(sparse, text)[0]
+    assert ffn.method == method and ffn.gates == "binary"
+    assert abs(measured_active(sparse, text).mean - 0.5) < 0.02
+    gate, up, down = (w.double() for w in ffn.expert_weights())
+    ranges = [slice(*pair) for pair in pairwise(ffn.expert_offsets.tolist())][1:]
+    if method == "mean_score":
+        wanted = torch.stack([(x @ gate[rows].T).mean(1) for rows in ranges], 1)
+        torch.testing.assert_close(ffn.router(x, gate), wanted)
+    else:  # ridge regression of the log norms of the experts' contributions
+        act = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)).abs() * down.norm(dim=1)
+        logs = torch.stack([act[:, rows].norm(dim=1) for rows in ranges], 1)
+        logs = (logs + 1e-8 * logs.mean()).log()
+        centred = x - x.mean(0)
+        gram = centred.T @ centred
+        ridge = 0.05 * gram.diagonal().mean() * torch.eye(len(gram))
+        weight = torch.linalg.solve(gram + ridge, centred.T @ (logs - logs.mean(0)))
+        wanted = logs.mean(0) + (x - x.mean(0)) @ weight
+        scale = {"top_k": 4.0, "top_p": 2.0}[method]
+        torch.testing.assert_close(ffn.router(x), scale * wanted, rtol=1e-6, atol=1e-6)
+    active = ffn.route(x).gates[:, 1:] != 0
+    if method == "top_p":  # the largest shares of the energy, up to the mass t
+        share = (2 * wanted).softmax(1).sort(dim=1, descending=True).values
+        number = ((share.cumsum(1) - share) < ffn.threshold.double()).sum(1)
+        assert (active.sum(1) != number).double().mean() < 0.01  # float32 at the edge
+        assert len(set(number.tolist())) > 1
+    else:
+        number = torch.full((len(x),), ffn.router.top_k)
+        assert torch.equal(active.sum(1), number)
+    kept = wanted.where(active, torch.inf).min(1).values
+    assert (wanted.where(~active, -torch.inf).max(1).values <= kept + 1e-9).all()
+
+    better = calibrate(model, text, 0.5, method=method)
+    distance = [(logits(m, text) - logits(model, text)).norm() for m in (better, sparse)]
+    assert distance[0] < distance[1]
+    better.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, text), logits(better, text))
+
+
+def test_method_that_calibration_does_not_know(seed):
+    with pytest.raises(ValueError, match="calibration knows threshold, top_k, top_p, mean_score"):
+        calibrate(tiny_llama(), some_text(), method="modse")
 
 
 def test_the_chunks_do_not_decide(seed, monkeypatch):

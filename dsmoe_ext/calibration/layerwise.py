@@ -9,6 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from dsmoe_ext import partition
+from dsmoe_ext.calibration.choice import (
+    METHODS,
+    Choice,
+    by_mean_gate,
+    choose,
+    options_of_method,
+)
 from dsmoe_ext.calibration.neurons import (
     Layout,
     expert_norms,
@@ -17,14 +24,7 @@ from dsmoe_ext.calibration.neurons import (
     switch_off,
 )
 from dsmoe_ext.calibration.refit import refit_down_proj
-from dsmoe_ext.calibration.router import (
-    SCALE,
-    Strength,
-    count_strength,
-    fit_router,
-    log_strength,
-    strength_histogram,
-)
+from dsmoe_ext.calibration.router import fit_router, log_strength
 from dsmoe_ext.calibration.streams import Layer, Streams, quick_dtype, quick_matmul
 from dsmoe_ext.calibration.sums import Moments
 from dsmoe_ext.command_line import console
@@ -51,13 +51,13 @@ class LayerFit:
 
     order: Tensor  # int64 [I]: the neurons, shared first, then expert after expert
     experts: Tensor  # int64 [I]: the routed expert of every neuron, R for the shared ones
-    strength: Strength  # an expert is on where its predicted strength exceeds 0
+    choice: Choice  # which experts are on
     down_proj_t: Tensor  # [I,H], neurons in the dense model's order
     error: float  # ‖sparse - wanted output‖² / ‖wanted‖²
 
     def output(self, x: Tensor, hidden: Tensor) -> Tensor:
         """The sparse FFN's output [t,H]. x [t,H], hidden [t,I]: the dense activations (lost)."""
-        switch_off(hidden, self.strength.of(x) > 0, self.experts)
+        switch_off(hidden, self.choice.active(x), self.experts)
         return (hidden @ self.down_proj_t.to(hidden.dtype)).to(x.dtype)
 
 
@@ -70,6 +70,7 @@ def calibrate(
     shared: float = 0.25,
     refit: bool = True,
     *,
+    method: str = "threshold",
     window: int = 512,
     seed: int = 0,
     progress: bool = True,
@@ -87,6 +88,8 @@ def calibrate(
     shared: the share of the FFN that is always on. It grows by what expert_size does not divide.
     refit: also refit down_proj to the masks. Without, merge gives the dense weights back
         bit for bit.
+    method: the router, "threshold", "top_p", "top_k" or "mean_score" (choice.py); top-k ones meet
+        the target to half an expert.
     seed: of the grouping. The same seed, text, machine and thread count give the same bits.
     progress: show a progress bar on stderr.
 
@@ -95,6 +98,8 @@ def calibrate(
     states of the text, 3 H · T floats for T tokens: in memory up to states.IN_MEMORY bytes each,
     in temporary files beyond.
     """
+    if method not in METHODS:
+        raise ValueError(f"calibration knows {', '.join(METHODS)}, but not {method!r}")
     refuse_offloaded(model)
     check_finite(model)
     dense, kept = _dense_model(model)
@@ -109,17 +114,20 @@ def calibrate(
     num_layers = len(gated_mlps(text_model(dense)))
     bar = console.progress("Calibrating", num_layers, "layers") if progress else _no_progress()
     try:
-        with quick_matmul(), bar as advance:
+        # Autocast would round what the sums are of; the fits choose their own precision.
+        exact = torch.autocast(dense.device.type, enabled=False)
+        with exact, quick_matmul(), bar as advance:
             streams = Streams(dense, windows.to(dense.device))
             for index, layer in enumerate(streams.layers):
                 if layer.mlp_name is None:
                     streams.enter(layer)
                     continue
-                fits.append(_fit_next(streams, layer, layout, target_active, refit, seed + index))
+                options = (method, layout, target_active, refit, seed + index)
+                fits.append(_fit_next(streams, layer, *options))
                 advance(1, note=f"layer error {fits[-1].error:.3f}")
     finally:
         dense.train(training)
-    return _assemble(dense, layout, target_active, refit, fits, kept).train(training)
+    return _assemble(dense, method, layout, target_active, refit, fits, kept).train(training)
 
 
 def _warn_of_many_experts(num_experts: int) -> None:
@@ -149,7 +157,8 @@ def _fit_next(streams: Streams, layer: Layer, *options) -> LayerFit:
     def activate(x: Tensor) -> Tensor:
         return mlp_activations(x.to(quick[0].dtype), quick, found.activation)
 
-    fit = fit_layer(chunks, activate, weights[-1].T.contiguous(), *options)
+    gate_proj = weights[0][: found.intermediate_size]
+    fit = fit_layer(chunks, activate, weights[-1].T.contiguous(), gate_proj, *options)
     streams.leave(lambda x: fit.output(x, activate(x)))
     return fit
 
@@ -158,6 +167,8 @@ def fit_layer(
     chunks: Chunks,
     activate: Callable[[Tensor], Tensor],
     down_proj_t: Tensor,
+    gate_proj: Tensor,
+    method: str,
     layout: Layout,
     target: float,
     refit: bool,
@@ -166,7 +177,7 @@ def fit_layer(
     """Finds one layer's order, router and weights, from sums over any number of tokens.
 
     activate(x): the dense FFN's activations a [t,I] of x [t,H], a fresh tensor, which may be in a
-    narrower dtype than x; down_proj_t [I,H].
+    narrower dtype than x; down_proj_t and gate_proj [I,H].
     """
     strength = down_proj_t.norm(dim=1)  # [I]
     seen = Moments()
@@ -178,25 +189,25 @@ def fit_layer(
     order = group_neurons(seen, layout, seed)
     experts = experts_of_neurons(order, layout)
 
-    logs = Moments()
-    for x, _ in chunks():
-        norms = expert_norms(activate(x), strength, experts, layout).to(x.dtype)
-        logs.add(x, log_strength(norms))
-    predicted = fit_router(logs, down_proj_t.dtype)
-    histogram = strength_histogram(predicted, logs)
-    for x, _ in chunks():
-        count_strength(histogram, predicted.of(x), layout.expert_sizes)
-    bias = predicted.bias - histogram.value_above_which(layout.routed_share(target))
-    predicted = Strength(predicted.weight, bias)
+    if method == "mean_score":
+        choice = by_mean_gate(gate_proj, experts, layout, target)
+    else:
+        logs = Moments()
+        for x, _ in chunks():
+            norms = expert_norms(activate(x), strength, experts, layout).to(x.dtype)
+            logs.add(x, log_strength(norms))
+        predicted = fit_router(logs, down_proj_t.dtype)
+        inputs = lambda: (x for x, _ in chunks())  # noqa: E731
+        choice = choose(method, predicted, logs, inputs, layout, target)
 
     if refit:
-        down_proj_t, error = _refit(chunks, activate, down_proj_t, predicted, experts)
+        down_proj_t, error = _refit(chunks, activate, down_proj_t, choice, experts)
     else:
-        error = _error(chunks, activate, down_proj_t, predicted, experts)
-    return LayerFit(order, experts, predicted, down_proj_t, error)
+        error = _error(chunks, activate, down_proj_t, choice, experts)
+    return LayerFit(order, experts, choice, down_proj_t, error)
 
 
-def _refit(chunks: Chunks, activate, down_proj_t: Tensor, predicted: Strength, experts: Tensor):
+def _refit(chunks: Chunks, activate, down_proj_t: Tensor, choice: Choice, experts: Tensor):
     """(down_proj_t [I,H] refitted to the masks, the relative error left)."""
     sums = Moments(centred=False)
     for x, missing in chunks():
@@ -205,25 +216,25 @@ def _refit(chunks: Chunks, activate, down_proj_t: Tensor, predicted: Strength, e
         # from earlier layers.
         wanted = (hidden @ down_proj_t.to(hidden.dtype)).to(x.dtype)
         wanted = wanted.lerp(missing(wanted), CORRECTION)
-        switch_off(hidden, predicted.of(x) > 0, experts)
+        switch_off(hidden, choice.active(x), experts)
         sums.add(hidden.to(x.dtype), wanted)
     found, error = refit_down_proj(sums, down_proj_t)
     return found.to(down_proj_t.dtype), error
 
 
-def _error(chunks: Chunks, activate, down_proj_t: Tensor, predicted: Strength, experts: Tensor):
+def _error(chunks: Chunks, activate, down_proj_t: Tensor, choice: Choice, experts: Tensor):
     """‖sparse - dense output‖² / ‖dense output‖² of a layer with its dense weights."""
     lost, power = 0.0, 0.0
     for x, _ in chunks():
         hidden = activate(x).to(x.dtype)
         wanted = hidden @ down_proj_t
         power += wanted.square().sum().item()
-        switch_off(hidden, predicted.of(x) > 0, experts)
+        switch_off(hidden, choice.active(x), experts)
         lost += wanted.sub_(hidden @ down_proj_t).square().sum().item()
     return lost / max(power, 1e-30)
 
 
-def _assemble(dense, layout: Layout, target: float, refit: bool, fits: list[LayerFit], kept: dict):
+def _assemble(dense, method: str, layout: Layout, target: float, refit: bool, fits, kept: dict):
     """sparsify with each layer's order, then routers and refitted weights."""
     sparse = sparsify(
         dense,
@@ -232,12 +243,11 @@ def _assemble(dense, layout: Layout, target: float, refit: bool, fits: list[Laye
         permutations=[fit.order for fit in fits],
         gates="binary",
         rescale=False,
-        target_active=target,
+        **options_of_method(method, layout, target),
         **kept,
     )
     for ffn, fit in zip(ffn_layers(sparse), fits, strict=True):
-        ffn.router.weight.copy_(SCALE * fit.strength.weight)
-        ffn.router.bias.copy_(SCALE * fit.strength.bias)
+        fit.choice.give_to(ffn)
         if refit:
             ffn.expert_weights()[-1].copy_(fit.down_proj_t[fit.order])
     return sparse
