@@ -45,6 +45,7 @@ class SlicedFFN(nn.Module):
         self._init_weights(weights, device, dtype)
         self.register_buffer("permutation", torch.arange(self.intermediate_size, device=device))
         self.experts: QuantizedExperts | None = None  # in place of the weights once quantized
+        self.parallel: nn.Module | None = None  # likewise once they lie on several ranks
         self._offsets: Tensor | None = None
         self._packed: ops.PackedWeights | None = None
         self._pack_form: dict = {}  # what pack() was asked for, and of which weights
@@ -85,6 +86,10 @@ class SlicedFFN(nn.Module):
         copies, in float32."""
         if self.experts is not None:
             return self.experts.weights(self.offsets_on(torch.device("cpu"))).dequantize()
+        if self.parallel is not None:
+            raise RuntimeError(
+                "the experts lie on several ranks: dsmoe_ext.distributed.whole first"
+            )
         # Called, not read: offloading loads a weight in its module's forward, and LoRA changes it.
         *gate_up, down = (getattr(self, name)(x) for name in self.names)
         gate, up = gate_up if len(gate_up) == 2 else (gate_up[0], None)
@@ -104,6 +109,8 @@ class SlicedFFN(nn.Module):
         if self.experts is not None:
             tokens = tokens.to(dtype) if dtype else tokens
             return self.experts.sparse_ffn(tokens, gates, self.expert_offsets, grad_weight)
+        if self.parallel is not None:
+            return self.parallel(tokens.to(dtype) if dtype else tokens, gates, grad_weight)
         weights = self.expert_weights(tokens)
         if dtype is not None and tokens.dtype != torch.float64:
             tokens, *weights = (t if t is None else t.to(dtype) for t in (tokens, *weights))

@@ -34,6 +34,12 @@ def test_checkpoint_of_another_number_of_ranks(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_converted_model(tmp_path):
+    """A sparse model over two ranks as in one process; its checkpoint on three and one."""
+    result = run(tmp_path, "model:2", "model_load:3", "model_load:1")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 def test_a_killed_rank_ends_the_job(seed, tmp_path):
     result = run(tmp_path, "kill:3", DSMOE_SEED=str(seed))
     report = result.stdout + result.stderr

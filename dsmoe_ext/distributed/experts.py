@@ -37,6 +37,7 @@ class ParallelExperts(nn.Module):
     mesh              a one-dimensional DeviceMesh
     average           divide the weights' gradients by the number of ranks, as DDP and FSDP do with
                       those of replicated weights: right for a loss that is a mean over ranks
+    order             the experts in the order of the ranks; None: as they are numbered
     ranks_per_node    None: as torchrun says
     activation        as for sparse_ffn
 
@@ -52,41 +53,47 @@ class ParallelExperts(nn.Module):
         mesh,
         *,
         average: bool = True,
+        order: Sequence[int] | None = None,
         ranks_per_node: int | None = None,
         activation: str = "silu",
     ):
         super().__init__()
         self.mesh, self.group = mesh, mesh.get_group()
         self.rank, self.world = mesh.get_local_rank(), mesh.size()
-        self.expert_sizes, self.average = list(expert_sizes), average
+        self.average = average
+        numbers = range(len(expert_sizes))
+        self.order = numbers if order is None or list(order) == list(numbers) else list(order)
         self.ranks_per_node, self.activation = ranks_per_node, activation
         if len(experts_per_rank) != self.world or sum(experts_per_rank) != len(expert_sizes):
             raise ValueError(
                 f"experts_per_rank {list(experts_per_rank)} must give each of {self.world} ranks "
                 f"its share of {len(expert_sizes)} experts"
             )
+        if sorted(self.order) != list(numbers):
+            raise ValueError(f"order must name each of {len(numbers)} experts once")
         bounds = [0, *accumulate(experts_per_rank)]
-        self.columns = [slice(*pair) for pair in pairwise(bounds)]  # of the gates, by rank
-        rows = [0, *accumulate(self.expert_sizes)]
+        # Of the gates, in the order of the ranks.
+        self.columns = [slice(*pair) for pair in pairwise(bounds)]
+        rows = [0, *accumulate(expert_sizes)]
         if len(weights[0]) != rows[-1]:
             raise ValueError(f"the experts have {rows[-1]} neurons, the weights {len(weights[0])}")
-        own = self.columns[self.rank]
-        start, stop = rows[own.start], rows[own.stop]
-        rows_per_rank = {rows[c.stop] - rows[c.start] for c in self.columns}
+        self.expert_sizes = list(expert_sizes)
+        self.own_sizes = [self.expert_sizes[e] for e in self.own_experts]
+        rows_per_rank = {sum(self.expert_sizes[e] for e in self.order[c]) for c in self.columns}
+        own = [torch.arange(rows[e], rows[e + 1]) for e in self.own_experts]
+        own = torch.cat([torch.arange(0), *own]).to(weights[0].device)
         for name, weight in zip(WEIGHTS, weights, strict=True):
-            part = weight.detach()[start:stop].clone(memory_format=torch.contiguous_format)
+            part = weight.detach()[own].contiguous()
             if len(rows_per_rank) == 1:
                 part = DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
             is_frozen = isinstance(weight, nn.Parameter) and not weight.requires_grad
             self.register_parameter(name, nn.Parameter(part, not is_frozen))
-        self.own_sizes = self.expert_sizes[own]
         self._offsets: Tensor | None = None
 
     @property
-    def own_experts(self) -> range:
+    def own_experts(self) -> Sequence[int]:
         """The numbers of this rank's experts."""
-        own = self.columns[self.rank]
-        return range(own.start, own.stop)
+        return self.order[self.columns[self.rank]]
 
     def offsets(self, device: torch.device) -> Tensor:
         """expert_offsets of this rank's experts. No buffer: DDP would make it the first rank's."""
@@ -100,6 +107,9 @@ class ParallelExperts(nn.Module):
 
         grad_weight [T,E]: as for sparse_ffn; a token also goes where only this weight is not 0.
         """
+        if isinstance(self.order, list):
+            gates = gates[:, self.order]
+            grad_weight = None if grad_weight is None else grad_weight[:, self.order]
         wanted = gates.detach() != 0
         if grad_weight is not None:
             wanted |= grad_weight != 0
@@ -137,7 +147,7 @@ class ParallelExperts(nn.Module):
         return sparse_ffn(
             rows,
             gates,
-            *self.local(),
+            *(weight.to(rows.dtype) for weight in self.local()),  # autocast
             offsets,
             activation=self.activation,
             grad_weight=grad_weight,
