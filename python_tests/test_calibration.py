@@ -161,7 +161,8 @@ def layers_of(model, text):
         ffn.register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(0, 1).double()))
         for ffn in ffn_layers(model)
     ]
-    logits(model, text)
+    with torch.no_grad():
+        model(text)
     for hook in hooks:
         hook.remove()
     return seen
@@ -171,7 +172,7 @@ def layers_of(model, text):
 def test_other_routers(method, seed, tmp_path):
     """The first layer's router against its definition; the target is met; the model is saved."""
     model, text = tiny_llama(dtype=torch.float64), some_text(24)
-    sparse = calibrate(model, text, 0.5, method=method, refit=False)
+    sparse = calibrate(model, text, target_active=0.5, method=method, refit=False)
     ffn, x = ffn_layers(sparse)[0], layers_of(sparse, text)[0]
     assert ffn.method == method and ffn.gates == "binary"
     assert abs(measured_active(sparse, text).mean - 0.5) < 0.02
@@ -203,7 +204,7 @@ def test_other_routers(method, seed, tmp_path):
     kept = wanted.where(active, torch.inf).min(1).values
     assert (wanted.where(~active, -torch.inf).max(1).values <= kept + 1e-9).all()
 
-    better = calibrate(model, text, 0.5, method=method)
+    better = calibrate(model, text, target_active=0.5, method=method)
     distance = [(logits(m, text) - logits(model, text)).norm() for m in (better, sparse)]
     assert distance[0] < distance[1]
     better.save_pretrained(tmp_path)

@@ -109,6 +109,52 @@ def test_vision_language(kind, tmp_path, seed):
     assert ffn_layers(loaded)[0].router.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("kind", COMPOSITE)
+def test_vision_language_generates(kind, seed):
+    """All on: the dense model's tokens; routed: with a cache what a whole pass gives."""
+    dense, given = COMPOSITE[kind]().eval(), batch(kind)
+    options = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    model = dsmoe_ext.sparsify(dense, 4)
+    tokens = model.generate(**given, **options)
+    assert torch.equal(tokens, dense.generate(**given, **options))
+    tokens = route(model).generate(**given, **options)
+    ones = torch.ones_like(tokens[:, given["input_ids"].shape[1] :])
+    whole = given | {"input_ids": tokens}
+    whole["attention_mask"] = torch.cat([given["attention_mask"], ones], dim=1)
+    with torch.no_grad():
+        logits = model(**whole).logits[:, -5:-1]
+    logits[:, :, 2] = -torch.inf  # min_new_tokens: no end
+    torch.testing.assert_close(
+        logits.max(-1).values, logits.gather(-1, tokens[:, -4:, None])[..., 0]
+    )
+
+
+@pytest.mark.parametrize("kind", COMPOSITE)
+def test_vision_language_resumes(kind, tmp_path, seed):
+    """Two steps, saved, opened and two more are four steps, to the bit: draws come back."""
+    given = batch(kind)
+    given["labels"] = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
+    whole = route(dsmoe_ext.sparsify(COMPOSITE[kind](), 4, ste="sampled"))
+    parts = copy.deepcopy(whole)
+
+    def steps(model, number):
+        optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1)
+        for _ in range(number):
+            model(**given).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    steps(whole, 4)
+    steps(parts, 2)
+    parts.save_pretrained(tmp_path)
+    resumed = type(whole).from_pretrained(tmp_path)
+    steps(resumed, 2)
+    want = whole.state_dict()
+    for name, value in resumed.state_dict().items():
+        assert torch.equal(value, want[name]), name
+    assert ffn_layers(resumed)[0].draw_counter == 4
+
+
 def tiny_llama():
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT)).eval()
 

@@ -1,11 +1,9 @@
 """The command line `dsmoe`. Heavy imports stand inside the commands, so that --help is quick."""
 
-import sys
 from typing import Annotated
 
 import typer
 
-from ..errors import UserError
 from ..experiments import app as experiments
 from . import console
 from .evaluation import evaluate_command
@@ -22,7 +20,9 @@ from .options import (
     SeedOption,
     TargetOption,
     WindowOption,
+    decoded,
     finite,
+    standard_input,
     written_sizes,
 )
 from .placing import place
@@ -343,7 +343,7 @@ def generate(
     """
     from ..loading import load_model, need_tokenizer
 
-    text = _standard_input() if prompt == "-" else _decoded(prompt, "the prompt")
+    text = standard_input() if prompt == "-" else decoded(prompt, "the prompt")
     with console.stage("Loading"):
         loaded, tokenizer = load_model(model, dtype=dtype.value, device=device)
     need_tokenizer(tokenizer, model)
@@ -361,22 +361,6 @@ def generate(
         top_p=top_p,
         seed=seed,
     )
-
-
-def _decoded(text: str, what: str) -> str:
-    """The text, if it is one: Python hides bytes of the command line that are not UTF-8 in it."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise UserError(f"{what} is not UTF-8 text") from None
-    return text
-
-
-def _standard_input() -> str:
-    try:
-        return _decoded(sys.stdin.read(), "standard input")
-    except UnicodeDecodeError as error:
-        raise UserError(f"standard input is not UTF-8 text: {error.reason}") from None
 
 
 def _add_benchmarks() -> None:

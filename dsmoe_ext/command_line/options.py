@@ -2,10 +2,13 @@
 
 import enum
 import math
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from ..errors import UserError
 
 ModelArgument = Annotated[
     str,
@@ -141,3 +144,20 @@ def written_sizes(text: str | None) -> str | None:
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
     return text
+
+
+def decoded(text: str, what: str) -> str:
+    """The text, if it is one: Python hides bytes of the command line that are not UTF-8 in it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{what} is not UTF-8 text") from None
+    return text
+
+
+def standard_input() -> str:
+    """All of it, as text."""
+    try:
+        return decoded(sys.stdin.read(), "standard input")
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 text: {error.reason}") from None
