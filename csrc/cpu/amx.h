@@ -56,6 +56,7 @@ static inline void emulated_dot(int c, int a, int b) {
 }
 #define tile_zero(tile) emulated_tiles[tile] = {}
 #define tile_load(tile, from, stride) emulated_load(tile, from, stride)
+#define tile_stream(tile, from, stride) emulated_load(tile, from, stride)
 #define tile_store(tile, to, stride) emulated_store(tile, to, stride)
 #define tile_dot(c, a, b) emulated_dot(c, a, b)
 DSMOE_INLINE void tile_fence() {}
@@ -65,6 +66,7 @@ struct TileState {
 #elif defined(DSMOE_AMX)
 #define tile_zero(tile) _tile_zero(tile)
 #define tile_load(tile, from, stride) _tile_loadd(tile, from, stride)
+#define tile_stream(tile, from, stride) _tile_stream_loadd(tile, from, stride)
 #define tile_store(tile, to, stride) _tile_stored(tile, to, stride)
 #define tile_dot(c, a, b) _tile_dpbf16ps(c, a, b)
 // GCC's intrinsics say nothing about memory: without this it may drop stores that only a tile reads.

@@ -31,14 +31,14 @@ struct Section {
 template <class T>
 static void add_blocks(const Section<T>& s, CType<T>* sums, int64_t stride,
                        const TileArgs<T>& args) {
-  for_each_block(args, s.a, s.a_stride, s.n,
-                 [&](int64_t first, int rows, const CType<T>(*block)[kColumns<T>]) {
-                   for (int r = 0; r < rows; ++r) {
-                     CType<T>* to = sums + s.tokens[first + r] * stride;
-                     for (int i = 0; i < kColumns<T>; i += kLanes<T>)
-                       store(to + i, load(to + i) + load(block[r] + i));
-                   }
-                 });
+  for_each_block<1>(args, s.a, s.a_stride, s.n,
+                    [&](int64_t first, int rows, const CType<T>(*block)[kColumns<T>]) {
+                      for (int r = 0; r < rows; ++r) {
+                        CType<T>* to = sums + s.tokens[first + r] * stride;
+                        for (int i = 0; i < kColumns<T>; i += kLanes<T>)
+                          store(to + i, load(to + i) + load(block[r] + i));
+                      }
+                    });
 }
 
 // sums += rows of A from row `first` and element `term` on, times the B of args. sums: of the first

@@ -117,15 +117,16 @@ struct Backward {
                      const T *gate = weight(p.gate_proj, p.gate_up, e) + row * stride,
                              *up = weight(p.up_proj, p.gate_up, e) + row * stride;
                      pack_rows(gate, valid, up, valid, stride, p.hidden_size, panel);
-                     row_panel(a, PanelOfB<T>{panel, steps()},
-                               ahead_in_rows(gate, up, min_of(valid, kL), stride, p.hidden_size),
-                               [&](int64_t first, int count, const C(*tile_sums)[kColumns<T>]) {
-                                 for (int r = 0; r < count; ++r) {
-                                   T* out = const_cast<T*>(inner(e, is_extra, first + r)) + row;
-                                   store_kept(out, load(tile_sums[r]), valid);
-                                   store_kept(out + S, load(tile_sums[r] + kL), valid);
-                                 }
-                               });
+                     row_panel<T, kBlockRows>(
+                         a, PanelOfB<T>{panel, steps()},
+                         ahead_in_rows(gate, up, min_of(valid, kL), stride, p.hidden_size),
+                         [&](int64_t first, int count, const C(*tile_sums)[kColumns<T>]) {
+                           for (int r = 0; r < count; ++r) {
+                             T* out = const_cast<T*>(inner(e, is_extra, first + r)) + row;
+                             store_kept(out, load(tile_sums[r]), valid);
+                             store_kept(out + S, load(tile_sums[r] + kL), valid);
+                           }
+                         });
                    });
   }
   static Vec<C> load_part(const T* from, int64_t valid) {
@@ -177,8 +178,8 @@ struct Backward {
             is_wide ? pack_columns<2>(row_of_b, H, 0, steps(), 0, valid, 1, panel)
                     : pack_columns<1>(row_of_b, H, 0, steps(), 0, valid, 1, panel);
           }
-          is_wide ? row_panel(a, PanelOfB<T>{panel, steps()}, ahead, epilogue)
-                  : row_panel<T, 1>(a, PanelOfB<T>{panel, steps()}, ahead, epilogue);
+          is_wide ? row_panel<T, kBlockRows>(a, PanelOfB<T>{panel, steps()}, ahead, epilogue)
+                  : row_panel<T, kBlockRows, 1>(a, PanelOfB<T>{panel, steps()}, ahead, epilogue);
         });
   }
 
@@ -447,7 +448,7 @@ struct Backward {
     const T* packed = args.b;
     for (int64_t panel = 0; panel < panels; ++panel) {
       args.b = packed + panel * args.steps * PackedPanels<T>::kStep;
-      for_each_block(args, a, a_block, S, [&](int64_t first, int count, const C(*sums)[kN]) {
+      for_each_block<1>(args, a, a_block, S, [&](int64_t first, int count, const C(*sums)[kN]) {
         round_rows(sums[0], count, out + first * args.out_stride + panel * kN, args.out_stride,
                    args.out_width - panel * kN, args.stream);
       });

@@ -18,15 +18,47 @@ int64_t useful_threads(const ExpertMlpParams& p, const Pairs& pairs, int max_siz
   return max_of<int64_t>(1, min_of<int64_t>(max_size, work / (256 << 10)));
 }
 
+// Which experts take tokens in order, and where the neurons of each lie. Returns the workspace to release, or null.
+template <class T, class F>
+void* place_experts(Forward<T>& f, F has) {
+  const ExpertMlpParams& p = f.p;
+  const bool can_pay = in_tiles<T>(p.num_tokens);
+  const int64_t blocks = can_pay && p.activations ? f.num_blocks() : 0;
+  void* memory = allocate([&](Arena& arena) {
+    arena.take(f.places, p.num_experts);
+    arena.take(f.kept, p.num_experts);
+    arena.take(f.kept_before, p.num_experts * blocks);
+  });
+  if (!memory) return nullptr;
+  memset(f.kept, 0, size_t(p.num_experts) * sizeof(int32_t));
+  for (int64_t t = 0; can_pay && t < p.num_tokens; ++t) {
+    if (blocks && t % kBlockRows == 0)
+      memcpy(f.kept_before + t / kBlockRows * p.num_experts, f.kept,
+             size_t(p.num_experts) * sizeof(int32_t));
+    for (int e = 0; e < p.num_experts; ++e) f.kept[e] += has(t, e);
+  }
+  for (int e = 0; e < p.num_experts; ++e)
+    f.places[e].in_order = pays_in_order<T>(f.kept[e], p.num_tokens, f.size(e)) && f.size(e) > 0 &&
+                           !(f.has_codes() && f.kept[e] <= kFewRows);
+  place_groups<T>(p.num_experts, p.expert_offsets, f.places);
+  return memory;
+}
+
 template <class T>
 Status forward_block(const ExpertMlpParams& p, int64_t* saved_start, const Team& team) {
   Forward<T> f{p};
   f.saved_start = saved_start;
   const CType<T>* gates = (const CType<T>*)p.gates;
+  const auto has = [&](int64_t t, int e) { return gates[t * p.num_experts + e] != 0; };
+  void* places = place_experts(f, has);
+  if (!places) return Status::kWorkspaceTooSmall;
   void* lists = list_pairs(
       p.num_tokens, p.num_experts, 0, p.num_experts, p.expert_offsets,
-      [&](int64_t t, int e) { return gates[t * p.num_experts + e] != 0; }, f.pairs);
-  if (!lists) return Status::kWorkspaceTooSmall;
+      [&](int64_t t, int e) { return f.places[e].in_order || has(t, e); }, f.pairs);
+  if (!lists) {
+    workspace_release(places);
+    return Status::kWorkspaceTooSmall;
+  }
   const PackedLayout<T> layout{p.hidden_size};
   const bool has_panels = p.packed && !f.has_codes();
   f.threads = useful_threads<T>(p, f.pairs, team.max_size);
@@ -53,6 +85,9 @@ Status forward_block(const ExpertMlpParams& p, int64_t* saved_start, const Team&
     f.uses_digits = f.uses_digits || (f.pairs.count(e) && f.in_digits(e));
     f.uses_vectors = f.uses_vectors || (f.pairs.count(e) && !f.in_blocks(e) && !f.in_digits(e));
     if (!has_panels) f.scratch_size = max_of(f.scratch_size, 2 * layout.down(f.size(e)).panel());
+    if (!f.places[e].in_order) continue;
+    ++f.num_parts;
+    f.scratch_size = max_of(f.scratch_size, OrderedColumns<T>::scratch_size(f.places[e].terms));
   }
   if (!has_panels)
     f.scratch_size =
@@ -67,6 +102,7 @@ Status forward_block(const ExpertMlpParams& p, int64_t* saved_start, const Team&
     arena.take(f.sync, 1);
     arena.take(f.items, f.num_items);
     arena.take(f.a_start, p.num_experts);
+    arena.take(f.parts, f.num_parts);
     arena.take(f.packed_start, p.num_experts);
     arena.take(f.x_copy, f.copies_x() ? p.num_tokens * f.x_stride() : 0);
     arena.take(f.activated, a_size);
@@ -81,6 +117,7 @@ Status forward_block(const ExpertMlpParams& p, int64_t* saved_start, const Team&
   });
   if (!memory) {
     workspace_release(lists);
+    workspace_release(places);
     return Status::kWorkspaceTooSmall;
   }
   *f.sync = {};
@@ -92,13 +129,18 @@ Status forward_block(const ExpertMlpParams& p, int64_t* saved_start, const Team&
     a_next += f.activated_size(e);
     packed_next += f.has_codes() ? f.codes().expert(f.size(e)) : layout.expert(f.size(e));
   }
+  Part<T>* next_part = f.parts;
+  for (int e = 0; e < p.num_experts; ++e)
+    if (f.places[e].in_order) *next_part++ = f.part(e);
   run_team(
       team, int(f.threads),
       [](void* arg, int thread, int size) { ((Forward<T>*)arg)->run(thread, size); }, &f);
   if (p.activations)
-    for (int e = 0; e < p.num_experts; ++e) saved_start[e] += f.pairs.count(e) * 2 * f.size(e);
+    for (int e = 0; e < p.num_experts; ++e)
+      saved_start[e] += (f.places[e].in_order ? f.kept[e] : f.pairs.count(e)) * 2 * f.size(e);
   workspace_release(memory);
   workspace_release(lists);
+  workspace_release(places);
   return Status::kOk;
 }
 

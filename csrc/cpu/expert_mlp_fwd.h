@@ -11,6 +11,8 @@
 // third-level cache. One token takes the same path: its tiles are one row high and stream each
 // active expert's weights once.
 //
+// Fine experts that many tokens use come in tiles with all tokens, in their order (token_order.h).
+//
 // Weights come as panels that pack_weights made (gate_up, add_packed), as they are (gate_up_unpacked,
 // UnpackedColumns), or as codes (gate_up_codes), of which few rows are multiplied as digits and many as panels.
 #pragma once
@@ -19,6 +21,7 @@
 #include "column_pass.h"
 #include "expert_mlp_isa.h"
 #include "row_pass.h"
+#include "token_order.h"
 
 namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
 namespace {
@@ -41,7 +44,11 @@ struct Forward {
   bool uses_vectors = false, uses_tiles = false, uses_digits = false;  // by any expert
   A* x_copy = nullptr;              // [T, H padded]   only if vectors cannot read x in place
   A* activated = nullptr;           // per expert [n_e, S padded], or blocks of tiles
-  int64_t* a_start = nullptr;       // [E]     of each expert in activated
+  Place* places = nullptr;          // [E]     in the rows of activated
+  int32_t* kept = nullptr;          // [E]     pairs that use each expert
+  Part<T>* parts = nullptr;         // of groups' B: experts in token order, one after another
+  int32_t* kept_before = nullptr;   // [blocks of T, E]   pairs before a block
+  int64_t* a_start = nullptr;       // [E]     of each group in activated
   int64_t* packed_start = nullptr;  // [E]     of each expert in p.packed: elements, of codes bytes
   int64_t* saved_start = nullptr;   // [E]     of each expert's next pair in p.activations
   C* sums = nullptr;                // per thread [T, columns of a chunk]
@@ -49,7 +56,7 @@ struct Forward {
   T* blocks = nullptr;              // per thread: gathered rows of x
   DigitRows<T> x_digits = {},
                a_digits = {};  // of all tokens, and per thread of an expert's few rows
-  int64_t sums_size = 0, scratch_size = 0, blocks_size = 0;
+  int64_t sums_size = 0, scratch_size = 0, blocks_size = 0, num_parts = 0;
 
   static int64_t padded_size(int64_t size) { return unaliased<A>(round_up(size, kLanes<T>)); }
   int64_t size(int e) const { return p.expert_offsets[e + 1] - p.expert_offsets[e]; }
@@ -63,7 +70,8 @@ struct Forward {
   bool in_digits(int e) const { return has_codes() && pairs.count(e) <= kFewRows; }
   bool in_blocks(int e) const { return !in_digits(e) && in_tiles<T>(pairs.count(e)); }
   int64_t activated_size(int e) const {
-    return in_blocks(e) ? blocked_size(pairs.count(e), size(e))
+    if (places[e].leader != e) return 0;
+    return in_blocks(e) ? blocked_size(pairs.count(e), places[e].terms)
                         : pairs.count(e) * padded_size(size(e));
   }
   const A* x() const { return copies_x() ? x_copy : (const A*)p.x; }
@@ -72,11 +80,23 @@ struct Forward {
     return p.packed ? (const T*)p.packed + packed_start[e] : nullptr;
   }
 
-  GatheredRows<T> gather(int e, int64_t low, int64_t high, T* thread_blocks) const {
+  // A thread's gathered rows of x, and which tokens they are if those of a run.
+  struct Blocks {
+    T* at;
+    int64_t low = 0, high = 0;
+  };
+  GatheredRows<T> gather(int e, int64_t low, int64_t high, Blocks& blocks) const {
+    const int32_t* tokens = pairs.of(e);
+    if constexpr (kHasTiles<T>) {
+      if (places[e].in_order && low == blocks.low && high == blocks.high)
+        return {low, high, tokens, x(), x_stride(), block_size(p.hidden_size), blocks.at};
+      blocks.low = places[e].in_order ? low : 0;
+      blocks.high = places[e].in_order ? high : 0;
+    }
     return RowMatrix<T>{(const T*)p.x, p.x_stride, p.hidden_size, x(), x_stride()}.gather(
-        pairs.of(e), pairs.count(e), low, high, thread_blocks);
+        tokens, pairs.count(e), low, high, blocks.at);
   }
-  void gate_up(const RowItem& item, T* thread_blocks) {
+  void gate_up(const RowItem& item, Blocks& thread_blocks) {
     for_each_expert(
         item, shape, pairs,
         [&](int e, int64_t begin, int64_t end, int64_t low, int64_t high, bool goes_on) {
@@ -92,7 +112,7 @@ struct Forward {
         });
   }
   // A few rows as digits; for more a panel of codes becomes one of T.
-  void gate_up_codes(const RowItem& item, T* panel_scratch, T* thread_blocks) {
+  void gate_up_codes(const RowItem& item, T* panel_scratch, Blocks& thread_blocks) {
     if constexpr (kHasCodes<T>) {
       for_each_expert(
           item, shape, pairs,
@@ -135,7 +155,7 @@ struct Forward {
                activate_rows(e, panel, low, rows, sums, stride);
              });
   }
-  void gate_up_unpacked(const RowItem& item, T* panel_scratch, T* thread_blocks) {
+  void gate_up_unpacked(const RowItem& item, T* panel_scratch, Blocks& thread_blocks) {
     const int64_t H = p.hidden_size;
     const auto gather_rows = [&](int e, int64_t low, int64_t high) {
       return gather(e, low, high, thread_blocks);
@@ -170,21 +190,23 @@ struct Forward {
   template <Activation kActivation>
   [[gnu::noinline]] void activate_rows_by(int e, int64_t panel, int64_t first, int rows,
                                           const C* sums, int64_t sums_stride) {
+    const Place place = places[e];
     const int64_t S = size(e), E = p.num_experts,
                   stride = in_blocks(e) ? kTileTerms : padded_size(S);
-    const int64_t column = panel * kLanes<T>, valid = S - column;
+    const int64_t column = panel * kLanes<T>, valid = S - column, term = place.first_term + column;
     const C* gates = (const C*)p.gates + e;
     const int32_t* tokens = pairs.of(e) + first;
-    A* a = activated + a_start[e] +
-           (in_blocks(e) ? blocked_at(first, column, S) : first * stride + column);
+    A* a = activated + a_start[place.leader] +
+           (in_blocks(e) ? blocked_at(first, term, place.terms) : first * stride + column);
     // the other half of the last tile of an odd number of panels
-    const bool pads = in_blocks(e) && valid <= kLanes<T> && column % kTileTerms == 0;
+    const bool pads = in_blocks(e) && term + kLanes<T> >= place.terms && term % kTileTerms == 0;
     const float* scales = neuron_scales(e, panel);  // of codes
-    T* saved =
-        p.activations ? (T*)p.activations + saved_start[e] + first * 2 * S + column : nullptr;
+    T* saved = nullptr;
+    if (p.activations)
+      saved = (T*)p.activations + saved_start[e] + pairs_before(e, first) * 2 * S + column;
     for (int r = 0; r < rows; ++r, sums += sums_stride, a += stride) {
-      Vec<C> g = load(sums), u = load(sums + kLanes<T>),
-             weight = splat(gates[int64_t(tokens[r]) * E]);
+      const C gate = gates[int64_t(tokens[r]) * E];
+      Vec<C> g = load(sums), u = load(sums + kLanes<T>), weight = splat(gate);
       if constexpr (kHasCodes<T>) {
         if (scales) {
           g *= load(scales);
@@ -192,9 +214,11 @@ struct Forward {
         }
       }
       // of an infinite gate NaN would be left in the padding
-      store(a, first_lanes<C>(activate<kActivation>(g).value * u * weight, valid));
+      Vec<C> value = first_lanes<C>(activate<kActivation>(g).value * u * weight, valid);
+      if constexpr (kHasTiles<T>) value = splat(gate) != splat(C(0)) ? value : Vec<C>{};
+      store(a, value);
       if (pads) store(a + kLanes<T>, Vec<C>{});
-      if (!saved) continue;
+      if (!saved || gate == 0) continue;
       store_kept(saved, g, valid);
       store_kept(saved + S, u, valid);
       saved += 2 * S;
@@ -214,10 +238,15 @@ struct Forward {
     const int64_t panels = ceil_div(p.hidden_size, kColumns<T>), begin = panels * chunk / chunks,
                   end = panels * (chunk + 1) / chunks;
     memset(chunk_sums, 0, size_t(p.num_tokens * (end - begin) * kColumns<T>) * sizeof(C));
+    if constexpr (kHasTiles<T>) {
+      for (int e = 0; e < p.num_experts; ++e)
+        if (places[e].in_order && places[e].leader == e)
+          down_in_order(e, begin, end, chunk_sums, thread_scratch);
+    }
     UnpackedColumns<T> unpacked(p.hidden_size, begin, end, chunk_sums, thread_scratch,
                                 scratch_size);
     for (int e = 0; e < p.num_experts; ++e) {
-      if (pairs.count(e) == 0) continue;
+      if (pairs.count(e) == 0 || places[e].in_order) continue;
       Section<T> section;
       section.tokens = pairs.of(e);
       section.n = pairs.count(e);
@@ -254,6 +283,45 @@ struct Forward {
     write_columns(chunk_sums, p.num_tokens, p.hidden_size, begin, end, (T*)p.y, column_scales());
   }
 
+  // Of an expert's pairs, those of tokens before row `first` of its list.
+  int64_t pairs_before(int e, int64_t first) const {
+    if (!places[e].in_order) return first;
+    const int64_t block = first / kBlockRows;
+    int64_t count = kept_before[block * p.num_experts + e];
+    for (int64_t t = block * kBlockRows; t < first; ++t)
+      count += ((const C*)p.gates)[t * p.num_experts + e] != 0;
+    return count;
+  }
+  int64_t num_blocks() const { return ceil_div(p.num_tokens, kBlockRows); }
+  // A group's experts lie side by side in parts, too, in ascending order.
+  Part<T> part(int e) const {
+    Part<T> part{size(e), places[e].first_term, (const C*)p.gates + e, p.num_experts};
+    if (has_codes()) {
+      part.codes = expert_codes(e) + codes().down_start(size(e));
+      part.code_panels = codes().down(size(e));
+    } else if (p.packed) {
+      part.packed = packed_expert(e) + PackedLayout<T>{p.hidden_size}.down_start(size(e));
+    } else {
+      part.matrix = expert_start((const T*)p.down_proj_t, p.down, p.expert_offsets, e);
+      part.row_stride = p.down.neuron;
+      part.column_stride = p.down.hidden;
+    }
+    return part;
+  }
+  void down_in_order(int leader, int64_t panel_begin, int64_t panel_end, C* chunk_sums,
+                     T* thread_scratch) {
+    int64_t first = 0, count = 0;
+    for (int e = 0; e < p.num_experts; ++e) {
+      first += places[e].in_order && places[e].leader < leader;
+      count += places[e].in_order && places[e].leader == leader;
+    }
+    const int64_t terms = places[leader].terms;
+    const AType<T>* rows = activated + a_start[leader];
+    OrderedColumns<T>(rows, p.num_tokens, terms, parts + first, count, p.hidden_size,
+                      thread_scratch)
+        .add(panel_begin, panel_end, chunk_sums);
+  }
+
   DigitRows<T> thread_digits(int thread, int64_t terms) const {
     DigitRows<T> digits = a_digits;
     digits.digits += thread * kFewRows * a_digits.stride();
@@ -265,7 +333,7 @@ struct Forward {
   void run(int thread, int team_size) {
     C* thread_sums = sums + thread * sums_size;
     T* thread_scratch = scratch + thread * scratch_size;
-    T* thread_blocks = blocks + thread * blocks_size;
+    Blocks thread_blocks{blocks + thread * blocks_size};
     const TileState tiles(uses_tiles);
     const int64_t t0 = p.num_tokens * thread / team_size,
                   t1 = p.num_tokens * (thread + 1) / team_size;

@@ -134,8 +134,8 @@ struct RowMatrix {
 };
 
 // One panel: tiles of gathered rows of A times B into a buffer, which epilogue(first row, rows,
-// buffer) consumes.
-template <class T, int W = 2, class F>
+// buffer) consumes, kUnit rows or more at a time (tile_block.h).
+template <class T, int kUnit = 1, int W = 2, class F>
 DSMOE_INLINE void row_panel(const GatheredRows<T>& a, const PanelOfB<T>& b, Ahead ahead,
                             F epilogue) {
   TileArgs<T> args;
@@ -144,10 +144,11 @@ DSMOE_INLINE void row_panel(const GatheredRows<T>& a, const PanelOfB<T>& b, Ahea
   spread(ahead, a.high - a.low, 1, args, a.blocks ? kBlockRows : kMaxRows);
   if constexpr (kHasTiles<T>) {
     if (a.blocks)
-      return for_each_block(args, a.blocks, a.block_size, a.high - a.low,
-                            [&](int64_t begin, int rows, const CType<T>(*sums)[kColumns<T>]) {
-                              epilogue(a.low + begin, rows, sums);
-                            });
+      return for_each_block<kUnit>(
+          args, a.blocks, a.block_size, a.high - a.low,
+          [&](int64_t begin, int rows, const CType<T>(*sums)[kColumns<T>]) {
+            epilogue(a.low + begin, rows, sums);
+          });
   }
   alignas(64) CType<T> buffer[kMaxRows][kColumns<T>];
   for (int r = 0; r < kMaxRows; ++r) args.c[r] = buffer[r];

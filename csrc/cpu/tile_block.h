@@ -4,10 +4,9 @@
 // come in tiles, which take no pointers to rows, so rows are gathered once for all panels they are multiplied
 // with, or stored that way by whoever computes them:
 //   A[rows / 32][K / 32][2 tiles][16 rows][32]       K padded with zeros, the last block with whatever
-// A panel goes by in runs of 256 of K, 16 KiB, which stay in L1 while every block of A is multiplied with them; sums
-// are loaded and stored once a run. The next panel comes into L2 meanwhile. Of what the tiles do on registers (Granite
-// Rapids, 256 rows, B from L3) that brings 0.44 at K = 2048 and 0.54 at K = 704, all of K at once 0.35 and 0.31;
-// with everything in L1 it would be 0.81. Bits are the same: a sum that is stored and loaded again is what it was.
+// A panel stays in L1 while every block of A is multiplied with it; A comes from L2 past L1 (tile_stream), out of which
+// it would drive the panel. Beyond kWholeSteps a panel goes by in runs of 256 of K, and sums are loaded and stored once
+// a run. Bits are the same: a sum that is stored and loaded again is what it was.
 #pragma once
 
 #include <type_traits>
@@ -89,27 +88,31 @@ static void gather_blocks(const T* matrix, int64_t stride, int64_t terms, const 
   }
 }
 
+constexpr std::true_type kYes;
+constexpr std::false_type kNo;
+
 #ifdef DSMOE_AMX
 template <bool HasTwo>
 DSMOE_INLINE void block_step(const bf16* a, const bf16* b) {
-  tile_load(4, a, 64);
+  tile_stream(4, a, 64);
   tile_load(6, b, 128);
   tile_dot(0, 4, 6);
   tile_load(7, b + 32, 128);
   tile_dot(1, 4, 7);
   if constexpr (HasTwo) {
-    tile_load(5, a + kTileSize, 64);
+    tile_stream(5, a + kTileSize, 64);
     tile_dot(2, 5, 6);
     tile_dot(3, 5, 7);
   }
 }
 
-// c (+)= a b for a run of K. Asks: B is not in L1 yet, so every step asks for the next one's, the last one for
-// what begins at next (2 KiB ahead 14.2 GB/s of 17.6 that memory gives, 4 KiB and more 12.8, nothing 11.2).
-template <bool HasTwo, bool Asks>
+// c (+)= a b for a run of K, and between(done, steps) after each step. Asks: B is not in L1 yet, so every step asks
+// for the next one's, the last one for what begins at next (2 KiB ahead 14.2 GB/s of 17.6 that memory gives, 4 KiB
+// and more 12.8, nothing 11.2).
+template <bool HasTwo, bool Asks, class F>
 __attribute__((noinline)) static void block_run(const TileArgs<bf16>& args, const bf16* a,
                                                 const bf16* b, int64_t steps, const bf16* next,
-                                                bool accumulate, float* c) {
+                                                bool accumulate, float* c, F between) {
   constexpr int64_t kStep = PackedPanels<bf16>::kStep, kTileStep = kTileSteps * kStep;
   constexpr int kLower = kTileRows * kBlockRows;
   tile_fence();
@@ -126,21 +129,31 @@ __attribute__((noinline)) static void block_run(const TileArgs<bf16>& args, cons
     tile_zero(2);
     tile_zero(3);
   }
-  const int64_t whole = steps / kTileSteps;
-  for (int64_t i = 0; i < whole; ++i, a += kBlockStep, b += kTileStep) {
-    if constexpr (Asks) {
-      const bf16* ask = i + 1 < whole ? b + kTileStep : next;
+  const int64_t all = ceil_div(steps, kTileSteps);
+  int64_t done = 0;
+  for (int64_t left = steps; left > 0;) {  // a part of B that lies in one piece
+    const int64_t here = min_of(left, kBlockSteps), whole = here / kTileSteps;
+    left -= here;
+    const bf16* const after =
+        left == 0 ? next : b + here * kStep + (left >= kBlockSteps ? args.skip : args.last_skip);
+    for (int64_t i = 0; i < whole; ++i, a += kBlockStep, b += kTileStep) {
+      if constexpr (Asks) {
+        const bf16* ask = i + 1 < whole ? b + kTileStep : after;
 #pragma GCC unroll 32
-      for (int j = 0; j < kTileStep; j += 32) __builtin_prefetch(ask + j, 0, 3);
+        for (int j = 0; j < kTileStep; j += 32) __builtin_prefetch(ask + j, 0, 3);
+      }
+      if (args.ahead) Ahead::fetch(*args.ahead, args.ahead_lines);
+      block_step<HasTwo>(a, b);
+      between(++done, all);
     }
-    if (args.ahead) Ahead::fetch(*args.ahead, args.ahead_lines);
-    block_step<HasTwo>(a, b);
-  }
-  if (whole * kTileSteps < steps) {  // zeros for what is missing in the last two tiles
-    alignas(64) bf16 rest[kTileStep] = {};
-    memcpy(rest, b, size_t((steps - whole * kTileSteps) * kStep) * sizeof(bf16));
-    tile_fence();
-    block_step<HasTwo>(a, rest);
+    if (whole * kTileSteps < here) {  // zeros for what is missing in the last two tiles
+      alignas(64) bf16 rest[kTileStep] = {};
+      memcpy(rest, b, size_t((here - whole * kTileSteps) * kStep) * sizeof(bf16));
+      tile_fence();
+      block_step<HasTwo>(a, rest);
+      between(++done, all);
+    }
+    b = after;
   }
   tile_store(0, c, kBlockRows * 4);
   tile_store(1, c + 16, kBlockRows * 4);
@@ -152,6 +165,8 @@ __attribute__((noinline)) static void block_run(const TileArgs<bf16>& args, cons
 }
 #endif
 
+// Beyond so many steps of K a panel goes by in runs.
+constexpr int64_t kWholeSteps = 3 * kBlockSteps;
 // Blocks that are multiplied with a run before the next one comes: 48 KiB of sums.
 constexpr int64_t kMostBlocks = 12;
 template <class T>
@@ -159,9 +174,10 @@ struct BlockSums {
   alignas(64) CType<T> of[kMostBlocks][kBlockRows][kColumns<T>];
 };
 
-// Blocks of A, a_block elements apart, times the panel of args: consume(first row, rows, sums) for each, while the
-// tiles multiply the next one. A panel of several runs goes by once for every even share of kMostBlocks blocks.
-template <class T, class F>
+// Blocks of A, a_block elements apart, times the panel of args: consume(first row, rows, sums) for each, kUnit rows or
+// more after steps of the next one, so that vectors and tiles work at the same time. A panel of several runs goes by
+// once for every even share of kMostBlocks blocks.
+template <int kUnit, class T, class F>
 DSMOE_INLINE void for_each_block([[maybe_unused]] const TileArgs<T>& args,
                                  [[maybe_unused]] const AType<T>* a,
                                  [[maybe_unused]] int64_t a_block, [[maybe_unused]] int64_t rows,
@@ -169,8 +185,9 @@ DSMOE_INLINE void for_each_block([[maybe_unused]] const TileArgs<T>& args,
 #ifdef DSMOE_AMX
   if constexpr (kHasTiles<T>) {
     const int64_t blocks = ceil_div(rows, kBlockRows);
-    const bool is_one_run = args.steps <= kBlockSteps;
+    const bool is_one_run = args.steps <= kWholeSteps;
     const int64_t shares = is_one_run ? 1 : ceil_div(blocks, kMostBlocks);
+    const int64_t run_steps = is_one_run ? kWholeSteps : kBlockSteps;
     BlockSums<T> sums;
     const auto rows_of = [&](int64_t i) {
       return int(min_of<int64_t>(kBlockRows, rows - i * kBlockRows));
@@ -179,19 +196,28 @@ DSMOE_INLINE void for_each_block([[maybe_unused]] const TileArgs<T>& args,
       const int64_t begin = blocks * share / shares, end = blocks * (share + 1) / shares;
       const auto of = [&](int64_t i) { return sums.of[is_one_run ? i % 2 : i - begin]; };
       const T* b = args.b;
-      for (int64_t step = 0; step < args.steps; step += kBlockSteps) {
-        const int64_t steps = min_of(kBlockSteps, args.steps - step),
+      for (int64_t step = 0; step < args.steps; step += run_steps) {
+        const int64_t steps = min_of(run_steps, args.steps - step),
                       left = args.steps - step - steps;
         const T* next = b + steps * PackedPanels<T>::kStep;
         if (left > 0) next += left >= kBlockSteps ? args.skip : args.last_skip;
         for (int64_t i = begin; i < end; ++i) {
-          const bool has_two = rows_of(i) > kTileRows, asks = i == begin;
-          const auto run = has_two ? asks ? block_run<true, true> : block_run<true, false>
-                           : asks  ? block_run<false, true>
-                                   : block_run<false, false>;
-          run(args, a + i * a_block + step / kTileSteps * kBlockStep, b, steps, next, step > 0,
-              of(i)[0]);
-          if (left == 0 && i > begin) consume((i - 1) * kBlockRows, kBlockRows, of(i - 1));
+          int64_t consumed = left == 0 && i > begin ? 0 : kBlockRows;
+          const auto between = [&](int64_t done, int64_t all) {
+            const int64_t to = kBlockRows * done / all / kUnit * kUnit;
+            if (consumed >= to) return;
+            consume((i - 1) * kBlockRows + consumed, int(to - consumed), of(i - 1) + consumed);
+            consumed = to;
+          };
+          const auto run = [&](auto has_two, auto asks) {
+            block_run<has_two(), asks()>(args, a + i * a_block + step / kTileSteps * kBlockStep, b,
+                                         steps, next, step > 0, of(i)[0], between);
+          };
+          const bool asks = i == begin;
+          if (rows_of(i) > kTileRows)
+            asks ? run(kYes, kYes) : run(kYes, kNo);
+          else
+            asks ? run(kNo, kYes) : run(kNo, kNo);
         }
         b = next;
       }

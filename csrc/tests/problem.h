@@ -138,6 +138,8 @@ Case tile_borders(int64_t H) {
       {"unequal and empty", 29, 130, {0, 70, 0, 0, 7, 1, 32, 0}, 0.5, 0.3, 6},
       {"no expert has a neuron", 5, 32, {0, 0}, 0.5},
       {"shared beside fine", 65, 96, {64, 16, 16, 16, 16, 16, 16, 16, 16}, 0.5},
+      {"groups in token order, and others", 70, 70, {400, 16, 380, 7, 3, 300, 16}, 0.8},
+      {"fine", 65, 70, {16, 32, 16, 7, 16, 16, 32, 48}, 0.5},
       {"several token blocks", 1601, 48, {40, 24}, 0.4, 0.1},
       {"wide H, token blocks", 300, 1030, {17, 40}, 0.5, 0.2},
       {"rows of x a page apart", 13, 2048, {31}, 0.9},
