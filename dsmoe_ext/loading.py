@@ -165,17 +165,10 @@ def model_bytes(model) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def save_model(model, tokenizer, folder: Path, measured=()) -> None:
-    """Weights, config and tokenizer into an empty folder, in one with room for them.
-
-    measured: rows of evaluation_rows for the card of a sparse model.
-    """
-    from .models.card import write_card
-
+def save_model(model, tokenizer, folder: Path) -> None:
+    """Weights, config and tokenizer into an empty folder, in one with room for them."""
     check_space(folder, model_bytes(model))
     with quiet_transformers():
         model.save_pretrained(folder)
-        if measured:
-            write_card(model, folder, measured)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

@@ -190,7 +190,7 @@ def calibrate(
     `--data self --data notes/ --data wiki.jsonl=2`
     """
     from ..files import atomic_directory
-    from ..loading import load_model, save_model
+    from ..loading import load_model
     from ..training.sources import Source
 
     sources = [Source.parse(text) for text in data or ["self"]]
@@ -198,7 +198,7 @@ def calibrate(
     with atomic_directory(out, overwrite, reads=reads) as folder:
         with console.stage("Loading"):
             loaded, tokenizer = load_model(model, dtype=dtype.value, device=device)
-        from .steps import calibrate_on, card_rows
+        from .steps import calibrate_on, save_measured
         from .text import mixed_windows
 
         windows = mixed_windows(
@@ -216,7 +216,7 @@ def calibrate(
                 method=method,
                 seed=seed,
             )
-        save_model(sparse, tokenizer, folder, card_rows(sparse, windows, sources))
+        save_measured(sparse, tokenizer, folder, windows, sources)
     print(f"wrote {out}")
 
 
@@ -290,7 +290,7 @@ def quantize(
             loaded, tokenizer = load_model(model, dtype=dtype.value, only="sparse")
         ids, windows = None, None
         if not plain:
-            from .steps import card_rows, spread_windows
+            from .steps import save_measured, spread_windows
             from .text import mixed_windows
 
             windows = mixed_windows(
@@ -299,8 +299,10 @@ def quantize(
             ids = spread_windows(windows, tokens)
         with console.expect(ValueError, TypeError):
             quantize_model(loaded, bits, group_size, symmetric, token_ids=ids)
-        measured = card_rows(loaded, windows, sources) if windows else ()
-        save_model(loaded, tokenizer, folder, measured)
+        if windows:
+            save_measured(loaded, tokenizer, folder, windows, sources)
+        else:
+            save_model(loaded, tokenizer, folder)
     print(f"wrote {out}")
 
 

@@ -8,6 +8,8 @@ from rich.table import Table
 
 from ..errors import UserError
 from ..layers import find_ffns
+from ..loading import save_model
+from ..models.card import write_card
 from ..training.data import TextWindows, check_tokens
 from ..training.evaluate import evaluate
 from ..training.measure import (
@@ -17,7 +19,7 @@ from ..training.measure import (
     ready_for_inference,
     threshold,
 )
-from ..training.sources import Source
+from ..training.sources import BUILTIN, Source, read_windows
 from ..training.usage import watch_usage
 from . import console
 from .text import Text
@@ -77,11 +79,22 @@ def evaluation_rows(
     return rows
 
 
-def card_rows(model, windows: TextWindows, sources: list[Source]) -> list[dict]:
-    """A little text that was held out of the sources, measured for the model's card."""
+def save_measured(
+    model, tokenizer, folder: Path, windows: TextWindows, sources: list[Source]
+) -> None:
+    """Saves a sparse model, then measures it for its card: on a little text that was held out of
+    the sources, or on the built-in one where all was learned from.
+
+    In this order, since measuring may pack weights and let go of what is saved.
+    """
+    save_model(model, tokenizer, folder)
     name = "held out of " + " + ".join(Path(source.name).name for source in sources)
-    held_out = Text(name, windows.held_out[:CARD_WINDOWS], windows.num_context)
-    return evaluation_rows(model, [held_out], [])
+    if not len(windows.held_out):
+        name = "built-in text"
+        wanted = 10 * CARD_WINDOWS * windows.length
+        windows = read_windows(tokenizer, [Source(BUILTIN)], windows.length, wanted, model)
+    text = Text(name, windows.held_out[:CARD_WINDOWS], windows.num_context)
+    write_card(model, folder, evaluation_rows(model, [text], []))
 
 
 def _row(model, text: Text, value: float | None, label: str, batch_size: int, teacher) -> dict:

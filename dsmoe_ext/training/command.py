@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ..command_line import console
-from ..command_line.steps import card_rows
+from ..command_line.steps import save_measured
 from ..command_line.text import mixed_windows
 from ..errors import UserError
 from ..files import (
@@ -149,8 +149,10 @@ def _train_into(
         raise
     # A model that came into a new run's folder meanwhile is somebody else's and stays.
     with filled_directory(place, overwrite=resume) as folder:
-        measured = card_rows(loaded, windows, sources) if find_ffns(loaded) else ()
-        save_model(loaded, tokenizer, folder, measured)
+        if find_ffns(loaded):
+            save_measured(loaded, tokenizer, folder, windows, sources)
+        else:
+            save_model(loaded, tokenizer, folder)
     for _, folder in find_checkpoints(place):
         remove_checkpoint(folder)
     return True
