@@ -226,7 +226,7 @@ class DSMoEFFN(SlicedFFN):
         if token_mask is not None:
             token_mask = token_mask.reshape(-1)
         elif run is not None:
-            token_mask = run.mask_of(len(tokens))
+            token_mask = run.mask_of(tokens.shape[0])  # len() would fix it for torch.export
         packed = None if return_routing else self._pack_for_routing(tokens)
         if packed is not None:
             y, gates = ops.routed_ffn(

@@ -1,0 +1,73 @@
+"""The ops in torch's own, for programs that shall run where this package is not: ONNX, ExecuTorch,
+`torch.export` files opened without it.
+
+    program.run_decompositions(dsmoe_ext.decompositions())
+
+Every expert is computed for every token, as in reference.py, whose forward this is with shapes that
+an exporter can follow. Inference only, and of weights that are not packed.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import dsmoe_ext.ops  # noqa: F401  registers what is decomposed
+from dsmoe_ext import reference
+
+
+def decompositions() -> dict[torch._ops.OpOverload, Callable]:
+    """torch's default table for run_decompositions, and route, router and expert_mlp."""
+    table = torch.export.default_decompositions()
+    dsmoe = torch.ops.dsmoe
+    table[dsmoe.route.default] = _route
+    table[dsmoe.router.default] = _router
+    table[dsmoe.expert_mlp.default] = _expert_mlp
+    return table
+
+
+def _route(
+    logits: Tensor,
+    threshold: Tensor,
+    expert_offsets: Tensor,
+    method: int,
+    top_k: int,
+    binary: bool,
+    rescale: bool,
+    gate_scale: float,
+) -> tuple[Tensor, Tensor]:
+    return reference.route(
+        logits,
+        threshold,
+        expert_offsets,
+        method=reference.METHODS[method],
+        top_k=top_k,
+        gates="binary" if binary else "scores",
+        rescale=rescale,
+        gate_scale=gate_scale,
+    )
+
+
+def _router(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x.to(weight.dtype), weight, bias)
+
+
+def _expert_mlp(
+    x: Tensor,
+    gates: Tensor,
+    gate_proj: Tensor,
+    up_proj: Tensor | None,
+    down_proj_t: Tensor,
+    expert_offsets: Tensor,
+    grad_weight: Tensor | None,
+    activation: int,
+    save_activations: bool,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor]:
+    gate, up, down = reference.split_weights(gate_proj, up_proj, down_proj_t)
+    act = list(reference.ACTIVATIONS.values())[activation]
+    neurons = torch.arange(down.shape[0], device=x.device, dtype=expert_offsets.dtype)
+    expert = torch.searchsorted(expert_offsets[1:].contiguous(), neurons, right=True)
+    scaled = act(x @ gate.t()) * (x @ up.t()) * gates.index_select(1, expert).to(x.dtype)
+    return scaled @ down, x.new_empty(0)
