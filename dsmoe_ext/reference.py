@@ -49,7 +49,7 @@ def active_mask(logits: Tensor, threshold: Tensor, method: str, top_k: int) -> T
     sorted_scores = logits.softmax(1).gather(1, ranks)
     mass_before = sorted_scores.cumsum(1) - sorted_scores
     keep = ~(mass_before >= threshold) | (threshold >= 1)  # 1 means every expert, rounding or not
-    keep[:, :1] = True
+    keep = keep | (torch.arange(keep.shape[1], device=keep.device) == 0)
     return torch.zeros_like(keep).scatter(1, ranks, keep)
 
 
@@ -80,7 +80,7 @@ def route(
     value = scores
     if method == "top_k":  # the softmax over the kept logits alone
         value = logits.masked_fill(~mask, float("-inf")).softmax(1)
-    mask &= value != 0  # a gate that underflows to 0 skips its expert, and so does not count
+    mask = mask & (value != 0)  # a gate that underflows to 0 skips its expert, and so does not count
     kept = mask.to(value) if gates == "binary" else torch.where(mask, value, 0.0)
     straight_through = kept.detach() + value - value.detach()
     factor = torch.full_like(logits[:, :1], gate_scale)
