@@ -80,7 +80,7 @@ def route(
     value = scores
     if method == "top_k":  # the softmax over the kept logits alone
         value = logits.masked_fill(~mask, float("-inf")).softmax(1)
-    mask = mask & (value != 0)  # a gate that underflows to 0 skips its expert, and so does not count
+    mask = mask & (value != 0)  # a gate that underflows to 0 skips its expert: it does not count
     kept = mask.to(value) if gates == "binary" else torch.where(mask, value, 0.0)
     straight_through = kept.detach() + value - value.detach()
     factor = torch.full_like(logits[:, :1], gate_scale)
