@@ -89,11 +89,11 @@ def inputs_of(tokens, hidden, sizes, active, dtype=torch.bfloat16, exact_ste=Fal
     return inputs
 
 
-def expert_mlp(*shape, multiprocessors=1, arch="80", parts=1, **options):
+def expert_mlp(*shape, multiprocessors=1, arch="80", **options):
     inputs = functools.cache(lambda: inputs_of(*shape, **options))
     bounds = functools.cache(lambda: error_bounds(inputs()))
     return lambda make: test_expert_mlp.check(
-        inputs(), make(multiprocessors=multiprocessors, arch=arch, parts=parts), bounds()
+        inputs(), make(multiprocessors=multiprocessors, arch=arch), bounds()
     )
 
 
@@ -166,18 +166,6 @@ def decode_beside_nan(make):
     assert torch.equal(y, make().sparse_ffn(*case.inputs()))
 
 
-def decode_of_a_linear(tokens, hidden, sizes, multiprocessors=1):
-    """Wd as [H,I]: of some experts every neuron lies at 16 bytes, of others none."""
-    inputs = functools.cache(lambda: inputs_of(tokens, hidden, sizes, 0.5))
-    bounds = functools.cache(lambda: error_bounds(inputs()))
-
-    def case(make):
-        case = replace(inputs(), down_proj_t=inputs().down_proj_t.t().contiguous().t())
-        test_expert_mlp.check(case, make(multiprocessors=multiprocessors), bounds())
-
-    return case
-
-
 def cuts_change_nothing(tokens, size, dtype=torch.bfloat16):
     """Three small experts are summed as if they were one. They nearly cancel, so that a sum in
     another order would have other bits."""
@@ -242,13 +230,6 @@ CASES = {
         if name != "many"
     },
     **{f"sm_90a, {name}": expert_mlp(*shape, arch="90a") for name, shape in HOPPER.items()},
-    **{
-        f"{'sm_90a' if arch == '90a' else 'forward'}, sums in {parts} parts": expert_mlp(
-            200, 136, [13, 200, 16, 29, 72], 0.5, arch=arch, parts=parts, multiprocessors=3
-        )
-        for arch in ("80", "90a")
-        for parts in (2, 8)
-    },
     "sm_90a, small units": expert_mlp(
         530, 136, [64, 8, 8, 128], 0.3, arch="90a", multiprocessors=3
     ),
@@ -318,9 +299,6 @@ CASES = {
         for save in (False, True)
     },
     "decode beside NaN": decode_beside_nan,
-    "decode of a Linear": decode_of_a_linear(9, 136, [8, 13, 27, 0, 40, 3, 5]),
-    "decode of a Linear, parts": decode_of_a_linear(16, 72, [64, 200, 37, 19], 4),
-    "decode of a Linear, rows apart": decode_of_a_linear(3, 72, [13, 72, 8]),
     "decode, cuts": cuts_change_nothing(16, 8),
     "forward, cuts": cuts_change_nothing(40, 16),
     "forward, cuts, float32": cuts_change_nothing(40, 16, torch.float32),

@@ -50,28 +50,24 @@ __device__ __forceinline__ void fetch_terms(Producer& producer, const WeightsArg
       const int term = first_term + i * kRowsAtOnce;
       const uint32_t to = producer.stage() + term * kLine + (chunk ^ term % 8) * 16;
       const bool is_term = ahead[i] >= 0;
-      const int of_p = is_term ? p_columns : 0, of_q = is_term ? q_columns : 0;
-      const uint32_t token = ahead[i];
-      const T* p_row = p + uint64_t{token} * static_cast<uint32_t>(pass.width);
-      const T* q_row = q + uint64_t{token} * args.q_stride;
+      const int64_t token = is_term ? ahead[i] : 0;
+      const T *p_row = p + token * pass.width, *q_row = q + token * args.q_stride;
+      auto copy = [&](uint32_t at, const T* row, int panel, int columns) {
+        const bool exists = is_term && panel * kTerms < columns;
+        cp_async_16(at + panel * kBlockBytes, exists ? row + panel * kTerms : args.q, exists);
+      };
 #pragma unroll
       for (int panel = 0; panel < kMaxRows / kBlockRows; ++panel) {
-        if (panel >= p_panels) break;
-        cp_async_16(to + panel * kBlockBytes, p_row + panel * kTerms, panel * kTerms < of_p);
+        if (panel < p_panels) copy(to, p_row, panel, p_columns);
       }
 #pragma unroll
-      for (int panel = 0; panel < kPanels; ++panel) {
-        cp_async_16(to + kRowsBytes + panel * kBlockBytes, q_row + panel * kTerms,
-                    panel * kTerms < of_q);
-      }
+      for (int panel = 0; panel < kPanels; ++panel) copy(to + kRowsBytes, q_row, panel, q_columns);
     }
     look_up(first + kTerms);
     producer.end();
   }
 }
 
-// Sums of the passes before are added at the end, one read after the other: 192 sums leave no registers to begin with
-// them, as other main loops do, nor to read several at once.
 template <class T, int kLive>
 __device__ __forceinline__ void make_gradient(const WeightsArgs<T>& args,
                                               const GradientTiles::Tile& tile, Ring& ring,
@@ -92,7 +88,7 @@ __device__ __forceinline__ void make_gradient(const WeightsArgs<T>& args,
           quad[b][0] = sums[block][(j + b) * 4 + half * 2];
           quad[b][1] = sums[block][(j + b) * 4 + half * 2 + 1];
         }
-        row.template store<true>(j, quad);
+        row.store(j, quad);
       }
     }
   }
@@ -100,11 +96,9 @@ __device__ __forceinline__ void make_gradient(const WeightsArgs<T>& args,
 
 // This CTA's tiles of all the gradients: act(args, tile, the expert's pairs).
 template <class T, class Act>
-__device__ __forceinline__ void for_each_gradient(const AllWeights<T>& all,
-                                                  const GradientTiles::ColumnTiles& columns,
-                                                  Act act) {
+__device__ __forceinline__ void for_each_gradient(const AllWeights<T>& all, Act act) {
   const PassArgs<T>& pass = all.of[0].pass;
-  GradientTiles tiles(pass.expert_offsets, pass.num_experts, columns);
+  GradientTiles tiles(pass.expert_offsets, pass.num_experts, pass.group_size, pass.hidden_size);
   for (int i = 0; i < all.count; ++i, tiles.restart()) {
     GradientTiles::Tile tile;
     while (tiles.next(tile)) {
@@ -116,15 +110,14 @@ __device__ __forceinline__ void for_each_gradient(const AllWeights<T>& all,
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
-    weights_kernel(const __grid_constant__ AllWeights<T> all,
-                   const __grid_constant__ GradientTiles::ColumnTiles columns) {
+    weights_kernel(const __grid_constant__ AllWeights<T> all) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t base = shared_address(shared);
   make_mbarriers(base);
   if (threadIdx.x >= kConsumers) {
     Registers<40, 232>::fetch();
     Producer producer(base);
-    for_each_gradient(all, columns,
+    for_each_gradient(all,
                       [&](const WeightsArgs<T>& args, const GradientTiles::Tile& tile,
                           const PairRange& pairs) { fetch_terms(producer, args, tile, pairs); });
     producer.finish();
@@ -132,19 +125,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   Registers<40, 232>::multiply();
   Ring ring(base);
-  for_each_gradient(
-      all, columns,
-      [&](const WeightsArgs<T>& args, const GradientTiles::Tile& tile, const PairRange& pairs) {
-        const int num_steps = ceil_div(pairs.count(), kTerms);
-        const int live = live_blocks(tile.neurons, threadIdx.x / kGroup);
-        if (live == 2) {
-          make_gradient<T, 2>(args, tile, ring, num_steps);
-        } else if (live == 1) {
-          make_gradient<T, 1>(args, tile, ring, num_steps);
-        } else {
-          pass_by(ring, num_steps);
-        }
-      });
+  for_each_gradient(all, [&](const WeightsArgs<T>& args, const GradientTiles::Tile& tile,
+                             const PairRange& pairs) {
+    const int num_steps = ceil_div(pairs.count(), kTerms);
+    const int live = live_blocks(tile.neurons, threadIdx.x / kGroup);
+    if (live == 2) {
+      make_gradient<T, 2>(args, tile, ring, num_steps);
+    } else if (live == 1) {
+      make_gradient<T, 1>(args, tile, ring, num_steps);
+    } else {
+      pass_by(ring, num_steps);
+    }
+  });
 }
 
 }  // namespace dsmoe::cuda::sm90a
