@@ -26,6 +26,17 @@ struct Section {
   QuantizedPanels code_panels = {};
 };
 
+// sums [T, stride] += rows of a panel's products, of which row r is token(r)'s.
+template <class T, class F>
+DSMOE_INLINE void add_rows(const CType<T> (*products)[kColumns<T>], int rows, F token,
+                           CType<T>* sums, int64_t stride) {
+  for (int r = 0; r < rows; ++r) {
+    CType<T>* to = sums + token(r) * stride;
+    for (int i = 0; i < kColumns<T>; i += kLanes<T>)
+      store(to + i, load(to + i) + load(products[r] + i));
+  }
+}
+
 // sums += all rows, in blocks, times the panel of args. Their sums lie anywhere, so they are multiplied apart and
 // then added. sums: of the first token and of the panel's first column.
 template <class T>
@@ -33,11 +44,8 @@ static void add_blocks(const Section<T>& s, CType<T>* sums, int64_t stride,
                        const TileArgs<T>& args) {
   for_each_block<1>(args, s.a, s.a_stride, s.n,
                     [&](int64_t first, int rows, const CType<T>(*block)[kColumns<T>]) {
-                      for (int r = 0; r < rows; ++r) {
-                        CType<T>* to = sums + s.tokens[first + r] * stride;
-                        for (int i = 0; i < kColumns<T>; i += kLanes<T>)
-                          store(to + i, load(to + i) + load(block[r] + i));
-                      }
+                      const auto token = [&](int r) { return s.tokens[first + r]; };
+                      add_rows<T>(block, rows, token, sums, stride);
                     });
 }
 

@@ -15,7 +15,8 @@
 
 namespace dsmoe::cpu::DSMOE_ISA_NAMESPACE {
 
-constexpr int64_t kGroupTerms = 768;  // all of K at once: tile_block.h
+// A panel of B goes by whole.
+constexpr int64_t kGroupTerms = 2 * kWholeSteps;
 // Multiplying so many neurons by zeros takes as long as gathering a row and adding it.
 constexpr int64_t kOrderTerms = 128;
 
@@ -91,23 +92,21 @@ struct Part {
   }
 };
 
-template <class T>
-DSMOE_INLINE bool is_finite(const T* from, int64_t count) {
-  constexpr uint32_t kExponents = std::is_same_v<T, bf16> ? 0x7f807f80u : 0;
-  VecU32 low = {}, high = {};
+// Whether all of count numbers, whole registers of them, are: an exponent of ones is infinite or no number.
+DSMOE_INLINE bool is_finite(const bf16* from, int64_t count) {
+  constexpr uint32_t kLow = 0x7f80u, kHigh = kLow << 16;
+  VecU32 bad = {};
   for (int64_t i = 0; i < count; i += 2 * kLanes<float>) {
-    const VecU32 exponents = load_raw<VecU32>(from + i) & kExponents;
-    low |= VecU32((exponents & 0xffffu) == (kExponents & 0xffffu));
-    high |= VecU32((exponents >> 16) == (kExponents >> 16));
+    const VecU32 pairs = load_raw<VecU32>(from + i);
+    bad |= VecU32((pairs & kLow) == kLow) | VecU32((pairs & kHigh) == kHigh);
   }
-  low |= high;
   uint32_t any = 0;
-  for (int i = 0; i < kLanes<float>; ++i) any |= low[i];
+  for (int i = 0; i < kLanes<float>; ++i) any |= bad[i];
   return any == 0;
 }
 
 // Adds a group's products to a chunk of columns, while the next panel of B is packed into the other half of the
-// scratch memory, a share after every block of rows.
+// scratch memory, a share after every few rows.
 template <class T>
 class OrderedColumns {
  public:
@@ -140,9 +139,9 @@ class OrderedColumns {
       bool next_is_whole = true;
       for_each_block<1>(args, a_, block_size(terms_), num_tokens_,
                         [&](int64_t first, int count, const CType<T>(*block)[kColumns<T>]) {
-                          add_rows(first, count, block, sums, stride);
-                          const int64_t end =
-                              num_next * min_of(num_tokens_, first + kBlockRows) / num_tokens_;
+                          const auto token = [&](int r) { return first + r; };
+                          add_rows<T>(block, count, token, sums, stride);
+                          const int64_t end = num_next * (first + count) / num_tokens_;
                           next_is_whole &= pack(panel + 1, packed, end, next);
                           packed = end;
                         });
@@ -153,14 +152,6 @@ class OrderedColumns {
 
  private:
   static int64_t half(int64_t terms) { return terms / Compute<T>::kPair * PackedPanels<T>::kStep; }
-
-  void add_rows(int64_t first, int count, const CType<T> (*block)[kColumns<T>], CType<T>* sums,
-                int64_t stride) const {
-    CType<T>* to = sums + first * stride;
-    for (int r = 0; r < count; ++r, to += stride)
-      for (int i = 0; i < kColumns<T>; i += kLanes<T>)
-        store(to + i, load(to + i) + load(block[r] + i));
-  }
 
   // Whether all weights are finite; those of parts which have others are left out.
   bool pack(int64_t panel, int64_t begin, int64_t end, T* b) const {
