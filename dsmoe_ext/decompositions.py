@@ -3,8 +3,8 @@
 
     program.run_decompositions(dsmoe_ext.decompositions())
 
-Every expert is computed for every token, as in reference.py, whose forward this is with shapes that
-an exporter can follow. Inference only, and of weights that are not packed.
+They are the functions of reference.py, which compute every expert for every token. Inference only,
+and of weights that are not packed.
 """
 
 from collections.abc import Callable
@@ -65,9 +65,6 @@ def _expert_mlp(
     save_activations: bool,
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor]:
-    gate, up, down = reference.split_weights(gate_proj, up_proj, down_proj_t)
-    act = list(reference.ACTIVATIONS.values())[activation]
-    neurons = torch.arange(down.shape[0], device=x.device, dtype=expert_offsets.dtype)
-    expert = torch.searchsorted(expert_offsets[1:].contiguous(), neurons, right=True)
-    scaled = act(x @ gate.t()) * (x @ up.t()) * gates.index_select(1, expert).to(x.dtype)
-    return scaled @ down, x.new_empty(0)
+    weights = (gate_proj, up_proj, down_proj_t)
+    name = list(reference.ACTIVATIONS)[activation]
+    return reference.sparse_ffn(x, gates, *weights, expert_offsets, activation=name), x.new_empty(0)

@@ -32,9 +32,13 @@ def expert_sizes(expert_offsets: Tensor) -> Tensor:
     return expert_offsets.long().diff()
 
 
-def expand_experts(per_expert: Tensor, expert_offsets: Tensor) -> Tensor:
-    """Repeats each expert's column over its neurons: [T,E] -> [T,I]."""
-    return per_expert.repeat_interleave(expert_sizes(expert_offsets), dim=1)
+def expand_experts(
+    per_expert: Tensor, expert_offsets: Tensor, num_neurons: int | None = None
+) -> Tensor:
+    """Repeats each expert's column over its neurons: [T,E] -> [T,I]. num_neurons: I, where it must
+    be known before the offsets are."""
+    sizes = expert_sizes(expert_offsets)
+    return per_expert.repeat_interleave(sizes, dim=1, output_size=num_neurons)
 
 
 def active_mask(logits: Tensor, threshold: Tensor, method: str, top_k: int) -> Tensor:
@@ -143,4 +147,5 @@ def sparse_ffn(
     gates = _WeightInactiveGates.apply(gates, grad_weight)
     gate_proj, up_proj, down_proj_t = split_weights(gate_proj, up_proj, down_proj_t)
     activations = ACTIVATIONS[activation](x @ gate_proj.t()) * (x @ up_proj.t())
-    return (activations * expand_experts(gates, expert_offsets).to(x.dtype)) @ down_proj_t
+    gates = expand_experts(gates, expert_offsets, len(down_proj_t))
+    return (activations * gates.to(x.dtype)) @ down_proj_t
