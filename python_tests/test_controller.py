@@ -25,19 +25,24 @@ def test_all_or_nothing_stays_a_score(share, seed):
 
 
 def test_holds_the_target_while_the_scores_move(seed):
-    """Scores that drift every step, as in distillation, from a layer that is at its target."""
+    """Scores that drift every step, as in distillation, from a layer that is at its target.
+
+    The share's error is a batch's sampling (0.002 at 16384 tokens, whose nine scores of one token
+    move together) and the threshold's lag of two steps behind the drift (below 0.01): 0.02 is twice
+    the worst of both.
+    """
     ffn = dsmoe_ext.DSMoEFFN(
         16, 96, expert_sizes=[8] * 9, shared_size=24, gates="binary", router_init="paper"
     )
     controller = QuantileController(ffn, 0.5, rate=0.5)
     with torch.no_grad():
-        start = ffn.router(torch.randn(4096, 16))
+        start = ffn.router(torch.randn(16384, 16))
         ffn.threshold.copy_(score_above_which(start, [8] * 9, (48 - 24) / 72))
     shares = []
     for step in range(30):
         with torch.no_grad():
             ffn.router.weight.mul_(1.02)
-        x = torch.randn(2048, 16) + 0.02 * step
+        x = torch.randn(16384, 16) + 0.01 * step
         dsmoe_ext.active_fraction(ffn)
         ffn(x).sum().backward()
         shares.append(dsmoe_ext.active_fraction(ffn).mean)
