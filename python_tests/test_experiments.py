@@ -76,8 +76,9 @@ def test_oracles_keep_their_share_and_put_the_model_back(seed):
 )
 def test_commands_go_on_where_they_stopped(tmp_path, name, options, rows, tables):
     save_tiny_llama(tmp_path / "model")
-    arguments = ["experiment", name, "--model", tmp_path / "model"]
-    arguments += ["--windows", 1, "--out", tmp_path, *options]
+    (tmp_path / "wiki.raw").write_text(" = Valkyria =\n \n" + "A tactical game .\n" * 200)
+    arguments = ["experiment", name, "--model", tmp_path / "model", "--windows", 1]
+    arguments += ["--wikitext", tmp_path / "wiki.raw", "--out", tmp_path, *options]
     arguments = [str(argument) for argument in arguments]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
@@ -85,6 +86,6 @@ def test_commands_go_on_where_they_stopped(tmp_path, name, options, rows, tables
     before = file.read_text()
     assert len(before.splitlines()) == rows
     assert ("\n" + result.stdout).count("\n|") == tables * (rows + 2)
-    assert "| python |" in result.stdout
+    assert "| python | prose | WikiText-2 |" in result.stdout
     again = CliRunner().invoke(app, arguments)
     assert again.stdout == result.stdout and file.read_text() == before

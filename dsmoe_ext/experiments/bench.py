@@ -57,7 +57,9 @@ class Bench:
             cut = windows_of(self.tokenizer, text, self.window)
             texts.append(Text(name, torch.cat([cut.train, cut.held_out]), cut.num_context))
         if self.wikitext:
-            texts += texts_to_measure(self.tokenizer, None, self.wikitext, window=self.window)
+            texts += texts_to_measure(
+                self.dense, self.tokenizer, None, self.wikitext, window=self.window
+            )
         return [Text(text.name, _spread(text, self.windows), text.context) for text in texts]
 
     def calibrate(self, target_active: float, text: torch.Tensor | None = None, **options):
