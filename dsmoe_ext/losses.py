@@ -75,6 +75,9 @@ class _Controller:
     def step(self) -> None:
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Called after the last step: lets go of what the controller has put into the model."""
+
     def attach(self, optimizer: torch.optim.Optimizer):
         """Calls step() after each optimizer.step(); returns the handle that undoes it."""
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it

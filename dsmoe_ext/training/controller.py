@@ -61,16 +61,8 @@ class QuantileController(ThresholdController):
             seen.clear()
 
     def close(self) -> None:
-        """Stops watching the routers."""
         for hook in self._hooks:
             hook.remove()
-
-
-class IntegralController(ThresholdController):
-    """losses.ThresholdController with a close() that has nothing to do."""
-
-    def close(self) -> None:
-        pass
 
 
 def controller_for(model: torch.nn.Module, target_active: float, rate: float = RATE):
@@ -78,7 +70,7 @@ def controller_for(model: torch.nn.Module, target_active: float, rate: float = R
     them. Scores as gates start dense, all alike: there the integral opens the gap step by step."""
     if {(ffn.method, ffn.gates) for ffn in ffn_layers(model)} == {("threshold", "binary")}:
         return QuantileController(model, target_active, rate)
-    return IntegralController(model, target_active, rate / 10)
+    return ThresholdController(model, target_active, rate / 10)
 
 
 def score_above_which(logits: Tensor, sizes: list[int], share: float) -> Tensor:
