@@ -55,9 +55,10 @@ def describe(mlp: nn.Module) -> GatedMLP | None:
         return None
     kind = type(mlp).__name__
     if odd := [layer for layer in layers if type(layer) is not nn.Linear]:
+        layer = type(odd[0])
         raise Unsuitable(
-            f"{kind}.{names[layers.index(odd[0])]} is a {type(odd[0]).__name__}, not a plain "
-            "nn.Linear: make the model sparse before quantisation, adapters or sharding"
+            f"{kind}.{names[layers.index(odd[0])]} is a {layer.__module__}.{layer.__name__}, not a "
+            "plain nn.Linear: make the model sparse before quantisation, adapters or sharding"
         )
     hidden, intermediate = layers[-1].out_features, layers[-1].in_features
     height = intermediate if len(names) == 3 else 2 * intermediate

@@ -125,6 +125,7 @@ class SlicedFFN(nn.Module):
 
     def dense_weights(self) -> list[nn.Parameter]:
         """The weights in the dense MLP's order, under self.names: from_mlp undone, bit for bit."""
+        self.refuse_adapters()
         if self.experts is not None:
             gate, up, down = self.expert_weights()
             gate_up = [torch.cat([gate, up])] if len(self.names) == 2 else [gate, up]
@@ -137,6 +138,16 @@ class SlicedFFN(nn.Module):
         if torch.equal(order, torch.arange(len(order), device=order.device)):
             return weights
         return permuted(weights, order)
+
+    def refuse_adapters(self) -> None:
+        """Raises if something around a weight (LoRA) would be lost with its holder."""
+        for name in self.names:
+            holder = self._modules.get(name)
+            if holder is not None and not isinstance(holder, Weight | FactoredWeight):
+                raise ValueError(
+                    f"{name} has an adapter ({type(holder).__name__}): merge it into the weights "
+                    "first (PEFT's merge_and_unload)"
+                )
 
     @property
     def num_expert_weights(self) -> int:
@@ -153,6 +164,7 @@ class SlicedFFN(nn.Module):
     def use_factors(self, sizes: Sequence[int], rank: int) -> None:
         """Puts memory for factors in the weights' place. sizes: of the shared part and of a routed
         expert, and the number of these."""
+        self.refuse_adapters()
         for index, name in enumerate(self.names):
             weight = getattr(self, name).weight
             is_down = index == len(self.names) - 1
@@ -228,6 +240,7 @@ class SlicedFFN(nn.Module):
         """
         if self.experts is not None:
             raise ValueError(f"the experts have {self.experts.bits} bits already")
+        self.refuse_adapters()
         form = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
         weights = self.expert_weights()
         if weights[0].is_meta:  # of a model being built: a checkpoint has the codes

@@ -4,6 +4,10 @@ import pytest
 import torch
 
 import dsmoe_ext
+from dsmoe_ext.layers import ffn_layers
+from dsmoe_ext.offline.compress import compress
+from dsmoe_ext.offline.prune import prune
+from dsmoe_ext.quantization.model import quantize
 from dsmoe_ext.training.tiny import tiny_llama
 
 peft = pytest.importorskip("peft")
@@ -85,12 +89,21 @@ def test_adapters_are_kept_or_refused(target):
             assert (got - want).norm() < 0.5 * want.norm()
 
 
-def test_merging_experts_says_that_adapters_are_there(sparse):
-    config = peft.LoraConfig(target_modules=["q_proj", "router"])
-    try:
-        model = loud(peft.inject_adapter_in_model(config, sparse))
-        dense = dsmoe_ext.merge(model)
-    except (TypeError, ValueError) as error:
-        assert any(word in str(error) for word in ("adapter", "LoRA", "PEFT", "not supported"))
-    else:
-        assert any("lora" in name for name, _ in dense.named_parameters())
+def test_what_replaces_experts_says_that_adapters_are_there(sparse):
+    names = ["mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"]
+    peft.get_peft_model(sparse, peft.LoraConfig(target_modules=[], target_parameters=names))
+    use = [torch.arange(float(ffn.num_experts)) for ffn in ffn_layers(sparse)]
+    for change in (
+        dsmoe_ext.merge,
+        quantize,
+        lambda m: compress(m, 2),
+        lambda m: prune(m, use, 0.5),
+    ):
+        with pytest.raises(ValueError, match=r"has an adapter \(ParamWrapper\): merge it"):
+            change(sparse)
+
+
+def test_merging_keeps_adapters_elsewhere(sparse):
+    model = loud(peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), sparse))
+    dense = dsmoe_ext.merge(model)
+    assert any("lora" in name for name, _ in dense.named_parameters())

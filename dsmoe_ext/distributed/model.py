@@ -80,6 +80,7 @@ def parallelize(
     for index, ffn in enumerate(layers):
         if ffn.experts is not None:
             raise ValueError("quantized experts cannot be spread over ranks")
+        ffn.refuse_adapters()
         sizes = ffn.sizes[ffn.num_shared :]
         if plan is None:
             placement = place(sizes, sizes, mesh.size())

@@ -42,6 +42,8 @@ def prune(model, use: list[Tensor], keep: float):
         raise ValueError("quantized or compressed experts cannot be pruned: prune first")
     if any(not getattr(ffn.router, "has_plain_logits", False) for ffn in layers):
         raise ValueError("only linear routers can be pruned row by row")
+    for ffn in layers:
+        ffn.refuse_adapters()
     router = layers[0].router
     if router.rule == "top_k" and router.top_k > num_kept:
         raise ValueError(f"top_k={router.top_k} needs that many experts, {num_kept} are kept")
