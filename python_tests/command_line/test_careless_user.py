@@ -4,35 +4,19 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
+from cli import MAIN, dsmoe, fails
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
 import dsmoe_ext
 from dsmoe_ext.command_line import steps
-from dsmoe_ext.command_line.app import app
 from dsmoe_ext.training.tiny import byte_tokenizer, save_tiny_llama, tiny_llama
 
-MAIN = [sys.executable, "-c", "from dsmoe_ext.command_line.app import main; main()"]
 NAN = float("nan")
-
-
-def dsmoe(*arguments, **options):
-    """Runs a command in this process; the result has exit_code, stdout and stderr."""
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], **options)
-
-
-def fails(*arguments, code=1, **options) -> str:
-    """Runs a command that must fail with one line; that line."""
-    result = dsmoe(*arguments, **options)
-    assert result.exit_code == code, result.output
-    assert "unexpected" not in result.stderr and "Traceback" not in result.stderr, result.stderr
-    return result.stderr.strip().splitlines()[-1]
 
 
 @pytest.fixture
