@@ -9,7 +9,7 @@ import importlib.util
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if importlib.util.find_spec("dsmoe_ext._C") is None:
     raise ImportError(
@@ -57,7 +57,7 @@ _LAZY = {
 __all__ += [name for name in _LAZY if name not in __all__]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(f"dsmoe_ext.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'dsmoe_ext' has no attribute {name!r}")

@@ -25,9 +25,9 @@ def balance_terms(
     gates, scores = routing
     num_tokens, num_experts = scores.shape
     gates = gates[:, gates.shape[1] - num_experts :]
-    if token_mask is None:
-        counted, count = None, max(num_tokens, 1)
-    else:
+    counted: Tensor | None = None
+    count: Tensor | int = max(num_tokens, 1)
+    if token_mask is not None:
         counted = token_mask.to(scores)[:, None]
         count = counted.sum().clamp(min=1)
 
@@ -46,7 +46,7 @@ def balance_terms(
         wanted = share.mean() if num_active is None else share.new_tensor(num_active / num_experts)
         terms = (scores * (share / wanted.clamp(min=1e-10))).sum(1)
     else:
-        terms = 0.0
+        terms = scores.new_zeros(num_tokens)
         for values, total in ((gates, per_expert(gates)), (scores, per_expert(used))):
             cv, slope = _cv_squared(total)
             terms = terms + cv + count * ((values - values.detach()) * slope).sum(1)

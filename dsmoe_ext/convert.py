@@ -1,12 +1,27 @@
 """Dense <-> sparse: the same neurons of any model, cut into experts, and back again."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-def sparsify(model, num_experts: int = 8, *, permutations=None, dtype=None, **options):
+def sparsify(
+    model: "PreTrainedModel | str | Path",
+    num_experts: int = 8,
+    *,
+    permutations: Sequence[Tensor] | None = None,
+    dtype: torch.dtype | str | None = None,
+    **options: Any,
+) -> "PreTrainedModel":
     """A sparse model of a dense one, of the same class, computing the same function at first.
 
     Args:
@@ -38,7 +53,7 @@ def sparsify(model, num_experts: int = 8, *, permutations=None, dtype=None, **op
     return sparse
 
 
-def check_dense(model) -> None:
+def check_dense(model: "PreTrainedModel") -> None:
     """Raises, with what was found, unless the model can be made sparse."""
     from transformers import PreTrainedModel
 
@@ -57,10 +72,11 @@ def check_dense(model) -> None:
             f"layers, but {what_stands_there(model)}"
         )
     for mlp in mlps.values():
-        probe(mlp, describe(mlp))
+        if found := describe(mlp):
+            probe(mlp, found)
 
 
-def merge(model):
+def merge(model: "PreTrainedModel") -> "PreTrainedModel":
     """The plain dense model of a sparse one, of the same class, neurons in the dense order.
 
     Undoes sparsify bit for bit. Routers and thresholds are left out: the result uses every neuron
@@ -93,7 +109,7 @@ def merge(model):
 convert_llama, merge_to_llama = sparsify, merge  # names of version 0.1
 
 
-def load_dense(path, dtype=None):
+def load_dense(path: str | Path, dtype: torch.dtype | str | None = None) -> "PreTrainedModel":
     """The dense model of a folder or hub id; one clear sentence if it is none."""
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -117,7 +133,7 @@ def load_dense(path, dtype=None):
     return cls.from_pretrained(path, dtype=dtype or "auto")
 
 
-def refuse_offloaded(model) -> None:
+def refuse_offloaded(model: "PreTrainedModel") -> None:
     """Weights on disk, which come and go around every call, cannot be shared by two models."""
     if any(hasattr(module, "_hf_hook") for module in model.modules()) and any(
         tensor.is_meta for tensor in (*model.parameters(), *model.buffers())
@@ -125,20 +141,20 @@ def refuse_offloaded(model) -> None:
         raise RuntimeError("parts of the model are offloaded: load it whole, without device_map")
 
 
-def check_finite(model) -> None:
+def check_finite(model: "PreTrainedModel") -> None:
     """Refuses weights that are NaN or infinite, of which nothing could be measured."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():
             raise ValueError(f"{name} holds numbers that are not finite: the model is damaged")
 
 
-def sharing_copy(model):
+def sharing_copy(model: ModelT) -> ModelT:
     """The model once more, with modules and configs of its own around the same tensors."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def _forget_gguf(model) -> None:
+def _forget_gguf(model: "PreTrainedModel") -> None:
     """What loading GGUF leaves behind keeps a model from being saved."""
     found = getattr(model.config, "quantization_config", None)
     method = found.get("quant_method") if isinstance(found, dict) else None

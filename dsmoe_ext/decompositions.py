@@ -8,6 +8,7 @@ and of weights that are not packed.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,9 @@ import dsmoe_ext.ops  # noqa: F401  registers what is decomposed
 from dsmoe_ext import reference
 
 
-def decompositions() -> dict[torch._ops.OpOverload, Callable]:
+def decompositions() -> dict[Any, Callable[..., Any]]:
     """torch's default table for run_decompositions, and route, router and expert_mlp."""
-    table = torch.export.default_decompositions()
+    table: Any = torch.export.default_decompositions()
     dsmoe = torch.ops.dsmoe
     table[dsmoe.route.default] = _route
     table[dsmoe.router.default] = _router

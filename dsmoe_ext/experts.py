@@ -9,6 +9,7 @@ first call (as much memory again) and packed anew when they have changed.
 """
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +30,13 @@ _ACTIVATIONS = {
 }
 
 
-def register(moe) -> None:
+def register(moe: Any) -> None:
     """Called with the module transformers.integrations.moe, once that is imported."""
     moe.ExpertsInterface.register(_NAME, experts_forward)
 
 
 def experts_forward(
-    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """The forward of a transformers experts module, as its ExpertsInterface calls it.
 
@@ -78,7 +79,7 @@ def _by_expert(index: Tensor, values: Tensor, num_experts: int) -> Tensor:
     return columns[:, :num_experts]
 
 
-def _activation_of(experts: nn.Module) -> str:
+def _activation_of(experts: Any) -> str:
     """Of the gate; refuses experts that are not what `sparse_ffn` computes."""
     act_fn = getattr(experts, "act_fn", None)
     name = getattr(act_fn, "__name__", type(act_fn).__name__)
@@ -111,15 +112,15 @@ def _activation_of(experts: nn.Module) -> str:
 
 # module -> (what its weights were, packed). Not in the module: it is no part of what is copied,
 # pickled or moved with it.
-_packs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_packs: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
-def _is_inference(experts: nn.Module, x: Tensor, gates: Tensor) -> bool:
+def _is_inference(experts: Any, x: Tensor, gates: Tensor) -> bool:
     """Whether packed weights may serve. Weights that are computed at every access, as adapters'
     are, are read where they lie."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not x.is_cpu:
         return False
-    weights = [experts._parameters.get(name) for name in ("gate_up_proj", "down_proj")]
+    weights: list[Any] = [experts._parameters.get(name) for name in ("gate_up_proj", "down_proj")]
     if not all(type(weight) is nn.Parameter for weight in weights):
         return False
     needs_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gates, *weights))
@@ -129,7 +130,7 @@ def _is_inference(experts: nn.Module, x: Tensor, gates: Tensor) -> bool:
     return True
 
 
-def _packed(experts: nn.Module, offsets: Tensor, activation: str) -> PackedWeights:
+def _packed(experts: Any, offsets: Tensor, activation: str) -> PackedWeights:
     gate_up, down = experts.gate_up_proj, experts.down_proj
     key = (_state(gate_up), _state(down), _C.isa())
     if _packs.get(experts, (None,))[0] != key:
@@ -140,7 +141,7 @@ def _packed(experts: nn.Module, offsets: Tensor, activation: str) -> PackedWeigh
     return _packs[experts][1]
 
 
-def _state(weight: Tensor) -> tuple:
+def _state(weight: Tensor) -> tuple[Any, ...]:
     """What changes with a weight: its memory, its version, and, for optimizers that leave the
     version as it is (fused ones), some of its numbers."""
     numbers = weight.detach().flatten()[:: max(weight.numel() // 8, 1)]

@@ -7,10 +7,12 @@ steps: router -> ops.route (scores, mask, gates) -> ops.sparse_ffn (only what th
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from dsmoe_ext import ops, sparsity
 from dsmoe_ext.balance import BALANCE_FORMS, balance_terms
@@ -30,7 +32,7 @@ ROUTERS = ("linear", "modse")
 ROUTER_INITS = ("dense", "paper")
 
 
-def check_choice(name: str, value: str, choices) -> None:
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
@@ -65,6 +67,9 @@ class DSMoEFFN(SlicedFFN):
     weights       tensors in these shapes to use as they are, instead of random ones
     """
 
+    threshold: Tensor
+    draw_counter: Tensor
+    router: Any  # Router, of which each kind has attributes of its own
     _z3_leaf = True  # DeepSpeed's ZeRO-3 then gathers all weights of the module at once
 
     def __init__(
@@ -74,7 +79,7 @@ class DSMoEFFN(SlicedFFN):
         num_experts: int = 8,
         threshold: float = 0.5,
         *,
-        expert_sizes=None,
+        expert_sizes: Sequence[int | float] | None = None,
         shared_size: int = 0,
         method: str = "threshold",
         top_k: int = 2,
@@ -82,7 +87,7 @@ class DSMoEFFN(SlicedFFN):
         rescale: bool | None = None,
         router: str = "linear",
         router_bias: bool | None = None,
-        router_options: dict | None = None,
+        router_options: dict[str, Any] | None = None,
         router_init: str = "dense",
         balance: str | None = None,
         gate_scale: float | None = None,
@@ -92,7 +97,7 @@ class DSMoEFFN(SlicedFFN):
         activation: str = "silu",
         names: Sequence[str] = SPLIT,
         weights: Sequence[Tensor] | None = None,
-        device=None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         check_choice("method", method, dict.fromkeys((*METHODS, *router_names())))
@@ -120,7 +125,7 @@ class DSMoEFFN(SlicedFFN):
         self.num_experts = len(self.sizes) - self.num_shared  # the routed ones, R
         self.method = method
         self.ste, self.sample_prob = ste, sample_prob
-        self.set_seed(torch.randint(2**62, (), device="cpu").item() if seed is None else seed)
+        self.set_seed(int(torch.randint(2**62, (), device="cpu")) if seed is None else seed)
         if gates == "scores":
             gates = router_class(method).defaults.get("gates", gates)
         given = dict(threshold=threshold, top_k=top_k, gates=gates, gate_scale=gate_scale)
@@ -162,7 +167,9 @@ class DSMoEFFN(SlicedFFN):
         self.reset_buffers()
 
     @torch.no_grad()
-    def reset_buffers(self, is_loaded=lambda tensor: tensor.is_meta) -> None:
+    def reset_buffers(
+        self, is_loaded: Callable[[Tensor], bool] = lambda tensor: tensor.is_meta
+    ) -> None:
         """The buffers as they were made, but those that is_loaded."""
         for name, value in (
             ("permutation", torch.arange(self.intermediate_size, device="cpu")),
@@ -229,9 +236,11 @@ class DSMoEFFN(SlicedFFN):
             token_mask = run.mask_of(tokens.shape[0])  # len() would fix it for torch.export
         packed = None if return_routing else self._pack_for_routing(tokens)
         if packed is not None:
+            weight, bias = self.router.weights()
             y, gates = ops.routed_ffn(
                 tokens,
-                *self.router.weights(),
+                weight,
+                bias,
                 self.threshold,
                 packed,
                 **self.router.rule_options,
@@ -301,7 +310,8 @@ class DSMoEFFN(SlicedFFN):
         if self.ste == "exact" or not self.training:  # evaluation draws nothing: its mean is exact
             return torch.ones_like(gates, requires_grad=False)
         draw = self.next_draw() if draw is None else draw
-        return draw_weights(self.draw_key, draw, *gates.shape, self.sample_prob).to(gates.dtype)
+        shape = len(gates), gates.shape[1]
+        return draw_weights(self.draw_key, draw, *shape, self.sample_prob).to(gates.dtype)
 
     def next_draw(self) -> Tensor:
         """Takes the next position in this layer's stream of draws: int64 0-d.
@@ -316,7 +326,7 @@ class DSMoEFFN(SlicedFFN):
         counter += 1
         return draw
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._unpack()
         threshold = without_half_casts(fn)(self.threshold).float()
         super()._apply(fn, recurse)
@@ -332,8 +342,8 @@ class DSMoEFFN(SlicedFFN):
         num_experts: int = 8,
         threshold: float = 0.5,
         *,
-        permutation=None,
-        **options,
+        permutation: Tensor | Sequence[int] | None = None,
+        **options: Any,
     ) -> "DSMoEFFN":
         """The sparse FFN of a gated MLP (gated_mlp.py says which modules are one).
 

@@ -22,6 +22,7 @@ import shutil
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
 
@@ -337,10 +338,10 @@ def atomic_file(target: str | Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def json_text(value, indent: int | None = None) -> str:
+def json_text(value: Any, indent: int | None = None) -> str:
     """JSON that every reader takes: numbers that are not finite become null."""
 
-    def plain(value):
+    def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: plain(entry) for key, entry in value.items()}
         if isinstance(value, (list, tuple)):

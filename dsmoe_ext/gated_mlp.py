@@ -4,7 +4,9 @@
 biases, one known activation, and nothing else inside.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,16 +50,16 @@ class Unsuitable(ValueError):
 def describe(mlp: nn.Module) -> GatedMLP | None:
     """What kind of gated MLP a module is; None if it is none, Unsuitable if it is another kind."""
     for names in NAMES:
-        layers = [getattr(mlp, name, None) for name in names]
+        layers: list[Any] = [getattr(mlp, name, None) for name in names]
         if all(isinstance(layer, nn.Module) and hasattr(layer, "weight") for layer in layers):
             break
     else:
         return None
     kind = type(mlp).__name__
     if odd := [layer for layer in layers if type(layer) is not nn.Linear]:
-        layer = type(odd[0])
+        found = type(odd[0])
         raise Unsuitable(
-            f"{kind}.{names[layers.index(odd[0])]} is a {layer.__module__}.{layer.__name__}, not a "
+            f"{kind}.{names[layers.index(odd[0])]} is a {found.__module__}.{found.__name__}, not a "
             "plain nn.Linear: make the model sparse before quantisation, adapters or sharding"
         )
     hidden, intermediate = layers[-1].out_features, layers[-1].in_features
@@ -115,12 +117,12 @@ def probe(mlp: nn.Module, found: GatedMLP) -> None:
         )
 
 
-def dense_mlp(x: Tensor, weights, activation: str) -> Tensor:
+def dense_mlp(x: Tensor, weights: Sequence[Tensor], activation: str) -> Tensor:
     """The function itself; x [...,H], weights as GatedMLP.weights gives them."""
     return mlp_activations(x, weights, activation) @ weights[-1].t()
 
 
-def mlp_activations(x: Tensor, weights, activation: str) -> Tensor:
+def mlp_activations(x: Tensor, weights: Sequence[Tensor], activation: str) -> Tensor:
     """act(gate(x)) * up(x), [...,I]."""
     if len(weights) == 2:
         gate, up = (x @ weights[0].t()).chunk(2, dim=-1)

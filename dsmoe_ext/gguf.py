@@ -7,8 +7,12 @@ those that it doesn't know (experts, biases) and passes over the scaling of rota
 import contextlib
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 # Without these the model would be built with somebody's defaults.
 _NEEDED = (
@@ -82,12 +86,12 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} could not be read as GGUF: {' '.join(str(error).split())[:200]}")
 
 
-def _field(reader, key: str, default=None):
+def _field(reader: "GGUFReader", key: str, default: Any = None) -> Any:
     field = reader.get_field(key)
     return default if field is None else field.contents()
 
 
-def _check_tensors(path: Path, reader) -> None:
+def _check_tensors(path: Path, reader: "GGUFReader") -> None:
     """The file is one whole dense LLaMA: every tensor of it, and no other."""
     architecture = _field(reader, "general.architecture")
     if architecture != "llama":
@@ -118,7 +122,7 @@ def _check_tensors(path: Path, reader) -> None:
         )
 
 
-def _rope_parameters(path: Path, reader) -> dict:
+def _rope_parameters(path: Path, reader: "GGUFReader") -> dict[str, Any]:
     """The scaling of rotary frequencies, as transformers' rope_parameters has it; {} for none."""
     prefix = "llama.rope.scaling."
     fields = {

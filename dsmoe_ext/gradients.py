@@ -1,14 +1,18 @@
 """For backward ops that make only those gradients that are wanted."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 
 
-def only_wanted(gradients, wanted):
+def only_wanted(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
     """None in place of those that are not."""
     return [g if is_wanted else None for g, is_wanted in zip(gradients, wanted, strict=True)]
 
 
-def empty_gradients(inputs, wanted):
+def empty_gradients(inputs: Sequence[Any], wanted: Sequence[bool]) -> tuple[Tensor, ...]:
     """What a backward op returns, for register_fake: no elements where nothing is wanted. An input
     may be None; the first is not."""
     return tuple(

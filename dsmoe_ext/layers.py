@@ -1,6 +1,7 @@
 """All sparse FFNs of a model: finding them, moving their thresholds, reading what was active."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -48,7 +49,7 @@ def start_step(model: nn.Module, step: int) -> None:
         ffn.router.start_step(step)
 
 
-def pack(model: nn.Module, **form) -> nn.Module:
+def pack(model: nn.Module, **form: Any) -> nn.Module:
     """Packs all FFNs for inference on the CPU: faster, for their memory once more, or with bits=8
     or 4 for a half or a third of it (DSMoEFFN.pack)."""
     for ffn in ffn_layers(model):
@@ -56,7 +57,7 @@ def pack(model: nn.Module, **form) -> nn.Module:
     return model
 
 
-def shard_routers(model: nn.Module, **options) -> None:
+def shard_routers(model: nn.Module, **options: Any) -> None:
     """FSDP2: gives every router a group of its own; call it before fully_shard of the layers.
 
     Routers are float32, and a group of parameters must have one dtype. options: as for fully_shard.

@@ -3,6 +3,7 @@ lie in memory."""
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 
 def expert_layout(
@@ -92,7 +93,7 @@ def parse_sizes(text: str, intermediate_size: int) -> list[int]:
     return _checked([_number(part, int, text) for part in text.split(",")], text)
 
 
-def _number(text: str, kind: type, whole: str):
+def _number(text: str, kind: type, whole: str) -> Any:
     try:
         value = kind(text)
     except ValueError:

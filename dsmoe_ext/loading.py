@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .command_line.console import expect, is_out_of_memory, say
 from .errors import UserError
@@ -10,11 +11,14 @@ from .files import TOKENIZER_FILES, check_space, owned_files
 from .models import KEY, OLD_MODEL_TYPE
 from .quiet import quiet_transformers
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 # Ends of names that older versions saved and that are computed from the config.
 _HARMLESS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "embeddings.position_ids")
 
 
-def read_config(folder: Path) -> dict:
+def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder, with a clear error for everything that is not one."""
     if not folder.exists():
         raise UserError(f"no such model folder: {folder}")
@@ -36,7 +40,7 @@ def read_config(folder: Path) -> dict:
 
 def load_model(
     model: str | Path, *, dtype: str = "auto", only: str | None = None, device: str = "cpu"
-):
+) -> tuple[Any, Any]:
     """(model, tokenizer or None) from a folder, a .gguf file, a hub id, or the word "smollm2".
 
     dtype: "auto" (as saved), "fp32", "bf16", "fp16". only: "dense" refuses a converted model,
@@ -107,7 +111,7 @@ class UnreadableTokenizer:
             shutil.copyfile(self.folder / file, Path(target) / file)
 
 
-def _load_tokenizer(folder: Path):
+def _load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder, None if it has none."""
     from transformers import AutoTokenizer
 
@@ -150,7 +154,7 @@ def _loading_error(folder: Path, error: Exception) -> Exception:
     return UserError(f"{folder} could not be opened: {text[:300] or name}")
 
 
-def need_tokenizer(tokenizer, model: str | Path):
+def need_tokenizer(tokenizer: "PreTrainedTokenizerBase | None", model: str | Path) -> Any:
     """The tokenizer, or an error that says what is missing."""
     if tokenizer is None:
         raise UserError(f"{model} has no tokenizer (tokenizer.json); copy it into the folder")
@@ -159,13 +163,15 @@ def need_tokenizer(tokenizer, model: str | Path):
     return tokenizer
 
 
-def model_bytes(model) -> int:
+def model_bytes(model: "PreTrainedModel") -> int:
     """Bytes that the weights take on disk, tied ones once."""
     tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def save_model(model, tokenizer, folder: Path) -> None:
+def save_model(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", folder: Path
+) -> None:
     """Weights, config and tokenizer into an empty folder, in one with room for them."""
     check_space(folder, model_bytes(model))
     with quiet_transformers():

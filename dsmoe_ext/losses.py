@@ -2,6 +2,7 @@
 MoDSE, ReMoE)."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,17 +79,17 @@ class _Controller:
     def close(self) -> None:
         """Called after the last step: lets go of what the controller has put into the model."""
 
-    def attach(self, optimizer: torch.optim.Optimizer):
+    def attach(self, optimizer: torch.optim.Optimizer) -> Any:
         """Calls step() after each optimizer.step(); returns the handle that undoes it."""
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         return optimizer.register_step_post_hook(lambda *_: self.step())
 
-    def trainer_callback(self):
+    def trainer_callback(self) -> Any:
         """The same for transformers: Trainer(..., callbacks=[controller.trainer_callback()])."""
         from transformers import TrainerCallback
 
         class ControllerCallback(TrainerCallback):
-            def on_step_end(callback, args, state, control, **kwargs):
+            def on_step_end(callback, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 self.step()
 
         return ControllerCallback()

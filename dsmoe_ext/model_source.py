@@ -16,6 +16,7 @@ import threading
 import urllib.error
 import urllib.request
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 from .command_line.console import say, stage
@@ -82,7 +83,7 @@ def from_gguf(path: Path) -> Path:
     return _cached(name, write)
 
 
-def _cached(name: str, write) -> Path:
+def _cached(name: str, write: Callable[[Path], str | None]) -> Path:
     folder = cache_dir() / name
     if _is_intact(folder):
         return folder
@@ -99,7 +100,7 @@ def _cached(name: str, write) -> Path:
     return folder
 
 
-def _record(folder: Path, origin: str) -> None:
+def _record(folder: Path, origin: str | None) -> None:
     files = {
         file.name: {"size": file.stat().st_size, "sha256": _sha256(file)}
         for file in sorted(folder.iterdir())

@@ -7,7 +7,7 @@ The same functions in plain PyTorch stand in `dsmoe_ext.reference`.
 """
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class Permutation(NamedTuple):
     slot_idx: Tensor
 
 
-def build_info() -> dict:
+def build_info() -> dict[str, Any]:
     """Version, torch built against, compiler, CUDA (empty: none) and the most experts that it
     takes, instruction sets, the one in use, and whether the CPU's tiles (AMX) are usable."""
     return _C.build_info()
@@ -104,7 +104,9 @@ def route(
     return Routing(*_ops.route(logits, threshold, expert_offsets, *options))
 
 
-def _route_options(method: str, top_k: int, gates: str, rescale: bool, gate_scale: float) -> tuple:
+def _route_options(
+    method: str, top_k: int, gates: str, rescale: bool, gate_scale: float
+) -> tuple[Any, ...]:
     """As the C++ ops take them."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, but is {method!r}.")
@@ -243,7 +245,7 @@ def _allows_tf32() -> bool:
 
 # Dynamo cannot trace the setting. This is what torch.compiler.assume_constant_result sets, which
 # imports all of Dynamo to do so: 0.7 s for everyone who never compiles.
-_allows_tf32._dynamo_marked_constant = True
+setattr(_allows_tf32, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 @torch.library.register_fake("dsmoe::expert_mlp")
@@ -307,7 +309,7 @@ def _sparse_ffn_packed(x: Tensor, gates: Tensor, packed: PackedWeights) -> Tenso
     return _ops.expert_mlp_packed(x, gates, *_packed_arguments(packed))
 
 
-def _packed_arguments(packed: PackedWeights) -> tuple:
+def _packed_arguments(packed: PackedWeights) -> tuple[Any, ...]:
     """As the C++ ops take them."""
     sizes = (packed.hidden_size, packed.intermediate_size)
     return packed.data, packed.expert_offsets, *sizes, activation_index(packed.activation)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dsmoe_ext import _C  # noqa: F401  registers the ops
 from dsmoe_ext.quantization.codes import QuantizedWeights, quantize_weights
-from dsmoe_ext.reference import activation_index
+from dsmoe_ext.reference import activation_index, split_weights
 
 _ops = torch.ops.dsmoe
 
@@ -62,7 +62,7 @@ def pack_weights(
     """
     activation_index(activation)
     if bits:
-        weights = as_rows(gate_proj, up_proj, down_proj_t)
+        weights = split_weights(gate_proj, up_proj, down_proj_t)
         quantized = quantize_weights(*weights, expert_offsets, bits=bits, group_size=group_size,
                                      symmetric=symmetric, activation=activation)  # fmt: skip
         return replace(pack_quantized(quantized), dtype=gate_proj.dtype)
@@ -77,6 +77,7 @@ def pack_weights(
 def pack_quantized(weights: QuantizedWeights) -> PackedWeights:
     """Lays quantized weights out for the CPU inference kernels; `weights` may go afterwards."""
     activation_index(weights.activation)
+    assert weights.expert_offsets is not None
     matrices = (weights.gate_proj, weights.up_proj, weights.down_proj_t)
     tensors = [tensor for m in matrices for tensor in (m.codes, m.scales, m.mins)]
     form = (weights.bits, weights.group_size)
@@ -85,10 +86,3 @@ def pack_quantized(weights: QuantizedWeights) -> PackedWeights:
     sizes = (hidden_size, intermediate_size)
     offsets = weights.expert_offsets.clone()
     return PackedWeights(data, offsets, *sizes, torch.bfloat16, weights.activation, *form)
-
-
-def as_rows(gate_proj: Tensor, up_proj: Tensor | None, down_proj_t: Tensor) -> tuple[Tensor, ...]:
-    """gate_proj, up_proj and down_proj_t as [I,H] each, of any that `sparse_ffn` takes."""
-    if up_proj is None:
-        gate_proj, up_proj = gate_proj.chunk(2, dim=-2)
-    return tuple(weight.flatten(0, -2) for weight in (gate_proj, up_proj, down_proj_t))

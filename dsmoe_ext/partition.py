@@ -101,7 +101,7 @@ def balanced_kmeans(
     device = features.device
     sizes_column = torch.tensor(capacity, device=device, dtype=features.dtype)[:, None]
     centres = features[_spread_start(features, len(sizes), seed)]  # [k,d]
-    best_cost, best = float("inf"), None
+    best_cost, best = float("inf"), np.zeros(0)
     previous = None
     for _ in range(max_iterations):
         # |f - c|² without |f|², which is the same for every cluster

@@ -7,6 +7,8 @@ Shapes: T tokens, H hidden_size, I intermediate_size, E experts, R = E - num_sha
 A active pairs.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -111,12 +113,12 @@ class _WeightInactiveGates(torch.autograd.Function):
     """Identity whose gradient is multiplied by grad_weight where the gate is 0."""
 
     @staticmethod
-    def forward(ctx, gates: Tensor, grad_weight: Tensor | None) -> Tensor:
+    def forward(ctx: Any, gates: Tensor, grad_weight: Tensor | None) -> Tensor:
         ctx.save_for_backward(gates, grad_weight)
         return gates.view_as(gates)
 
     @staticmethod
-    def backward(ctx, dgates: Tensor):
+    def backward(ctx: Any, dgates: Tensor) -> tuple[Tensor | None, ...]:
         gates, grad_weight = ctx.saved_tensors
         weight = torch.zeros_like(gates) if grad_weight is None else grad_weight
         return torch.where(gates == 0, dgates * weight, dgates), None
@@ -129,7 +131,7 @@ def split_weights(
     `ops.sparse_ffn` takes."""
     if up_proj is None:
         gate_proj, up_proj = gate_proj.chunk(2, dim=-2)
-    return tuple(w.flatten(0, -2) for w in (gate_proj, up_proj, down_proj_t))
+    return gate_proj.flatten(0, -2), up_proj.flatten(0, -2), down_proj_t.flatten(0, -2)
 
 
 def sparse_ffn(

@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from dsmoe_ext import ops
 from dsmoe_ext.gated_mlp import SPLIT
-from dsmoe_ext.packing import as_rows
 from dsmoe_ext.quantization.codes import quantize_weights
 from dsmoe_ext.quantization.experts import QuantizedExperts
 from dsmoe_ext.quantization.gptq import quantize_with_gram
+from dsmoe_ext.reference import split_weights
 from dsmoe_ext.weights import FactoredWeight, Weight, permuted, replicated
 
 
@@ -26,6 +28,8 @@ class SlicedFFN(nn.Module):
     permutation  buffer int64 [I]: neuron i here is neuron permutation[i] of the dense MLP
     """
 
+    permutation: Tensor
+
     def __init__(
         self,
         hidden_size: int,
@@ -34,7 +38,7 @@ class SlicedFFN(nn.Module):
         activation: str = "silu",
         names: Sequence[str] = SPLIT,
         weights: Sequence[Tensor] | None = None,
-        device=None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
@@ -48,10 +52,15 @@ class SlicedFFN(nn.Module):
         self.parallel: nn.Module | None = None  # likewise once they lie on several ranks
         self._offsets: Tensor | None = None
         self._packed: ops.PackedWeights | None = None
-        self._pack_form: dict = {}  # what pack() was asked for, and of which weights
-        self._packed_state: list = []
+        self._pack_form: dict[str, Any] = {}  # what pack() was asked for, and of which weights
+        self._packed_state: list[Any] = []
 
-    def _init_weights(self, weights, device, dtype) -> None:
+    def _init_weights(
+        self,
+        weights: Sequence[Tensor] | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
         height = self.intermediate_size * (2 if len(self.names) == 2 else 1)
         shapes = [(height, self.hidden_size)] * (len(self.names) - 1)
         shapes.append((self.hidden_size, self.intermediate_size))
@@ -111,13 +120,16 @@ class SlicedFFN(nn.Module):
             return self.experts.sparse_ffn(tokens, gates, self.expert_offsets, grad_weight)
         if self.parallel is not None:
             return self.parallel(tokens.to(dtype) if dtype else tokens, gates, grad_weight)
-        weights = self.expert_weights(tokens)
+        gate, up, down = self.expert_weights(tokens)
         if dtype is not None and tokens.dtype != torch.float64:
-            tokens, *weights = (t if t is None else t.to(dtype) for t in (tokens, *weights))
+            tokens, gate, down = tokens.to(dtype), gate.to(dtype), down.to(dtype)
+            up = None if up is None else up.to(dtype)
         return ops.sparse_ffn(
             tokens,
             gates,
-            *weights,
+            gate,
+            up,
+            down,
             self.offsets_on(tokens.device),
             activation=self.activation,
             grad_weight=grad_weight,
@@ -127,7 +139,7 @@ class SlicedFFN(nn.Module):
         """The weights in the dense MLP's order, under self.names: from_mlp undone, bit for bit."""
         self.refuse_adapters()
         if self.experts is not None:
-            gate, up, down = self.expert_weights()
+            gate, up, down = self.experts.weights(self.offsets_on(torch.device("cpu"))).dequantize()
             gate_up = [torch.cat([gate, up])] if len(self.names) == 2 else [gate, up]
             weights = [nn.Parameter(weight) for weight in (*gate_up, down.t().contiguous())]
         else:
@@ -175,7 +187,7 @@ class SlicedFFN(nn.Module):
 
     # ------------------------------------------------------------ packing
 
-    def pack(self, **form) -> "SlicedFFN":
+    def pack(self, **form: Any) -> Self:
         """Packs a copy of the weights for inference without gradients.
 
         train(), loading and moves undo it. Weights that are changed in place meanwhile (an average
@@ -198,11 +210,10 @@ class SlicedFFN(nn.Module):
             return self
         if any(parameter.is_meta for parameter in self.parameters()):
             raise RuntimeError("the weights are offloaded: load the model whole, then pack it")
-        weights = [None if w is None else w.detach() for w in self.expert_weights()]
+        gate, up, down = self.expert_weights()
+        offsets = self.offsets_on(gate.device)
         self._pack_form, self._packed_state = form, self._weights_state()
-        self._packed = ops.pack_weights(
-            *weights, self.offsets_on(weights[0].device), activation=self.activation, **form
-        )
+        self._packed = ops.pack_weights(gate, up, down, offsets, activation=self.activation, **form)
         return self
 
     def _current_pack(self) -> ops.PackedWeights | None:
@@ -214,11 +225,11 @@ class SlicedFFN(nn.Module):
             self.pack(**self._pack_form)
         return self._packed
 
-    def _weights_state(self) -> list:
+    def _weights_state(self) -> list[Any]:
         """What changes with the weights and their adapters: every tensor's memory and version."""
-        tensors = []
+        tensors: list[Any] = []
         for name in self.names:
-            holder = self._modules[name]
+            holder: Any = self._modules[name]
             plain = type(holder) is Weight  # reading it so saves 3 us a weight
             tensors += (holder._parameters["weight"],) if plain else holder.parameters()
         return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
@@ -241,7 +252,7 @@ class SlicedFFN(nn.Module):
         if self.experts is not None:
             raise ValueError(f"the experts have {self.experts.bits} bits already")
         self.refuse_adapters()
-        form = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+        form: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
         weights = self.expert_weights()
         if weights[0].is_meta:  # of a model being built: a checkpoint has the codes
             experts = QuantizedExperts.empty(
@@ -249,12 +260,12 @@ class SlicedFFN(nn.Module):
             )
         else:
             offsets = self.offsets_on(torch.device("cpu"))
-            weights = as_rows(*weights)
+            rows = split_weights(*weights)
             if grams is None:
-                codes = quantize_weights(*weights, offsets, activation=self.activation, **form)
+                codes = quantize_weights(*rows, offsets, activation=self.activation, **form)
             else:
                 codes = quantize_with_gram(
-                    *weights, offsets, *grams, activation=self.activation, **form
+                    *rows, offsets, *grams, activation=self.activation, **form
                 )
             experts = QuantizedExperts(codes)
         for name in self.names:
@@ -262,7 +273,7 @@ class SlicedFFN(nn.Module):
         self.experts, self._packed = experts, None
         return self
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
         if mode:
             self._unpack()
         return super().train(mode)
@@ -272,7 +283,9 @@ class SlicedFFN(nn.Module):
             self.experts.check_held()
         self._packed = None
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # Of a model sharded by FSDP2, loaders expect tensors on its mesh, also of buffers.
         mesh = getattr(next(self.parameters(), None), "device_mesh", None)
@@ -280,7 +293,9 @@ class SlicedFFN(nn.Module):
             for name in self._buffers:
                 destination[prefix + name] = replicated(destination[prefix + name], mesh)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         self._packed = None
         for key in (prefix + name for name in self._buffers):
             if hasattr(state_dict.get(key), "device_mesh"):
@@ -288,5 +303,5 @@ class SlicedFFN(nn.Module):
         state_dict.pop(f"{prefix}expert_offsets", None)  # of folders saved before 0.2: derived now
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None}

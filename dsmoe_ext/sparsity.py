@@ -12,13 +12,17 @@ which reentrant checkpointing would lose, and loss scales or accumulation need n
 import functools
 import threading
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dsmoe_ext.models import KEY
 from dsmoe_ext.ops import Routing
+
+if TYPE_CHECKING:
+    from dsmoe_ext.ffn import DSMoEFFN
 
 IGNORE_INDEX = -100
 
@@ -41,7 +45,7 @@ def sparsity_terms(routing: Routing, expert_offsets: Tensor, binary: bool) -> Te
 class ForwardPass:
     """What one forward of a model has seen so far."""
 
-    def __init__(self, owner: nn.Module | None = None, config=None):
+    def __init__(self, owner: nn.Module | None = None, config: Any = None):
         self.owner = owner  # the outermost module that was called
         self.config = config  # the one with the key
         self.wants_grad = torch.is_grad_enabled()
@@ -64,13 +68,13 @@ class ForwardPass:
         mask = self.token_mask
         return mask if mask is not None and mask.numel() == num_tokens else None
 
-    def draw_of(self, ffn) -> Tensor:
+    def draw_of(self, ffn: "DSMoEFFN") -> Tensor:
         """The layer's draw: taken once, and the same one where the layer is computed again."""
         if id(ffn) not in self.draws:
             self.draws[id(ffn)] = ffn.next_draw()
         return self.draws[id(ffn)]
 
-    def note(self, ffn, y: Tensor, routing: Routing) -> Tensor:
+    def note(self, ffn: "DSMoEFFN", y: Tensor, routing: Routing) -> Tensor:
         """Takes down a layer's terms; returns its output y with the node that feeds them."""
         if not (ffn.training or self.has_labels):
             return y
@@ -107,12 +111,12 @@ class _Feed(torch.autograd.Function):
     """y [...], terms [T] -> y; the terms' gradient is the pass's factor where its mask is on."""
 
     @staticmethod
-    def forward(ctx, y, terms, run):
+    def forward(ctx: Any, y: Tensor, terms: Tensor, run: "ForwardPass") -> Tensor:
         ctx.run, ctx.num_tokens = run, len(terms)
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         run = ctx.run
         if run.factor is None:
             return dy, None, None
@@ -126,13 +130,13 @@ class _Tie(torch.autograd.Function):
     """loss + value; the backward notes with which factor the loss counts."""
 
     @staticmethod
-    def forward(ctx, loss, value, scale, run):
+    def forward(ctx: Any, loss: Tensor, value: Tensor, scale: Tensor, run: "ForwardPass") -> Tensor:
         ctx.run = run
         ctx.save_for_backward(scale)
         return loss + value
 
     @staticmethod
-    def backward(ctx, dloss):
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = ctx.saved_tensors
         run, task = ctx.run, _backward_number()
         other = _in_backward.get(task)
@@ -144,14 +148,18 @@ class _Tie(torch.autograd.Function):
             )
         run.factor, run.is_again = (dloss * scale).detach(), True
         if other is None:
-            engine = torch.autograd.Variable._execution_engine
+            engine: Any = torch.autograd.Variable._execution_engine
             engine.queue_callback(functools.partial(_in_backward.pop, task, None))
         _in_backward[task] = run
         return dloss, None, None, None
 
 
 def add_sparsity_loss(
-    loss: Tensor, *, labels: Tensor | None = None, shift_labels=None, num_items_in_batch=None
+    loss: Tensor,
+    *,
+    labels: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
     """loss + sparsity_weight * the sparsity loss of the forward just made in this thread.
 
@@ -174,8 +182,8 @@ def add_sparsity_loss(
         shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
     mask = run.mask_of(num_tokens)
     is_by_token = shift_labels is not None and shift_labels.numel() == num_tokens
-    if is_by_token:
-        mask = (shift_labels != IGNORE_INDEX).reshape(-1)
+    if shift_labels is not None and is_by_token:
+        mask = shift_labels.ne(IGNORE_INDEX).reshape(-1)
     items = num_items_in_batch if is_by_token else None  # of a classifier: sequences, not tokens
     if items is None:
         items = num_tokens if mask is None else mask.sum().clamp(min=1)
@@ -198,10 +206,10 @@ def add_sparsity_loss(
 class LossWithSparsity:
     """A model's loss function, with the sparsity term of the same forward added in training."""
 
-    def __init__(self, original):
+    def __init__(self, original: Callable[..., Tensor]):
         self.original = original
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = self.original(*args, **kwargs)
         labels = kwargs.get("labels", args[1] if len(args) > 1 else None)  # Gemma: by position
         return add_sparsity_loss(
@@ -215,7 +223,7 @@ class LossWithSparsity:
 # ------------------------------------------------------------------------------------------- hooks
 
 
-def watch(module: nn.Module, config) -> None:
+def watch(module: nn.Module, config: Any) -> None:
     """Opens a pass around every forward of module, a model that holds sparse FFNs.
 
     Of models one inside the other the outermost that is called opens it; the inner ones tell what
@@ -237,11 +245,11 @@ def unwatch(module: nn.Module) -> None:
             hooks.pop(key, None)
 
 
-def _is_ours(hook) -> bool:
+def _is_ours(hook: Any) -> bool:
     return isinstance(hook, functools.partial) and hook.func is _enter
 
 
-def _enter(config, module: nn.Module, args: tuple, kwargs: dict) -> None:
+def _enter(config: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     run = getattr(_thread, "now", None)
     if run is None or run.owner is module:  # the latter: what a forward that failed left behind
         _warn_if_lost(getattr(_thread, "last", None), module)
@@ -251,7 +259,7 @@ def _enter(config, module: nn.Module, args: tuple, kwargs: dict) -> None:
         run.token_mask = _token_mask(args, kwargs)
 
 
-def _leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     run = getattr(_thread, "now", None)
     if run is None or run.owner is not module:
         return
@@ -274,7 +282,7 @@ def _warn_if_lost(last: ForwardPass | None, module: nn.Module) -> None:
         )
 
 
-def _token_mask(args: tuple, kwargs: dict) -> Tensor | None:
+def _token_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Which tokens are none of the padding, [T] bool, from the arguments of a model."""
     tokens = kwargs.get("input_ids", args[0] if args else None)
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens

@@ -2,9 +2,11 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 # Decoding sees one token at a time and cannot afford four small torch calls a layer for statistics.
 # So up to this many small batches wait as they are and are counted together.
@@ -20,7 +22,7 @@ class ActivityCounter(nn.Module):
     overwrite it with the first process's before every forward.
     """
 
-    def __init__(self, num_experts: int, device=None):
+    def __init__(self, num_experts: int, device: torch.device | str | None = None):
         super().__init__()
         self.num_experts = num_experts
         # Loaders build modules on the meta device and then fill in parameters and buffers alone.
@@ -60,7 +62,7 @@ class ActivityCounter(nn.Module):
             with torch.inference_mode(False):  # as above
                 self.counts = self.counts.to(gates.device)
         used = gates != 0
-        tokens = gates.shape[0]
+        tokens: int | Tensor = gates.shape[0]
         if token_mask is not None:
             token_mask = token_mask.to(gates.device)
             used = used & token_mask.unsqueeze(1)
@@ -75,7 +77,8 @@ class ActivityCounter(nn.Module):
         for gates, mask, training in pending:
             groups.setdefault((mask is not None, training), []).append((gates, mask))
         for (has_mask, training), batches in groups.items():
-            mask = torch.cat([mask for _, mask in batches]) if has_mask else None
+            masks = [mask for _, mask in batches if mask is not None]
+            mask = torch.cat(masks) if has_mask else None
             self._count(torch.cat([gates for gates, _ in batches]), mask, training)
 
     def totals(self) -> Tensor:
@@ -89,14 +92,14 @@ class ActivityCounter(nn.Module):
         self._last_read = totals
         return (totals if before is None else totals - before.to(totals.device)).sum(0)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._flush()  # before counts move to another device than the batches in waiting
         device = fn(self.counts).device
         if device.type != "meta":
             self.counts = self.counts.to(device)
         return super()._apply(fn, recurse)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         self._flush()  # copies and pickles hold numbers, not batches in waiting
         return self.__dict__.copy()
 

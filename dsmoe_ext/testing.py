@@ -7,7 +7,9 @@ PyTorch in the same dtype, plus the rounding of the output. Of few terms PyTorch
 small by luck; so 4 * eps * the largest root of the sum of squared terms is allowed always.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +40,7 @@ class Case:
     def to(self, dtype: torch.dtype) -> "Case":
         """The same case in another dtype; gates and grad_weight are float32, or float64 with it."""
         gate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        change = {}
+        change: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor) and value.is_floating_point():
@@ -72,11 +74,14 @@ def random_case(
     mask = torch.rand(num_tokens, num_experts, generator=g) < active
     gates = (torch.rand(num_tokens, num_experts, generator=g) + 0.5) * mask
     scale = max(hidden_size, 1) ** -0.5
-    weights = [normal(intermediate_size, hidden_size, scale=scale) for _ in range(3)]
+    shape = (intermediate_size, hidden_size)
+    gate_proj, up_proj, down_proj_t = (normal(*shape, scale=scale) for _ in range(3))
     case = Case(
         normal(num_tokens, hidden_size, scale=1.0),
         gates,
-        *weights,
+        gate_proj,
+        up_proj,
+        down_proj_t,
         offsets_of(sizes),
         normal(num_tokens, hidden_size, scale=1.0),
     )
@@ -85,7 +90,7 @@ def random_case(
     return case.to(dtype)
 
 
-def run_case(function, case: Case) -> dict[str, Tensor]:
+def run_case(function: Callable[..., Tensor], case: Case) -> dict[str, Tensor]:
     """Output and all gradients of `function`: `ops.sparse_ffn` or `reference.sparse_ffn`."""
     names = [field.name for field in fields(case)[:5]]
     leaves = [getattr(case, name).detach().clone().requires_grad_() for name in names]
@@ -122,7 +127,9 @@ def magnitudes(case: Case, norm: int = 1) -> dict[str, Tensor]:
     return {name: total ** (1 / norm) for name, total in sums.items()}
 
 
-def error_bounds(case: Case, function=reference.sparse_ffn) -> dict[str, tuple[Tensor, Tensor]]:
+def error_bounds(
+    case: Case, function: Callable[..., Tensor] = reference.sparse_ffn
+) -> dict[str, tuple[Tensor, Tensor]]:
     """By name as in `run_case`: `function`'s result in float64, and how far ours may be from it:
     each element of float32 and float64, the farthest element of half types. Weights may be wider
     than x, as those that codes stand for are; PyTorch's then are rounded."""
@@ -140,7 +147,7 @@ def error_bounds(case: Case, function=reference.sparse_ffn) -> dict[str, tuple[T
     return bounds
 
 
-def check_case(function, case: Case) -> None:
+def check_case(function: Callable[..., Tensor], case: Case) -> None:
     """Raises AssertionError with the worst error if `function` is not as exact as it must be."""
     bounds = error_bounds(case)
     for name, result in run_case(function, case).items():

@@ -9,7 +9,9 @@ decides the work (`expert_offsets`, `threshold`) the values. No other number of 
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,11 +26,17 @@ class Trace(TorchDispatchMode):
         super().__init__()
         self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
         if func.namespace != "dsmoe" or types:  # types: fake and other tensors that hold no numbers
             return func(*args, **(kwargs or {}))
         names = [argument.name for argument in func._schema.arguments]
-        arguments = dict(zip(names, args, strict=False)) | (kwargs or {})
+        arguments = dict(zip(names, args, strict=False)) | dict(kwargs or {})
         start = time.perf_counter()
         result = func(*args, **(kwargs or {}))
         if any(isinstance(value, torch.Tensor) and value.is_cuda for value in arguments.values()):
@@ -39,7 +47,7 @@ class Trace(TorchDispatchMode):
         return result
 
 
-def _described(name: str, value):
+def _described(name: str, value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     dtype = str(value.dtype).removeprefix("torch.")
@@ -51,7 +59,9 @@ def _described(name: str, value):
     return entry
 
 
-def rebuilt(name: str, entry, generator: torch.Generator, device="cpu"):
+def rebuilt(
+    name: str, entry: Any, generator: torch.Generator, device: torch.device | str = "cpu"
+) -> Any:
     """An argument like the recorded one, with random numbers where no values were written."""
     if not isinstance(entry, dict):
         return entry

@@ -1,9 +1,13 @@
 """Weights of an FFN: held as the dense model holds them, and put into another order of neurons."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Weight(nn.Module):
@@ -17,7 +21,7 @@ class Weight(nn.Module):
         super().__init__()
         self.weight = weight
 
-    def forward(self, *_) -> Tensor:
+    def forward(self, *_: object) -> Tensor:
         return self.weight
 
     def extra_repr(self) -> str:
@@ -31,7 +35,12 @@ class FactoredWeight(nn.Module):
     the shared expert's rows, then centre + left_e @ right_e of every routed expert e.
     """
 
-    def __init__(self, parts: int, sizes: Sequence[int], hidden_size: int, rank: int, **kind):
+    shared: Tensor
+    centre: Tensor
+    left: Tensor
+    right: Tensor
+
+    def __init__(self, parts: int, sizes: Sequence[int], hidden_size: int, rank: int, **kind: Any):
         super().__init__()
         shared_size, size, num_experts = sizes
         self.is_transposed = parts == 0
@@ -44,13 +53,15 @@ class FactoredWeight(nn.Module):
         ):
             self.register_parameter(name, nn.Parameter(torch.empty(shape, **kind)))
 
-    def forward(self, *_) -> Tensor:
+    def forward(self, *_: object) -> Tensor:
         routed = (self.centre[:, None] + self.left @ self.right).flatten(1, 2)
         rows = torch.cat([self.shared, routed], dim=1).flatten(0, 1)
         return rows.t() if self.is_transposed else rows
 
 
-def check_permutation(permutation, size: int, device) -> Tensor:
+def check_permutation(
+    permutation: Tensor | Sequence[int], size: int, device: torch.device | None
+) -> Tensor:
     """The permutation as an int64 tensor [size] on device; an error if it is none."""
     permutation = torch.as_tensor(permutation, device=device, dtype=torch.int64)
     identity = torch.arange(size, device=permutation.device)
@@ -74,7 +85,7 @@ def permuted(weights: Sequence[Tensor], permutation: Tensor) -> list[nn.Paramete
     ]
 
 
-def replicated(tensor: Tensor, mesh) -> Tensor:
+def replicated(tensor: Tensor, mesh: "DeviceMesh") -> Tensor:
     """The tensor as a DTensor that every rank of the mesh holds whole."""
     from torch.distributed.tensor import DTensor, Replicate
 

@@ -1,8 +1,9 @@
 """The commands under `dsmoe bench`."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -324,20 +325,20 @@ def _sizes(shape: str, experts: int, expert_sizes: str | None) -> tuple[int, lis
 
 
 def _run(
-    kind,
-    shape,
-    experts,
-    expert_sizes,
-    active,
-    tokens,
-    dtypes,
-    threads,
-    budget,
-    device,
-    out,
-    exact_ste=False,
-    methods=None,
-):
+    kind: str,
+    shape: str,
+    experts: int,
+    expert_sizes: str | None,
+    active: str,
+    tokens: str,
+    dtypes: str,
+    threads: int | None,
+    budget: float,
+    device: str,
+    out: Path | None,
+    exact_ste: bool = False,
+    methods: Callable[..., Any] | None = None,
+) -> None:
     import torch
 
     from dsmoe_ext.benchmarks import report
@@ -360,12 +361,12 @@ def _run(
         (t, r) for t in numbers(tokens, int, "--tokens") for r in numbers(active, float, "--active")
     ]
     for name, dtype in zip(dtypes.split(","), kinds, strict=True):
-        rows = []
+        rows: list[Any] = []
         with progress(f"{kind}, {name}", len(cases), "cases") as advance:
             for num_tokens, fraction in cases:
                 case = Shape(hidden_size, tuple(sizes), num_tokens, fraction, dtype)
                 is_train = kind == "train"
-                how = dict(exact_ste=exact_ste, budget=budget, methods=methods, device=place)
+                how: Any = dict(exact_ste=exact_ste, budget=budget, methods=methods, device=place)
                 rows += measure(machine, case, train=is_train, **how)
                 advance()
         console.print(
@@ -377,7 +378,7 @@ def _run(
             report.save_plot(out / f"{kind}_{name}.png", machine, rows)
 
 
-def _dtypes(text: str) -> list:
+def _dtypes(text: str) -> list[Any]:
     import torch
 
     from dsmoe_ext.errors import UserError

@@ -9,6 +9,7 @@ backward of everything. Times are minima of interleaved rounds (`timing`).
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ def make_layer(hidden_size: int, size: int, num_experts: int, dtype: torch.dtype
     return layer
 
 
-def call(layer: nn.Module, implementation: str, inputs: tuple, train: bool) -> torch.Tensor:
+def call(layer: Any, implementation: str, inputs: tuple[Any, ...], train: bool) -> torch.Tensor:
     layer.config._experts_implementation = implementation
     layer.train(train)
     with torch.set_grad_enabled(train):
@@ -47,7 +48,7 @@ def call(layer: nn.Module, implementation: str, inputs: tuple, train: bool) -> t
 
 
 def measure(
-    layer: nn.Module, num_tokens: int, top_k: int, implementations: list[str], train: bool,
+    layer: Any, num_tokens: int, top_k: int, implementations: list[str], train: bool,
     budget: float,
 ) -> dict[str, float]:  # fmt: skip
     """Seconds a call by implementation."""
@@ -58,7 +59,7 @@ def measure(
     weights, index = scores.softmax(1).topk(top_k)
     inputs = (x.requires_grad_(train), index, weights.to(x.dtype).requires_grad_(train))
     expected = call(layer, "eager", inputs, train).double()
-    methods: dict[str, list[Callable]] = {}
+    methods: dict[str, list[Callable[..., Any]]] = {}
     for name in implementations:
         error = (call(layer, name, inputs, train).double() - expected).abs().max()
         if not error <= 16 * torch.finfo(x.dtype).eps * expected.abs().max():

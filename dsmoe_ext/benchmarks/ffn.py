@@ -1,11 +1,13 @@
 """One FFN, sparse against dense: forward (`ffn`, `decode`) and forward with backward (`train`)."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from dsmoe_ext import ops
 from dsmoe_ext.benchmarks.machine import Machine
@@ -62,7 +64,7 @@ def train_cost(case: Case) -> tuple[float, float]:
     return 2.0 * hidden_size * (9 * rows + 3 * extra), 3 * weights
 
 
-def dense(x, gate_proj, up_proj, down_proj):
+def dense(x: Tensor, gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor) -> Tensor:
     """LLaMA's FFN in torch; down_proj [H,I]."""
     return F.linear(F.silu(F.linear(x, gate_proj)) * F.linear(x, up_proj), down_proj)
 
@@ -80,7 +82,7 @@ def expert_loop(case: Case) -> torch.Tensor:
     return y
 
 
-def forward_methods(case: Case) -> dict[str, Callable]:
+def forward_methods(case: Case) -> dict[str, Callable[..., Any]]:
     """Dense torch, the loop, and ours with plain and, on the CPU, with packed weights."""
     x, gates, *weights = case.inputs()
     down_proj = case.down_proj_t.t().contiguous()
@@ -95,17 +97,19 @@ def forward_methods(case: Case) -> dict[str, Callable]:
     return methods
 
 
-def train_methods(case: Case) -> dict[str, Callable]:
+def train_methods(case: Case) -> dict[str, Callable[..., Any]]:
     """Forward and every gradient: dense torch, the loop, ours."""
     leaves = [t.detach().clone().requires_grad_() for t in case.inputs()[:5]]
-    x, _, gate_proj, up_proj, _ = leaves
+    x, gates, gate_proj, up_proj, down_proj_t = leaves
     down_proj = case.down_proj_t.t().contiguous().requires_grad_()
-    looped = Case(*leaves, case.expert_offsets, case.dy)
+    offsets = case.expert_offsets
+    looped = Case(x, gates, gate_proj, up_proj, down_proj_t, offsets, case.dy)
 
-    def ours():
-        return ops.sparse_ffn(*leaves, case.expert_offsets, grad_weight=case.grad_weight)
+    def ours() -> Tensor:
+        weights = (gate_proj, up_proj, down_proj_t)
+        return ops.sparse_ffn(x, gates, *weights, offsets, grad_weight=case.grad_weight)
 
-    def gradients(y, inputs):
+    def gradients(y: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(y, inputs, case.dy)
 
     dense_inputs = (x, gate_proj, up_proj, down_proj)
@@ -127,7 +131,7 @@ class Row:
     flops: float
     read: float
 
-    def record(self) -> dict:
+    def record(self) -> dict[str, Any]:
         """Plain numbers for the JSON file."""
         sizes = self.shape.sizes
         return {
@@ -146,16 +150,16 @@ class Row:
 
 def on_device(case: Case, device: str) -> Case:
     """The same case there."""
-    tensors = {f.name: getattr(case, f.name) for f in fields(case)}
-    return Case(
-        **{n: t.to(device) if isinstance(t, torch.Tensor) else t for n, t in tensors.items()}
-    )
+    values: dict[str, Any] = {f.name: getattr(case, f.name) for f in fields(case)}
+    for name, value in values.items():
+        values[name] = value.to(device) if isinstance(value, torch.Tensor) else value
+    return Case(**values)
 
 
-def checked_on(device: str) -> Callable:
+def checked_on(device: str) -> Callable[..., Any]:
     """sparse_ffn there, of tensors here."""
 
-    def call(*inputs, grad_weight=None):
+    def call(*inputs: Any, grad_weight: Tensor | None = None) -> Tensor:
         weight = None if grad_weight is None else grad_weight.to(device)
         return ops.sparse_ffn(*(t.to(device) for t in inputs), grad_weight=weight).cpu()
 
@@ -169,7 +173,7 @@ def measure(
     train: bool,
     exact_ste: bool,
     budget: float,
-    methods: Callable[[Case], dict[str, Callable]] | None = None,
+    methods: Callable[[Case], dict[str, Callable[..., Any]]] | None = None,
     device: str = "cpu",
 ) -> Iterator[Row]:
     """Checks the kernels on this shape against float64, then times every method on it."""

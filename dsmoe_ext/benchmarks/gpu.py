@@ -6,7 +6,8 @@ user of few tokens sees. Beside them the dense FFN by cuBLAS and the experts by 
 
 import contextlib
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ EAGER = 64  # up to so many, calls without a graph
 PROFILED = 14  # kernels of a call that are kept, the longest
 
 
-def _elapsed(run: Callable) -> float:
+def _elapsed(run: Callable[..., Any]) -> float:
     """Seconds on the device."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
@@ -32,7 +33,7 @@ def _elapsed(run: Callable) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def graph_seconds(call: Callable, calls: int = CALLS) -> float:
+def graph_seconds(call: Callable[..., Any], calls: int = CALLS) -> float:
     """Of one call, replayed in a CUDA graph: the median."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -48,13 +49,13 @@ def graph_seconds(call: Callable, calls: int = CALLS) -> float:
     return statistics.median(_elapsed(graph.replay) / calls for _ in range(ROUNDS))
 
 
-def eager_seconds(call: Callable, calls: int = 50) -> float:
+def eager_seconds(call: Callable[..., Any], calls: int = 50) -> float:
     """Of one call of many in a row, Python and launches included."""
     call()
     return _elapsed(lambda: [call() for _ in range(calls)]) / calls
 
 
-def device() -> dict:
+def device() -> dict[str, Any]:
     """What the GPU says of itself."""
     p = torch.cuda.get_device_properties(0)
     return {
@@ -100,32 +101,32 @@ def weight_bytes(case: Case) -> float:
     return 3.0 * case.x.element_size() * case.x.shape[1] * float(neurons)
 
 
-def op_calls(case: Case, save: bool) -> tuple[Callable, Callable]:
+def op_calls(case: Case, save: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Forward that keeps what the backward wants, and the backward."""
     leaves = [t.detach().requires_grad_() if t.is_floating_point() else t for t in case.inputs()]
     y = ops.sparse_ffn(*leaves, save_activations=save)
 
-    def forward():
+    def forward() -> Any:
         return ops.sparse_ffn(*leaves, save_activations=save)
 
-    def backward():
+    def backward() -> Any:
         return torch.autograd.grad(y, leaves[:5], case.dy, retain_graph=True)
 
     return forward, backward
 
 
-def dense_call(case: Case) -> Callable:
+def dense_call(case: Case) -> Callable[..., Any]:
     """The whole FFN, by cuBLAS."""
     down_proj = case.down_proj_t.t().contiguous()
 
-    def call():
+    def call() -> Any:
         gated = F.silu(F.linear(case.x, case.gate_proj)) * F.linear(case.x, case.up_proj)
         return F.linear(gated, down_proj)
 
     return call
 
 
-def grouped_call(case: Case) -> Callable:
+def grouped_call(case: Case) -> Callable[..., Any]:
     """Rows gathered and the three products by torch._grouped_mm; adding up per token left out."""
     experts, hidden = case.gates.shape[1], case.x.shape[1]
     tokens = (case.gates.t() != 0).nonzero()[:, 1]
@@ -133,31 +134,33 @@ def grouped_call(case: Case) -> Callable:
     both = torch.cat([w.view(experts, -1, hidden) for w in (case.gate_proj, case.up_proj)], 1)
     down = case.down_proj_t.view(experts, -1, hidden)
 
-    def call():
+    def call() -> Any:
         gate, up = torch._grouped_mm(case.x[tokens], both.transpose(1, 2), offs=ends).chunk(2, 1)
         return torch._grouped_mm(F.silu(gate) * up, down, offs=ends)
 
     return call
 
 
-def router_call(case: Case) -> Callable:
+def router_call(case: Case) -> Callable[..., Any]:
     """Logits, scores and gates of a linear router."""
     experts, hidden = case.gates.shape[1], case.x.shape[1]
     weight = torch.randn(experts, hidden, device="cuda")
     return lambda: ops.route(torch.ops.dsmoe.router(case.x, weight, None), 0.5, case.expert_offsets)
 
 
-def times(tokens=TOKENS, layers: tuple[Layer, ...] = (LLAMA_7B, FINE)) -> Iterator[dict]:
+def times(
+    tokens: Sequence[int] = TOKENS, layers: tuple[Layer, ...] = (LLAMA_7B, FINE)
+) -> Iterator[dict[str, Any]]:
     """A record for every number of tokens: {"forward": seconds, ..}, and rates of the forward."""
     for layer in layers:
         for num_tokens in tokens if layer is LLAMA_7B else (1, 16, 8192):
             yield _record(layer, num_tokens)
 
 
-def _record(layer: Layer, num_tokens: int) -> dict:
+def _record(layer: Layer, num_tokens: int) -> dict[str, Any]:
     case, seconds = make_case(layer, num_tokens, "cuda"), {}
 
-    def forward():
+    def forward() -> Any:
         return ops.sparse_ffn(*case.inputs())
 
     with torch.no_grad():
@@ -183,7 +186,7 @@ def _record(layer: Layer, num_tokens: int) -> dict:
     }
 
 
-def kernels(call: Callable) -> dict[str, list[float]]:
+def kernels(call: Callable[..., Any]) -> dict[str, list[float]]:
     """{kernel: [seconds of a call, launches of a call]}, the longest first."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -201,7 +204,7 @@ def kernels(call: Callable) -> dict[str, list[float]]:
     return dict(sorted(rows.items(), key=lambda row: -row[1][0])[:PROFILED])
 
 
-def profiles() -> Iterator[tuple[str, dict]]:
+def profiles() -> Iterator[tuple[str, dict[str, Any]]]:
     """Kernel by kernel: the forward of 1, 64 and 8192 tokens, and both ways of training."""
     with torch.no_grad():
         for num_tokens in (1, 64, 8192):

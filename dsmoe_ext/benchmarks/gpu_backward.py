@@ -72,7 +72,7 @@ def neurons(gpu: Gpu, load: Load) -> list[Prediction]:
     loop = gpu.loop
     saved = ", saved" if load.is_saved else ""
     if loop is not WGMMA:
-        tiles = loop.saved_neurons if load.is_saved else loop.neurons
+        tiles = (loop.saved_neurons if load.is_saved else loop.neurons) or ()
         kernels = [
             (f"{loop.prefix}neurons<{columns}>{saved}", rows, columns, most)
             for rows, columns, most in tiles

@@ -7,6 +7,7 @@ norm of the error, ours against PyTorch's in the same dtype, both against float6
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,9 @@ TINY = Layer("tiny", 72, (40, 16, 0, 130, 8), 0.5)
 RAGGED = Layer("off every tile", 328, (16, 32, 64, 328), 0.9)
 
 
-def make_case(layer: Layer, num_tokens: int, device: str, dtype=torch.bfloat16) -> Case:
+def make_case(
+    layer: Layer, num_tokens: int, device: str, dtype: torch.dtype = torch.bfloat16
+) -> Case:
     """Random inputs as large as in models, the same ones for the same arguments."""
     g = torch.Generator(device=device).manual_seed(num_tokens)
     experts = len(layer.sizes)
@@ -48,16 +51,26 @@ def make_case(layer: Layer, num_tokens: int, device: str, dtype=torch.bfloat16) 
     gates = torch.zeros(num_tokens, experts, device=device).scatter_(1, used, 1.0)
     gates *= torch.rand(gates.shape, generator=g, device=device) + 0.5
     shape, scale = (sum(layer.sizes), layer.hidden_size), layer.hidden_size**-0.5
+    gate, up, down = (normal(*shape, scale=scale) for _ in range(3))
     return Case(
         normal(num_tokens, layer.hidden_size),
         gates,
-        *(normal(*shape, scale=scale) for _ in range(3)),
+        gate,
+        up,
+        down,
         offsets_of(list(layer.sizes)).to(device),
         normal(num_tokens, layer.hidden_size),
     )
 
 
-def expert_loop(x, gates, gate_proj, up_proj, down_proj_t, offsets) -> Tensor:
+def expert_loop(
+    x: Tensor,
+    gates: Tensor,
+    gate_proj: Tensor,
+    up_proj: Tensor,
+    down_proj_t: Tensor,
+    offsets: Tensor,
+) -> Tensor:
     """The layer as a loop over experts in x's dtype; autograd goes through it."""
     y = torch.zeros_like(x)
     for expert, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
@@ -71,7 +84,7 @@ def expert_loop(x, gates, gate_proj, up_proj, down_proj_t, offsets) -> Tensor:
     return y
 
 
-def results(function: Callable, case: Case) -> dict[str, Tensor]:
+def results(function: Callable[..., Any], case: Case) -> dict[str, Tensor]:
     """y and every gradient."""
     leaves = [t.detach().clone().requires_grad_() for t in case.inputs()[:5]]
     y = function(*leaves, case.expert_offsets)
@@ -89,7 +102,7 @@ def check_layer(layer: Layer, num_tokens: int, save: bool, device: str) -> dict[
     """{result: [relative error, PyTorch's]}. Raises AssertionError for a wrong number, and for bits
     that move between ten calls."""
 
-    def ours(*inputs):
+    def ours(*inputs: Any) -> Tensor:
         return ops.sparse_ffn(*inputs, save_activations=save)
 
     case = make_case(layer, num_tokens, device)

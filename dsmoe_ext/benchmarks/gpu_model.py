@@ -18,6 +18,7 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,11 +53,11 @@ class Prediction:
 
     @property
     def bound(self) -> str:
-        return max(self.parts, key=self.parts.get)
+        return max(self.parts, key=self.parts.__getitem__)
 
 
 @cache
-def counts() -> dict:
+def counts() -> dict[str, Any]:
     """What count_work.py wrote."""
     return json.loads(COUNTS.read_text())
 
@@ -149,7 +150,7 @@ def run_tiles(
     return Prediction(kernel, num_tiles, num_tiles / max(len(ctas), 1), parts, seconds + fixed)
 
 
-def deal(gpu: Gpu, tiles: list) -> list[list]:
+def deal(gpu: Gpu, tiles: list[Any]) -> list[list[Any]]:
     """Tile i goes to CTA i modulo their number, as in TileScheduler."""
     ctas = gpu.loop.ctas_per_sm * gpu.sms
     return [tiles[i::ctas] for i in range(ctas)]
@@ -272,7 +273,7 @@ def down(gpu: Gpu, load: Load, sources: int = 1, ends: bool = True) -> Predictio
     return run_tiles(gpu, kernel, ctas, dram, apart, walked=walked)
 
 
-def strips_missing(gpu: Gpu, ctas: list, columns: int, unit_tokens: int) -> float:
+def strips_missing(gpu: Gpu, ctas: list[Any], columns: int, unit_tokens: int) -> float:
     """Bytes of fp32 sums that DRAM moves, since the strips that all CTAs are at are more than L2
     holds: read and written with every tile, in the share that does not fit."""
     held = sum(map(bool, ctas)) * columns * unit_tokens * 4.0

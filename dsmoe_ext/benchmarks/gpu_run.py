@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -16,13 +17,13 @@ CHECKED = [(RAGGED, 300), *((LLAMA_7B, t) for t in (1, 16, 17, 512, 2048, 8192, 
            (FINE, 2048)]  # fmt: skip
 
 
-def run(parts: list[str], device: str, small: bool, path: Path | None) -> dict:
+def run(parts: list[str], device: str, small: bool, path: Path | None) -> dict[str, Any]:
     """Prints as it goes, and writes the file after every part, so that what a crash follows is
     kept. Raises AssertionError where a result is wrong."""
-    found: dict = {"device": gpu.device() if device != "cpu" else {"name": "cpu"}}
+    found: dict[str, Any] = {"device": gpu.device() if device != "cpu" else {"name": "cpu"}}
     console.print(f"{found['device']}", highlight=False)
 
-    def keep(part: str, content) -> None:
+    def keep(part: str, content: Any) -> None:
         found[part] = content
         if path:
             path.write_text(json.dumps(found, indent=1) + "\n")
@@ -33,7 +34,7 @@ def run(parts: list[str], device: str, small: bool, path: Path | None) -> dict:
         keep("ceilings", gpu.ceilings())
         console.print({name: f"{value:.3g}" for name, value in found["ceilings"].items()})
     if "time" in parts:
-        rows = []
+        rows: list[Any] = []
         for row in gpu.times():
             keep("time", rows := [*rows, row])
             console.print(_one_line(row), highlight=False)
@@ -45,7 +46,7 @@ def run(parts: list[str], device: str, small: bool, path: Path | None) -> dict:
     return found
 
 
-def _check(device: str, cases: list) -> list[dict]:
+def _check(device: str, cases: list[Any]) -> list[dict[str, Any]]:
     rows = []
     for layer, tokens in cases:
         for save in (True, False):
@@ -61,7 +62,7 @@ def _check(device: str, cases: list) -> list[dict]:
     return rows
 
 
-def _one_line(row: dict) -> str:
+def _one_line(row: dict[str, Any]) -> str:
     shown = ", ".join(f"{name} {1e6 * s:.1f}" for name, s in row["seconds"].items())
     return (
         f"{row['layer']}, T {row['tokens']}: us {shown}; "
@@ -70,7 +71,7 @@ def _one_line(row: dict) -> str:
     )
 
 
-def _kernel_table(name: str, kernels: dict) -> Table:
+def _kernel_table(name: str, kernels: dict[str, Any]) -> Table:
     table = Table(title=name, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("us", "launches", "kernel"):
         table.add_column(column, justify="left" if column == "kernel" else "right")

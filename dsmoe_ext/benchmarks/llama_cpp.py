@@ -9,7 +9,6 @@ into 8 experts of which 4 are active.
 """
 
 import argparse
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -151,4 +150,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

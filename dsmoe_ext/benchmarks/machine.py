@@ -25,7 +25,7 @@ class Machine:
     bf16_flops: float  # 0 where the instruction is missing
     read_bytes: float
 
-    def roofline(self, flops: float, read: float, dtype: torch.dtype) -> float:
+    def roofline(self, flops: float, read: float, dtype: object) -> float:
         """Seconds below which no kernel can come: max(bytes / bandwidth, operations / peak).
 
         float16 is computed in float32, and so is bfloat16 where the dot product is missing.

@@ -6,12 +6,16 @@ active; which experts run then varies from token to token as in a trained model.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dsmoe_ext.benchmarks.timing import Timing, interleaved
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SHAPES = {
     "smollm2-135m": dict(
@@ -37,7 +41,7 @@ LAYOUTS = ("equal", "calibrated")
 CONTEXT = 64  # tokens in the KV cache while decoding
 
 
-def dense_model(shape: str, dtype: torch.dtype):
+def dense_model(shape: str, dtype: torch.dtype) -> "PreTrainedModel":
     """A LlamaForCausalLM of this shape with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -56,7 +60,9 @@ def dense_model(shape: str, dtype: torch.dtype):
     return model
 
 
-def sparse_model(dense, layout: str, active: float, ste: str):
+def sparse_model(
+    dense: "PreTrainedModel", layout: str, active: float, ste: str
+) -> "PreTrainedModel":
     """The dense model converted: 8 equal experts, or as calibrate() lays them out."""
     from dsmoe_ext.convert import sparsify
 
@@ -76,7 +82,7 @@ def sparse_model(dense, layout: str, active: float, ste: str):
 
 
 @torch.no_grad()
-def hold_active(model, active: float) -> None:
+def hold_active(model: "PreTrainedModel", active: float) -> None:
     """Sets every layer's threshold so that this share of its FFN is active on random tokens."""
     from dsmoe_ext.layers import ffn_layers
 
@@ -89,26 +95,26 @@ def hold_active(model, active: float) -> None:
         ffn.threshold.fill_(scores.float().flatten().quantile(1 - routed).item())
 
 
-def prefill(model, ids: torch.Tensor) -> Callable:
+def prefill(model: "PreTrainedModel", ids: torch.Tensor) -> Callable[..., Any]:
     """Logits of a whole window."""
     return lambda: model(input_ids=ids, use_cache=False)
 
 
-def decode(model, ids: torch.Tensor) -> Callable:
+def decode(model: "PreTrainedModel", ids: torch.Tensor) -> Callable[..., Any]:
     """One more token after CONTEXT tokens in the KV cache."""
     cache = model(input_ids=ids[:, :CONTEXT], use_cache=True).cache
 
-    def step():
+    def step() -> Any:
         model(input_ids=ids[:, :1], cache=cache, use_cache=True)
         cache.crop(-1)
 
     return step
 
 
-def train_step(model, ids: torch.Tensor) -> Callable:
+def train_step(model: "PreTrainedModel", ids: torch.Tensor) -> Callable[..., Any]:
     """Loss and every gradient, no optimiser."""
 
-    def step():
+    def step() -> Any:
         model.zero_grad(set_to_none=True)
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
@@ -126,7 +132,13 @@ class ModelRow:
     active: float
 
 
-def measure(dense, sparse, tasks: list[str], num_tokens: int, budget: float):
+def measure(
+    dense: "PreTrainedModel",
+    sparse: "PreTrainedModel",
+    tasks: list[str],
+    num_tokens: int,
+    budget: float,
+) -> Iterator[ModelRow]:
     """Yields a ModelRow per task: "decode", "prefill", "train"."""
     from dsmoe_ext.layers import active_fraction, ffn_layers
 

@@ -12,8 +12,10 @@ before anything is timed.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from dsmoe_ext import ops, reference
 from dsmoe_ext.benchmarks.ffn import dense, train_methods
@@ -72,7 +74,7 @@ class _Experts:
         return module
 
 
-def forward_methods(case: Case, has_library: bool) -> dict[str, Callable]:
+def forward_methods(case: Case, has_library: bool) -> dict[str, Callable[..., Any]]:
     """Dense torch, the peers, and ours from packed weights; wrong results raise."""
     x, gates, *weights = case.inputs()
     experts = _Experts(case)
@@ -92,13 +94,13 @@ def forward_methods(case: Case, has_library: bool) -> dict[str, Callable]:
     return methods
 
 
-def _vllm(x: torch.Tensor, experts: _Experts) -> Callable:
+def _vllm(x: torch.Tensor, experts: _Experts) -> Callable[..., Any]:
     gate_up, down = torch.empty_like(experts.gate_up), torch.empty_like(experts.down)
     torch.ops._C.prepack_moe_weight(experts.gate_up, gate_up, "vec")
     torch.ops._C.prepack_moe_weight(experts.down, down, "vec")
     out, idx, weight = torch.empty_like(x), experts.idx.int(), experts.weight
 
-    def call():
+    def call() -> Tensor:
         torch.ops._C.cpu_fused_moe(
             out, x, gate_up, down, None, None, weight, idx, False, "silu", "vec"
         )
@@ -107,19 +109,19 @@ def _vllm(x: torch.Tensor, experts: _Experts) -> Callable:
     return call
 
 
-def _sglang(x: torch.Tensor, experts: _Experts) -> Callable:
+def _sglang(x: torch.Tensor, experts: _Experts) -> Callable[..., Any]:
     gate_up = torch.ops._C.convert_weight_packed(experts.gate_up.clone())
     down = torch.ops._C.convert_weight_packed(experts.down.clone())
     out, idx, weight, unused = torch.empty_like(x), experts.idx.int(), experts.weight, [None] * 10
 
-    def call():
+    def call() -> Tensor:
         torch.ops._C.fused_experts_cpu(out, x, gate_up, down, weight, idx, 0, *unused, True)
         return out
 
     return call
 
 
-def backward_methods(case: Case) -> dict[str, Callable]:
+def backward_methods(case: Case) -> dict[str, Callable[..., Any]]:
     """Forward and all gradients: dense torch, transformers, ours."""
     experts = _Experts(case)
     module = experts.mixtral()
@@ -137,7 +139,7 @@ def backward_methods(case: Case) -> dict[str, Callable]:
     }
 
 
-def _check(case: Case, methods: dict[str, Callable]) -> None:
+def _check(case: Case, methods: dict[str, Callable[..., Any]]) -> None:
     wanted = reference.sparse_ffn(*case.to(torch.float32).inputs())
     for name, call in methods.items():
         error = ((call().float() - wanted).norm() / wanted.norm()).item()

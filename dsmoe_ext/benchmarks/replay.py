@@ -4,6 +4,7 @@ import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ class Call:
     """Equal calls of one op: how often, and the median of their times in the recorded run."""
 
     op: str
-    arguments: dict
+    arguments: dict[str, Any]
     count: int
     recorded_ms: float
 
@@ -64,8 +65,9 @@ def replay(call: Call, budget: float, seed: int = 0) -> Timing:
     if "packed" in call.arguments:
         shape = (arguments["intermediate_size"], arguments["hidden_size"])
         dtype = arguments["x"].dtype
-        weights = [torch.randn(shape, generator=generator).to(dtype) for _ in range(3)]
-        arguments["packed"] = ops.pack_weights(*weights, arguments["expert_offsets"]).data
+        gate, up, down = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
+        packed = ops.pack_weights(gate, up, down, arguments["expert_offsets"])
+        arguments["packed"] = packed.data
     op = getattr(torch.ops.dsmoe, call.op)
     with torch.no_grad():
         return interleaved({call.op: [lambda: op(**arguments)]}, budget)[call.op]

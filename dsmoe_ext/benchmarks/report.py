@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -103,7 +104,7 @@ def prepare_folder(folder: Path | None, *names: str) -> None:
             raise UserError(f"{path} is no benchmark's; choose another folder with --out")
 
 
-def save_json(path: Path, machine: Machine, records: list[dict]) -> None:
+def save_json(path: Path, machine: Machine, records: list[dict[str, Any]]) -> None:
     """Everything measured, for later comparison."""
     content = {"machine": asdict(machine), "rows": records}
     with atomic_file(path) as partial:

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 400
 
@@ -18,7 +19,7 @@ class Timing:
     slow: float
 
 
-def waiter(device: str) -> Callable:
+def waiter(device: str) -> Callable[..., Any]:
     """Waits for what was asked of the device: of a GPU, a call returns before it is done."""
     import torch
 
@@ -26,14 +27,15 @@ def waiter(device: str) -> Callable:
 
 
 def interleaved(
-    methods: dict[str, list[Callable]], budget: float, device: str = "cpu"
+    methods: dict[str, list[Callable[..., Any]]], budget: float, device: str = "cpu"
 ) -> dict[str, Timing]:
     """Times every method for about `budget` seconds in all.
 
     A method is a list of callables that take turns: the same work on other inputs and other copies
     of the weights, so that small weights do not sit in the cache as they never would in a model.
     """
-    seconds, wait = {name: [] for name in methods}, waiter(device)
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    wait = waiter(device)
     for turns in methods.values():
         for call in turns:
             call()

@@ -1,6 +1,6 @@
 """The command line `dsmoe`. Heavy imports stand inside the commands, so that --help is quick."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -132,7 +132,7 @@ def convert(
         from ..training.sources import BUILTIN, Source, read_windows
 
         with console.stage("Converting"), console.expect(ValueError, TypeError):
-            layout: dict = {"num_experts": experts, "shared_size": shared_size}
+            layout: dict[str, Any] = {"num_experts": experts, "shared_size": shared_size}
             if expert_sizes:
                 routed = dense.config.get_text_config().intermediate_size - shared_size
                 layout["expert_sizes"] = parse_sizes(expert_sizes, routed)

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -21,6 +22,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     SpinnerColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -40,7 +42,7 @@ def say(message: str) -> None:
 
 
 class _RateColumn(ProgressColumn):
-    def render(self, task) -> Text:
+    def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
         unit = task.fields.get("unit", "")
         if not speed:
@@ -137,7 +139,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 class Commands(typer.core.TyperGroup):
     """The command group: every error of every command ends here, in one line and an exit code."""
 
-    def invoke(self, ctx):
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -186,7 +188,7 @@ def prepare_streams() -> None:
 def stop_on_terminate() -> None:
     """A polite kill ends like Ctrl-C: half-written output is removed."""
 
-    def interrupt(signum, frame):
+    def interrupt(signum: int, frame: object) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)

@@ -4,7 +4,7 @@ import enum
 import math
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -122,7 +122,7 @@ class Router(str, enum.Enum):
     paper = "paper"
 
 
-def numbers(text: str | None, kind: type, option: str) -> list:
+def numbers(text: str | None, kind: type, option: str) -> list[Any]:
     """A comma-separated list from the command line."""
     if not text:
         return []

@@ -1,8 +1,9 @@
 """The command that places experts on ranks: `dsmoe place`."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -75,10 +76,10 @@ def place(
     console.out.print(table)
 
 
-def _summary(reports: list) -> dict:
+def _summary(reports: list[Any]) -> dict[str, Any]:
     """The worst layer's ratios, and means over the layers."""
 
-    def mean(values) -> float:
+    def mean(values: Iterable[float]) -> float:
         values = list(values)
         return sum(values) / len(values)
 

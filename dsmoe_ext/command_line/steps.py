@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
@@ -11,7 +12,7 @@ from ..layers import find_ffns
 from ..loading import save_model
 from ..models.card import write_card
 from ..training.data import TextWindows, check_tokens
-from ..training.evaluate import evaluate
+from ..training.evaluate import Evaluation, evaluate
 from ..training.measure import (
     active_parameters,
     generate,
@@ -24,11 +25,16 @@ from ..training.usage import watch_usage
 from . import console
 from .text import Text
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 CARD_WINDOWS = 4  # of a text, measured for a model's card: a first idea of it, in seconds
 _DECODER_CONTEXT = 8  # tokens of the prompt that are decoded with the new ones
 
 
-def calibrate_on(model, windows: TextWindows, *, tokens: int, **options):
+def calibrate_on(
+    model: "PreTrainedModel", windows: TextWindows, *, tokens: int, **options: Any
+) -> "PreTrainedModel":
     """calibrate() on training windows spread evenly through the text, about `tokens` of them."""
     from ..calibration import calibrate
 
@@ -42,7 +48,9 @@ def spread_windows(windows: TextWindows, tokens: int) -> torch.Tensor:
     return windows.train[rows]
 
 
-def evaluate_with_bar(model, ids: torch.Tensor, label: str, *, context: int = 0, **options):
+def evaluate_with_bar(
+    model: "PreTrainedModel", ids: torch.Tensor, label: str, *, context: int = 0, **options: Any
+) -> Evaluation:
     """evaluate() over windows ids [N,L] with a progress bar counting tokens."""
     with console.progress(label, ids.numel(), "tokens") as advance:
         return evaluate(
@@ -54,7 +62,7 @@ def evaluate_with_bar(model, ids: torch.Tensor, label: str, *, context: int = 0,
         )
 
 
-def _check_thresholds(model, values: list[float], option: str) -> None:
+def _check_thresholds(model: "PreTrainedModel", values: list[float], option: str) -> None:
     """Thresholds that a model cannot have are refused before the first of them is used."""
     if values and not find_ffns(model):
         raise UserError(f"{option} needs a converted model; this one is dense")
@@ -65,8 +73,13 @@ def _check_thresholds(model, values: list[float], option: str) -> None:
 
 
 def evaluation_rows(
-    model, texts: list[Text], thresholds: list[float], *, batch_size: int = 1, teacher=None
-) -> list[dict]:
+    model: "PreTrainedModel",
+    texts: list[Text],
+    thresholds: list[float],
+    *,
+    batch_size: int = 1,
+    teacher: "PreTrainedModel | None" = None,
+) -> list[dict[str, Any]]:
     """For every text one row as the model is, then one per threshold; ready for JSON."""
     _check_thresholds(model, thresholds, "--thresholds")
     ready_for_inference(model)
@@ -80,7 +93,11 @@ def evaluation_rows(
 
 
 def save_measured(
-    model, tokenizer, folder: Path, windows: TextWindows, sources: list[Source]
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: Path,
+    windows: TextWindows,
+    sources: list[Source],
 ) -> None:
     """Saves a sparse model, then measures it for its card: on a little text that was held out of
     the sources, or on the built-in one where all was learned from.
@@ -97,7 +114,14 @@ def save_measured(
     write_card(model, folder, evaluation_rows(model, [text], []))
 
 
-def _row(model, text: Text, value: float | None, label: str, batch_size: int, teacher) -> dict:
+def _row(
+    model: "PreTrainedModel",
+    text: Text,
+    value: float | None,
+    label: str,
+    batch_size: int,
+    teacher: "PreTrainedModel | None",
+) -> dict[str, Any]:
     with watch_usage(model) as usage:
         result = evaluate_with_bar(
             model, text.ids, label, context=text.context, batch_size=batch_size, teacher=teacher
@@ -124,7 +148,7 @@ def _row(model, text: Text, value: float | None, label: str, batch_size: int, te
     return row
 
 
-def print_evaluations(rows: list[dict], per_layer: bool = False) -> None:
+def print_evaluations(rows: list[dict[str, Any]], per_layer: bool = False) -> None:
     """The rows of evaluation_rows as a table on stdout."""
     first = rows[0]
     has_teacher = "divergence" in first
@@ -154,11 +178,11 @@ def print_evaluations(rows: list[dict], per_layer: bool = False) -> None:
         _print_histogram(rows)
 
 
-def _threshold_name(row: dict) -> str:
+def _threshold_name(row: dict[str, Any]) -> str:
     return "as saved" if row["threshold"] is None else f"{row['threshold']:g}"
 
 
-def _print_layers(rows: list[dict]) -> None:
+def _print_layers(rows: list[dict[str, Any]]) -> None:
     layers = Table(title="FFN active by layer")
     layers.add_column("layer", justify="right")
     for row in rows:
@@ -168,7 +192,7 @@ def _print_layers(rows: list[dict]) -> None:
     console.out.print(layers)
 
 
-def _print_histogram(rows: list[dict]) -> None:
+def _print_histogram(rows: list[dict[str, Any]]) -> None:
     """How many routed experts a token uses in a layer: the share of each tenth of the range."""
     table = Table(title="Routed experts per token and layer: share of tokens by number of experts")
     table.add_column("text")
@@ -183,7 +207,7 @@ def _print_histogram(rows: list[dict]) -> None:
     console.out.print(table)
 
 
-def prompt_ids(tokenizer, text: str, chat: bool) -> torch.Tensor:
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", text: str, chat: bool) -> torch.Tensor:
     """Token ids [1,L] of a prompt, inside the chat template if it is a question."""
     if chat:
         if not tokenizer.chat_template:
@@ -211,7 +235,9 @@ def _with_front(whole: list[int], plain: list[int], eos: int | None) -> list[int
     return whole[:-1] if not plain and whole and whole[-1] == eos else whole
 
 
-def text_after(tokenizer, prompt: torch.Tensor | None, new: list[int]) -> str:
+def text_after(
+    tokenizer: "PreTrainedTokenizerBase", prompt: torch.Tensor | None, new: list[int]
+) -> str:
     """What token ids say behind a prompt, ids [1,L], or, without one, as a text of their own.
 
     Decoders drop the space before the first word of a text: they need some tokens of the prompt.
@@ -225,14 +251,14 @@ def text_after(tokenizer, prompt: torch.Tensor | None, new: list[int]) -> str:
 
 
 def generate_text(
-    model,
-    tokenizer,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     text: str,
     max_new_tokens: int,
     *,
     chat: bool = False,
     threshold_value: float | None = None,
-    **sampling,
+    **sampling: Any,
 ) -> None:
     """Prints prompt and continuation as they come, and the speed on stderr."""
     ids = prompt_ids(tokenizer, text, chat)

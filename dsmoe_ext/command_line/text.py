@@ -3,6 +3,7 @@
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +15,9 @@ from ..training.evaluate import supports_bf16
 from ..training.sources import BUILTIN, SELF, Source, read_windows
 from ..training.wikitext import wikitext_windows
 from . import console
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # What a model says drifts away from sense as it gets longer, and the growing cache slows it down.
 OWN_LENGTH = 256
@@ -29,8 +33,8 @@ class Text:
 
 
 def texts_to_measure(
-    model,
-    tokenizer,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     data: list[str] | None,
     wikitext: Path | None,
     *,
@@ -54,7 +58,14 @@ def texts_to_measure(
 
 
 def mixed_windows(
-    model, tokenizer, name: str, sources: list[Source], *, tokens: int, window: int, seed: int
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    name: str,
+    sources: list[Source],
+    *,
+    tokens: int,
+    window: int,
+    seed: int,
 ) -> TextWindows:
     """About `tokens` training tokens of the sources, by their weights.
 
@@ -76,7 +87,7 @@ def mixed_windows(
     return TextWindows(train, held_out, parts[0].num_context)
 
 
-def own_windows(model, tokens: int, window: int, seed: int) -> torch.Tensor:
+def own_windows(model: "PreTrainedModel", tokens: int, window: int, seed: int) -> torch.Tensor:
     """Windows [N, window] of about `tokens` tokens of the model's own text; all to learn from.
 
     It is drawn in rows of OWN_LENGTH tokens; a longer window holds several, like documents that are

@@ -1,7 +1,7 @@
 """The commands that train: `dsmoe train` and `dsmoe demo`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -128,7 +128,7 @@ def train(
 
     if precision is Dtype.fp16:
         raise typer.BadParameter("training runs in fp32 or bf16", param_hint="--precision")
-    given = {"batch_size": batch_size, "lr": lr, "router_lr": router_lr}
+    given: dict[str, Any] = {"batch_size": batch_size, "lr": lr, "router_lr": router_lr}
     given |= {"trained": trained and trained.value}
     given = {name: value for name, value in given.items() if value is not None}
     if teacher:

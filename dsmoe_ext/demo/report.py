@@ -1,6 +1,8 @@
 """What the demo shows at the end: one table on the terminal, one picture in report.png."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.panel import Panel
 from rich.table import Table
@@ -11,7 +13,7 @@ INK, GRID = "#22303c", "#d9dfe4"
 DENSE, SPARSE, CALIBRATED, TARGET = "#7a8793", "#0b7285", "#f08c00", "#c92a2a"
 
 
-def print_report(report: dict, out: Path) -> None:
+def print_report(report: dict[str, Any], out: Path) -> None:
     """The table, what the models write, and where everything is."""
     stages = report["stages"]
     table = Table(
@@ -46,12 +48,12 @@ def print_report(report: dict, out: Path) -> None:
     )
 
 
-def table_rows(report: dict) -> list[tuple[str, list[str]]]:
+def table_rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
     """(label, one cell per stage) of the table."""
     stages = list(report["stages"].values())
     dense = stages[0]["perplexity"]
 
-    def row(label: str, key: str, show) -> tuple[str, list[str]]:
+    def row(label: str, key: str, show: Callable[[Any], str]) -> tuple[str, list[str]]:
         return label, [show(stage[key]) if key in stage else "" for stage in stages]
 
     rate = "{:,.0f}".format
@@ -72,7 +74,7 @@ def _escaped(text: str) -> str:
     return text.replace("[", r"\[")
 
 
-def draw_report(report: dict, path: Path) -> None:
+def draw_report(report: dict[str, Any], path: Path) -> None:
     """Four panels: active by layer; loss, perplexity, active share with threshold by step."""
     import matplotlib
 
@@ -115,7 +117,7 @@ def draw_report(report: dict, path: Path) -> None:
         plt.close(figure)
 
 
-def _draw_layers(axis, report: dict) -> None:
+def _draw_layers(axis: Any, report: dict[str, Any]) -> None:
     stages, last = report["stages"], report["last"]
     target = report["settings"]["target_active"]
     shares = stages[last]["active_per_layer"]
@@ -140,18 +142,18 @@ def _smooth(values: list[float], span: int) -> list[float]:
     return sums
 
 
-def _runs(report: dict):
+def _runs(report: dict[str, Any]) -> list[tuple[str, Any, str]]:
     """(name, log, colour) of the trainings that were done."""
     colours = {"fine-tuned": SPARSE, "dense fine-tuned": DENSE}
     return [(name, rows, colours[name]) for name, rows in report["logs"].items()]
 
 
-def _nothing(axis, title: str) -> None:
+def _nothing(axis: Any, title: str) -> None:
     axis.set(title=title, xticks=[], yticks=[])
     axis.text(0.5, 0.5, "no fine-tuning (--steps 0)", ha="center", transform=axis.transAxes)
 
 
-def _draw_loss(axis, report: dict) -> None:
+def _draw_loss(axis: Any, report: dict[str, Any]) -> None:
     if not report["logs"]:
         return _nothing(axis, "Training loss")
     for name, rows, colour in _runs(report):
@@ -164,7 +166,7 @@ def _draw_loss(axis, report: dict) -> None:
     axis.legend()
 
 
-def _draw_perplexity(axis, report: dict) -> None:
+def _draw_perplexity(axis: Any, report: dict[str, Any]) -> None:
     title = "Perplexity on a few held-out windows"
     if not report["logs"]:
         return _nothing(axis, title)
@@ -186,7 +188,7 @@ def _draw_perplexity(axis, report: dict) -> None:
     axis.legend()
 
 
-def _draw_active(axis, report: dict) -> None:
+def _draw_active(axis: Any, report: dict[str, Any]) -> None:
     title = "Active share and threshold"
     rows = [row for row in report["logs"].get("fine-tuned", []) if "active" in row]
     if not rows:

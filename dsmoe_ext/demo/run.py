@@ -5,6 +5,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,6 +31,9 @@ from ..training.measure import (
 )
 from ..training.sources import BUILTIN, SELF, Source, read_windows
 from .speed import measure_speed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DISPLAY_NAMES = {SMOLLM2: HUB_ID.rpartition("/")[2]}
 PROMPT = "A Python function is"
@@ -66,7 +70,9 @@ def tuning_settings(settings: DemoSettings, sparse: bool) -> TrainSettings:
 class Demo:
     """The texts, and the measurements of each stage as they come in."""
 
-    def __init__(self, settings: DemoSettings, tokenizer, model):
+    def __init__(
+        self, settings: DemoSettings, tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel"
+    ):
         self.settings, self.tokenizer = settings, tokenizer
         source = Source(str(settings.data or BUILTIN))
         self.windows = read_windows(tokenizer, [source], settings.window, model=model)
@@ -75,13 +81,13 @@ class Demo:
             "prose": self._some_windows(prose_text()),
         }
         self.bf16 = supports_bf16()
-        self.stages: dict[str, dict] = {}
+        self.stages: dict[str, dict[str, Any]] = {}
 
     def _some_windows(self, text: str) -> torch.Tensor:
         windows = windows_of(self.tokenizer, text, self.settings.window)
         return torch.cat([windows.train, windows.held_out])[:OTHER_WINDOWS]
 
-    def learning_text(self, dense):
+    def learning_text(self, dense: "PreTrainedModel") -> Any:
         """What to calibrate and train on: the dense model's own text, and the user's if any."""
         sources = [Source(SELF)]
         if self.settings.data:
@@ -96,7 +102,7 @@ class Demo:
             seed=self.settings.seed,
         )
 
-    def measure(self, name: str, model) -> dict:
+    def measure(self, name: str, model: "PreTrainedModel") -> dict[str, Any]:
         """Perplexity on the held-out windows and on the other texts, and what was active."""
         model, context = inference_copy(model), self.windows.num_context
         held_out, label = self.windows.held_out, f"Evaluating ({name})"
@@ -113,7 +119,7 @@ class Demo:
             stage[f"active_ffn_{text}"] = other.active
         return stage
 
-    def probe(self, model) -> dict:
+    def probe(self, model: "PreTrainedModel") -> dict[str, Any]:
         """A quick look during training: perplexity on a few held-out windows."""
         step = max(1, len(self.windows.held_out) // PROBE_WINDOWS)
         ids = self.windows.held_out[::step][:PROBE_WINDOWS]
@@ -122,14 +128,22 @@ class Demo:
         )
         return {"held_out_perplexity": result.perplexity}
 
-    def tune(self, label: str, model, windows, train: TrainSettings, run_dir=None, teacher=None):
+    def tune(
+        self,
+        label: str,
+        model: "PreTrainedModel",
+        windows: TextWindows,
+        train: TrainSettings,
+        run_dir: Path | None = None,
+        teacher: "PreTrainedModel | None" = None,
+    ) -> Any:
         """Fine-tunes in place; the log, with a first row for the state before step 1."""
         every = max(1, train.steps // PROBES)
         before = {"step": 0} | self.probe(model)
 
         with console.progress(label, train.steps, "steps") as advance:
 
-            def on_step(row: dict) -> dict:
+            def on_step(row: dict[str, Any]) -> dict[str, Any]:
                 advance(1, note=describe(row))
                 if row["step"] % every == 0 or row["step"] == train.steps:
                     return self.probe(model)
@@ -141,7 +155,7 @@ class Demo:
         return [before, *rows]
 
 
-def run_demo(settings: DemoSettings) -> dict:
+def run_demo(settings: DemoSettings) -> dict[str, Any]:
     """Runs the whole way and returns what report.json holds."""
     from .report import draw_report, print_report
 
@@ -175,7 +189,7 @@ def _is_demo(out: Path) -> bool:
     return isinstance(report, dict) and {"stages", "probe_dense", "speed"} <= report.keys()
 
 
-def _run(demo: Demo, dense, folder: Path) -> dict:
+def _run(demo: Demo, dense: "PreTrainedModel", folder: Path) -> dict[str, Any]:
     settings = demo.settings
     logs = {}
     demo.measure("dense", dense)
@@ -235,22 +249,22 @@ def in_rows(text: TextWindows) -> TextWindows:
     """The text in windows as long as the model's own rows: attention takes half of the time."""
     length = min(text.length, OWN_LENGTH)
     whole = text.length // length * length
-    parts = (part[:, :whole].reshape(-1, length) for part in (text.train, text.held_out))
-    return TextWindows(*parts)
+    train, held_out = (part[:, :whole].reshape(-1, length) for part in (text.train, text.held_out))
+    return TextWindows(train, held_out)
 
 
-def prompt(tokenizer) -> torch.Tensor:
+def prompt(tokenizer: "PreTrainedTokenizerBase") -> torch.Tensor:
     """The demo's prompt, ids [1,L]."""
     return prompt_ids(tokenizer, PROMPT, chat=False)
 
 
-def continuation(tokenizer, model) -> str:
+def continuation(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> str:
     """32 greedy tokens after the prompt."""
     ids = prompt(tokenizer)
     return text_after(tokenizer, ids, generate(model, ids, 32).ids)
 
 
-def _save_and_reload(demo: Demo, model, folder: Path):
+def _save_and_reload(demo: Demo, model: "PreTrainedModel", folder: Path) -> Any:
     """Saves, loads again, and holds the reloaded model to the same tokens."""
     with console.stage("Saving and loading again"), quiet_transformers():
         model.save_pretrained(folder)

@@ -1,10 +1,14 @@
 """Dense against sparse, interleaved in one process: evaluation and decoding."""
 
 import time
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..training.measure import generate, inference_copy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROUNDS = 3
 NEW_TOKENS = 32
@@ -12,7 +16,9 @@ WINDOWS = 2
 
 
 @torch.no_grad()
-def measure_speed(dense, sparse, windows: torch.Tensor, prompt: torch.Tensor) -> dict:
+def measure_speed(
+    dense: "PreTrainedModel", sparse: "PreTrainedModel", windows: torch.Tensor, prompt: torch.Tensor
+) -> dict[str, Any]:
     """Best tokens/s of each model: {"dense": {...}, "sparse": {...}, "dtype", "threads"}.
 
     evaluation: logits of whole windows, one at a time. decoding: greedy, KV cache, batch 1.

@@ -43,7 +43,9 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[
     return state
 
 
-def save(folder: str | Path, step: int, model: nn.Module, optimizer=None) -> Path:
+def save(
+    folder: str | Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> Path:
     """Writes folder/step-N together with all ranks, whole or not at all."""
     folder = Path(folder)
     whole, part = folder / f"{PREFIX}{step}", folder / f"{PREFIX}{step}.part"
@@ -68,7 +70,9 @@ def newest(folder: str | Path) -> tuple[int, Path] | None:
     return max(found.items(), default=None)
 
 
-def load(path: str | Path, model: nn.Module, optimizer=None) -> None:
+def load(
+    path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> None:
     """Fills model and optimiser in place; each rank reads the experts that it owns.
 
     The optimiser's state must exist: an empty one makes it by a step with zero gradients, whose

@@ -11,6 +11,7 @@ part every token stands once, so that no sum depends on the order of threads, on
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -66,27 +67,27 @@ def combine(rows: Tensor, exchange: Exchange) -> Tensor:
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, exchange, columns):
+    def forward(ctx: Any, rows: Tensor, exchange: Exchange, columns: list[slice] | None) -> Tensor:
         ctx.exchange, ctx.columns, ctx.width = exchange, columns, rows.shape[1]
         return _send(rows, exchange, columns)
 
     @staticmethod
-    def backward(ctx, drows):
+    def backward(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
         return _return(drows, ctx.exchange, ctx.columns, ctx.width), None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, exchange):
+    def forward(ctx: Any, rows: Tensor, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange
         return _return(rows, exchange, None, rows.shape[1])
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return _send(dy, ctx.exchange, None), None
 
 
-def _send(rows: Tensor, exchange: Exchange, columns) -> Tensor:
+def _send(rows: Tensor, exchange: Exchange, columns: list[slice] | None) -> Tensor:
     rank = dist.get_rank(exchange.group)
     parts = [
         (rows[idx] if columns is None else rows[idx, columns[peer]]).flatten()
@@ -104,9 +105,11 @@ def _send(rows: Tensor, exchange: Exchange, columns) -> Tensor:
     return received.view(exchange.num_received, own)
 
 
-def _return(rows: Tensor, exchange: Exchange, columns, width: int) -> Tensor:
+def _return(rows: Tensor, exchange: Exchange, columns: list[slice] | None, width: int) -> Tensor:
     own = rows.shape[1]
-    widths = [width if columns is None else c.stop - c.start for c in columns or exchange.send_idx]
+    widths = [width] * len(exchange.send_idx)
+    if columns is not None:
+        widths = [part.stop - part.start for part in columns]
     sizes = [len(idx) * n for idx, n in zip(exchange.send_idx, widths, strict=True)]
     back = rows.new_empty(sum(sizes))
     counts = [count * own for count in exchange.receive_counts]

@@ -14,6 +14,7 @@ move fewer bytes between nodes: traffic.py counts both ways, and the lesser is t
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from dsmoe_ext.distributed.exchange import combine, dispatch, plan_exchange
 from dsmoe_ext.distributed.gather import gather, reduce
 from dsmoe_ext.distributed.traffic import count_bytes
 from dsmoe_ext.ops import sparse_ffn
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 WEIGHTS = ("gate_proj", "up_proj", "down_proj_t")
 
@@ -50,7 +54,7 @@ class ParallelExperts(nn.Module):
         weights: Sequence[Tensor],
         expert_sizes: Sequence[int],
         experts_per_rank: Sequence[int],
-        mesh,
+        mesh: "DeviceMesh",
         *,
         average: bool = True,
         order: Sequence[int] | None = None,
@@ -80,8 +84,8 @@ class ParallelExperts(nn.Module):
         self.expert_sizes = list(expert_sizes)
         self.own_sizes = [self.expert_sizes[e] for e in self.own_experts]
         rows_per_rank = {sum(self.expert_sizes[e] for e in self.order[c]) for c in self.columns}
-        own = [torch.arange(rows[e], rows[e + 1]) for e in self.own_experts]
-        own = torch.cat([torch.arange(0), *own]).to(weights[0].device)
+        parts = [torch.arange(rows[e], rows[e + 1]) for e in self.own_experts]
+        own = torch.cat([torch.arange(0), *parts]).to(weights[0].device)
         for name, weight in zip(WEIGHTS, weights, strict=True):
             part = weight.detach()[own].contiguous()
             if len(rows_per_rank) == 1:
@@ -142,13 +146,15 @@ class ParallelExperts(nn.Module):
         """This rank's experts for rows [R,H] from all ranks."""
         if not self.own_sizes:  # adds nothing, but its gradients must meet those of other ranks
             nothing = [t[:0].sum() for t in (rows, gates, *self.local())]
-            return torch.zeros_like(rows) + sum(nothing).to(rows)
-        offsets = self.offsets(rows.device)
+            return torch.zeros_like(rows) + torch.stack(nothing).sum().to(rows)
+        gate, up, down = (weight.to(rows.dtype) for weight in self.local())  # autocast
         return sparse_ffn(
             rows,
             gates,
-            *(weight.to(rows.dtype) for weight in self.local()),  # autocast
-            offsets,
+            gate,
+            up,
+            down,
+            self.offsets(rows.device),
             activation=self.activation,
             grad_weight=grad_weight,
         )
@@ -164,12 +170,12 @@ class ParallelExperts(nn.Module):
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor, factor):
+    def forward(ctx: Any, tensor: Tensor, factor: float) -> Tensor:
         ctx.factor = factor
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return gradient * ctx.factor, None
 
 

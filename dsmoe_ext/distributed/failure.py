@@ -6,13 +6,14 @@ import re
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
 TIMEOUT = timedelta(seconds=45)  # a rank that hangs instead of dying is given up after this
 
 
-def start(backend: str | None = None, timeout: timedelta = TIMEOUT, **options) -> None:
+def start(backend: str | None = None, timeout: timedelta = TIMEOUT, **options: Any) -> None:
     """dist.init_process_group (NCCL on GPUs, Gloo on CPUs) whose waits end before a minute."""
     dist.init_process_group(backend, timeout=timeout, **options)
 

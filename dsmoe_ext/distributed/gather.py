@@ -7,6 +7,8 @@
 Each is the other's derivative. T must be the same on all ranks.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -26,33 +28,33 @@ def reduce(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, group):
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         return _all_gather(rows, group)
 
     @staticmethod
-    def backward(ctx, drows):
+    def backward(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
         return _reduce_scatter(drows, ctx.group), None
 
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, group):
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         return _reduce_scatter(rows, group)
 
     @staticmethod
-    def backward(ctx, drows):
+    def backward(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
         return _all_gather(drows, ctx.group), None
 
 
-def _all_gather(rows: Tensor, group) -> Tensor:
+def _all_gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     out = rows.new_empty(dist.get_world_size(group) * rows.numel())
     all_gather_single(out, rows.flatten(), group=group)
     return out.view(-1, *rows.shape[1:])
 
 
-def _reduce_scatter(rows: Tensor, group) -> Tensor:
+def _reduce_scatter(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     out = rows.new_empty(rows.numel() // dist.get_world_size(group))
     reduce_scatter_single(out, rows.flatten(), group=group)
     return out.view(-1, *rows.shape[1:])

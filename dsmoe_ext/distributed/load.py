@@ -1,11 +1,16 @@
 """What a model's routing asks of the ranks: measured load, and the rows that travel."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dsmoe_ext.distributed.placement import Placement, in_order, place
+
+if TYPE_CHECKING:
+    from dsmoe_ext.ffn import DSMoEFFN
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,8 @@ def used_experts(model: nn.Module, ids: Tensor) -> list[Tensor]:
     ffns = ffn_layers(model)
     used: dict[int, list[Tensor]] = {index: [] for index in range(len(ffns))}
 
-    def note(index: int):
-        def hook(ffn, args, y) -> None:
+    def note(index: int) -> Callable[..., None]:
+        def hook(ffn: "DSMoEFFN", args: Any, y: Tensor) -> None:
             gates = ffn(args[0], return_routing=True)[1].gates
             used[index].append((gates[:, ffn.num_shared :] != 0).cpu())
 
@@ -48,10 +53,10 @@ def used_experts(model: nn.Module, ids: Tensor) -> list[Tensor]:
     return [torch.cat(used[index]) for index in range(len(ffns))]
 
 
-def _once_at_a_time(hook):
+def _once_at_a_time(hook: Callable[..., None]) -> Callable[..., None]:
     running = False
 
-    def guarded(*args):
+    def guarded(*args: Any) -> None:
         nonlocal running
         if not running:
             running = True
@@ -74,8 +79,8 @@ def report(
     gates = gate_bytes * len(sizes) / world
     away = ranks * (1 - 1 / world)
     bytes_per_token = away * (2 * row_bytes + gates)
-    parameters, load = placement.imbalance(sizes), placement.imbalance(load)
-    return RankReport(placement, parameters, load, ranks, bytes_per_token)
+    parameters = placement.imbalance(sizes)
+    return RankReport(placement, parameters, placement.imbalance(load), ranks, bytes_per_token)
 
 
 def before_and_after(

@@ -9,6 +9,7 @@ them. All ranks must call the model equally often, with any number of tokens eac
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,9 +20,12 @@ from dsmoe_ext.distributed.experts import WEIGHTS, ParallelExperts
 from dsmoe_ext.distributed.placement import Placement, place
 from dsmoe_ext.ffn import DSMoEFFN
 from dsmoe_ext.layers import ffn_layers
-from dsmoe_ext.packing import as_rows
+from dsmoe_ext.reference import split_weights
 from dsmoe_ext.sliced_ffn import SlicedFFN
 from dsmoe_ext.weights import Weight
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class ParallelFFN(nn.Module):
@@ -31,9 +35,9 @@ class ParallelFFN(nn.Module):
     shared   a SlicedFFN with the shared expert, on every rank; None: there is none
     """
 
-    def __init__(self, ffn: DSMoEFFN, placement: Placement, mesh, **options):
+    def __init__(self, ffn: DSMoEFFN, placement: Placement, mesh: "DeviceMesh", **options: Any):
         super().__init__()
-        weights, size, start = as_rows(*ffn.expert_weights()), ffn.shared_size, ffn.num_shared
+        weights, size, start = split_weights(*ffn.expert_weights()), ffn.shared_size, ffn.num_shared
         self.num_shared, self.shared = start, None
         if start:
             gate, up, down = (weight.detach()[:size].clone() for weight in weights)
@@ -63,7 +67,10 @@ class ParallelFFN(nn.Module):
 
 
 def parallelize(
-    model: nn.Module, mesh, plan: Sequence[Sequence[Sequence[int]]] | None = None, **options
+    model: nn.Module,
+    mesh: "DeviceMesh",
+    plan: Sequence[Sequence[Sequence[int]]] | None = None,
+    **options: Any,
 ) -> nn.Module:
     """Leaves every rank of a mesh its part of the routed experts of all layers, in place.
 
@@ -99,8 +106,8 @@ def whole(model: nn.Module) -> nn.Module:
     for ffn in ffn_layers(model):
         if ffn.parallel is None:
             continue
-        matrices = [_whole(ffn.parallel, index) for index in range(3)]
-        gate, up, down = matrices
+        assert isinstance(ffn.parallel, ParallelFFN)
+        gate, up, down = (_whole(ffn.parallel, index) for index in range(3))
         weights = [torch.cat([gate, up]) if len(ffn.names) == 2 else gate, up, down.t()]
         if len(ffn.names) == 2:
             del weights[1]
@@ -114,14 +121,15 @@ def whole(model: nn.Module) -> nn.Module:
 def _whole(parallel: ParallelFFN, index: int) -> Tensor:
     """One of gate, up and down, [I,H], from all ranks: experts in the order of their numbers."""
     routed = parallel.routed
-    own = getattr(routed, WEIGHTS[index])
-    own = own.to_local() if isinstance(own, DTensor) else own
-    own = dict(zip(routed.own_experts, own.split(routed.own_sizes), strict=True))
-    parts = [] if parallel.shared is None else [as_rows(*parallel.shared.expert_weights())[index]]
+    rows = getattr(routed, WEIGHTS[index])
+    rows = rows.to_local() if isinstance(rows, DTensor) else rows
+    own = dict(zip(routed.own_experts, rows.split(routed.own_sizes), strict=True))
+    parts = []
+    if parallel.shared is not None:
+        parts = [split_weights(*parallel.shared.expert_weights())[index]]
     homes = {e: rank for rank, c in enumerate(routed.columns) for e in routed.order[c]}
-    kind = dict(device=parallel.routed.gate_proj.device, dtype=parallel.routed.gate_proj.dtype)
     for expert, size in enumerate(routed.expert_sizes):
-        part = torch.empty(size, routed.gate_proj.shape[1], **kind)
+        part = rows.new_empty(size, rows.shape[1])
         if expert in own:
             part.copy_(own[expert])
         dist.broadcast(part, group_src=homes[expert], group=routed.group)

@@ -52,7 +52,7 @@ def pairs_of(sizes: Sequence[int]) -> list[tuple[int, ...]]:
     """(large, small) experts if their sizes pair up to the same sum, else every expert alone."""
     by_size = sorted(range(len(sizes)), key=lambda e: (-sizes[e], e))
     half = len(sizes) // 2
-    pairs = [(by_size[i], by_size[-1 - i]) for i in range(half)]
+    pairs: list[tuple[int, ...]] = [(by_size[i], by_size[-1 - i]) for i in range(half)]
     sums = [sizes[a] + sizes[b] for a, b in pairs]
     paired = len(sizes) % 2 == 0 and sums and sizes[by_size[0]] != sizes[by_size[-1]]
     if paired and max(sums) - min(sums) <= PAIR_TOLERANCE * max(sums):
@@ -85,7 +85,9 @@ def place(sizes: Sequence[int], loads: Sequence[float], num_ranks: int) -> Place
     return Placement([sorted(rank) for rank in ranks])
 
 
-def _longest_first(neurons, work, num_ranks: int, room: float) -> list[int]:
+def _longest_first(
+    neurons: Sequence[int], work: Sequence[float], num_ranks: int, room: float
+) -> list[int]:
     """Heaviest unit first, to the least loaded rank with room; the emptiest if none has."""
     homes, filled, loaded = [0] * len(work), [0.0] * num_ranks, [0.0] * num_ranks
     for unit in sorted(range(len(work)), key=lambda u: (-work[u], -neurons[u], u)):
@@ -100,7 +102,9 @@ def _longest_first(neurons, work, num_ranks: int, room: float) -> list[int]:
     return homes
 
 
-def _cost(homes, neurons, work, num_ranks: int, room: float) -> tuple[float, float, float]:
+def _cost(
+    homes: list[int], neurons: Sequence[int], work: Sequence[float], num_ranks: int, room: float
+) -> tuple[float, float, float]:
     """What is minimised: parameters above the room, then the largest load, then its spread."""
     filled, loaded = [0.0] * num_ranks, [0.0] * num_ranks
     for unit, rank in enumerate(homes):
@@ -109,7 +113,9 @@ def _cost(homes, neurons, work, num_ranks: int, room: float) -> tuple[float, flo
     return max(0.0, max(filled) - room), max(loaded), sum(load * load for load in loaded)
 
 
-def _exchange(homes, neurons, work, num_ranks: int, room: float) -> None:
+def _exchange(
+    homes: list[int], neurons: Sequence[int], work: Sequence[float], num_ranks: int, room: float
+) -> None:
     """Swaps two units, or moves one, in place, as long as that improves the cost."""
     best = _cost(homes, neurons, work, num_ranks, room)
     improved = True
@@ -133,7 +139,9 @@ def _exchange(homes, neurons, work, num_ranks: int, room: float) -> None:
                 homes[unit] = old
 
 
-def _best(homes, neurons, work, num_ranks: int, room: float) -> list[int]:
+def _best(
+    homes: list[int], neurons: Sequence[int], work: Sequence[float], num_ranks: int, room: float
+) -> list[int]:
     """The placement of lowest cost: depth first, units by work, cut off by the best so far."""
     best, best_cost = list(homes), _cost(homes, neurons, work, num_ranks, room)
     order = sorted(range(len(work)), key=lambda u: (-work[u], -neurons[u], u))

@@ -2,8 +2,10 @@
 
 import functools
 import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dsmoe_ext.ffn import DSMoEFFN
@@ -15,6 +17,9 @@ from dsmoe_ext.models.options import FFN_DEFAULTS, complete
 from dsmoe_ext.routers import LinearRouter, Router
 from dsmoe_ext.sparsity import LossWithSparsity, unwatch, watch
 from dsmoe_ext.weights import Weight
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # The FFN of a layer in a stack of layers. Not "mlp.experts.3" nor "mlp.shared_expert": what is an
 # expert already stays as it is.
@@ -32,7 +37,7 @@ def gated_mlps(model: nn.Module) -> dict[str, nn.Module]:
 
 def what_stands_there(model: nn.Module) -> str:
     """The other modules of the layers in words, for an error: "ArceeMLP (up_proj, down_proj)"."""
-    found = {}
+    found: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         children = [child for child, _ in module.named_children()]
         if _IN_A_LAYER.search(name) and children and "attn" not in name and "attention" not in name:
@@ -49,14 +54,17 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
     return decoder if isinstance(decoder, PreTrainedModel) and gated_mlps(decoder) else model
 
 
-def replace_mlps(model: PreTrainedModel, options: dict, permutations=None) -> int:
+def replace_mlps(
+    model: PreTrainedModel, options: dict[str, Any], permutations: Sequence[Tensor] | None = None
+) -> int:
     """Puts DSMoEFFNs in place of the gated MLPs; the options become the config's key."""
     mlps = gated_mlps(model)
     if not mlps:
         return 0
     if permutations is not None and len(permutations) != len(mlps):
         raise ValueError(f"permutations has {len(permutations)} entries for {len(mlps)} layers")
-    sizes = {describe(mlp).intermediate_size for mlp in mlps.values()}
+    found = [describe(mlp) for mlp in mlps.values()]
+    sizes = {mlp.intermediate_size for mlp in found if mlp}
     for size in sizes:
         options = complete(options, size)
     if len(sizes) > 1 and options["expert_sizes"] is not None:
@@ -70,8 +78,8 @@ def replace_mlps(model: PreTrainedModel, options: dict, permutations=None) -> in
         if options["quantization"]:
             ffn.quantize(**options["quantization"])
         elif options["compression"]:
-            sizes = (ffn.shared_size, ffn.sizes[-1], ffn.num_experts)
-            ffn.use_factors(sizes, **options["compression"])
+            cut = (ffn.shared_size, ffn.sizes[-1], ffn.num_experts)
+            ffn.use_factors(cut, **options["compression"])
         rule = getattr(ffn.router, "rule_options", {})
         options |= {name: rule[name] for name in ("rescale", "gate_scale") if name in rule}
         model.set_submodule(name, ffn)
@@ -91,7 +99,7 @@ def _router_classes(model: nn.Module) -> set[str]:
     return {type(module).__name__ for module in model.modules() if isinstance(module, Router)}
 
 
-def adopt(model: PreTrainedModel, config) -> None:
+def adopt(model: PreTrainedModel, config: "PretrainedConfig") -> None:
     """Called as model, or a model around it, is built. config is the one with the key."""
     if model.config is config:
         replace_mlps(model, getattr(config, KEY))
@@ -99,14 +107,14 @@ def adopt(model: PreTrainedModel, config) -> None:
         connect(model, config)
 
 
-def connect(model: PreTrainedModel, config) -> None:
+def connect(model: PreTrainedModel, config: "PretrainedConfig") -> None:
     """Makes a model that holds sparse FFNs, itself or in a part of it, work with them."""
     watch(model, config)
     model.config.__dict__.pop("auto_map", None)  # of the folder; saving writes it anew
     text_config = model.config.get_text_config(decoder=True)
     setattr(text_config, KEY, getattr(config, KEY))  # one dict, also where configs were copied
     has_loss = getattr(model, "loss_type", None) is not None  # not so of a base model
-    loss = model.loss_function if has_loss else None
+    loss: Any = model.loss_function if has_loss else None
     if has_loss and not isinstance(loss, LossWithSparsity):
         name = getattr(loss, "__name__", "")
         model.loss_function = LossWithSparsity(
@@ -125,7 +133,7 @@ def connect(model: PreTrainedModel, config) -> None:
         model._tp_plan = _without_mlps(model._tp_plan)
 
 
-def connect_parts(model: nn.Module, config) -> None:
+def connect_parts(model: nn.Module, config: "PretrainedConfig") -> None:
     """Connects the model and every model inside it that holds sparse FFNs."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and find_ffns(module):
@@ -148,13 +156,13 @@ def disconnect(model: PreTrainedModel) -> None:
         config.__dict__.pop("base_model_tp_plan", None)
 
 
-def _strip_tp_plan(config) -> None:
+def _strip_tp_plan(config: "PretrainedConfig") -> None:
     """Tensor parallelism covers attention only: experts are not split over devices."""
     if plan := getattr(config, "base_model_tp_plan", None):
         config.base_model_tp_plan = _without_mlps(plan)
 
 
-def _without_mlps(plan: dict) -> dict:
+def _without_mlps(plan: dict[str, Any]) -> dict[str, Any]:
     return {
         name: way for name, way in plan.items() if not re.search(r"\.(mlp|feed_forward)\.", name)
     }

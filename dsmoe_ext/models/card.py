@@ -1,9 +1,14 @@
 """The card of a saved sparse model, README.md beside its weights: what it is, what was measured."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dsmoe_ext.files import CARD, CARD_MARK, is_ours
 from dsmoe_ext.layers import find_ffns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _TEXT = """---
 library_name: transformers
@@ -36,7 +41,9 @@ of this folder. Without either, transformers opens the dense model of the same w
 """
 
 
-def write_card(model, folder: str | Path, rows=()) -> None:
+def write_card(
+    model: "PreTrainedModel", folder: str | Path, rows: Sequence[dict[str, Any]] = ()
+) -> None:
     """Writes README.md of a sparse model into its folder, unless somebody else's lies there.
 
     rows: of `dsmoe eval` (command_line.steps.evaluation_rows), measured on this model.
@@ -46,7 +53,7 @@ def write_card(model, folder: str | Path, rows=()) -> None:
         place.write_text(card_text(model, rows), encoding="utf-8")
 
 
-def card_text(model, rows=()) -> str:
+def card_text(model: "PreTrainedModel", rows: Sequence[dict[str, Any]] = ()) -> str:
     """Method, layout, target, and per text the perplexity and the share of the FFN in use."""
     ffn = find_ffns(model)[0]
     from dsmoe_ext.models.options import options_of
@@ -71,7 +78,7 @@ def card_text(model, rows=()) -> str:
     )
 
 
-def _measured(rows) -> str:
+def _measured(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         f"| {row['text']} | {row['window']} | {row['predicted_tokens']} | {row['perplexity']:.2f} "
         f"| {row['active_ffn']:.3f} |"

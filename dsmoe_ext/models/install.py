@@ -9,9 +9,16 @@ import functools
 import importlib.abc
 import importlib.util
 import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from dsmoe_ext.models import KEY
 from dsmoe_ext.models.remote_code import saves_remote_code
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def install() -> None:
@@ -23,14 +30,14 @@ def install() -> None:
         sys.meta_path.insert(0, _Finder())
 
 
-def _wrap_post_init(module) -> None:
+def _wrap_post_init(module: Any) -> None:
     model = getattr(module, "PreTrainedModel", None)
     if model is None or hasattr(model.post_init, "__wrapped__"):
         return
     original = model.post_init
 
     @functools.wraps(original)
-    def post_init(self):
+    def post_init(self: Any) -> None:
         config = _config_with_key(self)
         if config is not None:
             from dsmoe_ext.models.adopt import adopt
@@ -42,7 +49,7 @@ def _wrap_post_init(module) -> None:
     model.save_pretrained = saves_remote_code(model.save_pretrained)
 
 
-def _config_with_key(model):
+def _config_with_key(model: "PreTrainedModel") -> Any:
     """The config with the key: the model's own, or that of the part that holds the FFNs."""
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -51,13 +58,13 @@ def _config_with_key(model):
     return None
 
 
-def _register_legacy(module) -> None:
+def _register_legacy(module: Any) -> None:
     from dsmoe_ext.models.legacy import DSMoELlamaConfig
 
     module.AutoConfig.register(DSMoELlamaConfig.model_type, DSMoELlamaConfig, exist_ok=True)
 
 
-def _register_experts(module) -> None:
+def _register_experts(module: Any) -> None:
     from dsmoe_ext.experts import register
 
     register(module)
@@ -73,7 +80,9 @@ _WAITING = {
 class _Finder(importlib.abc.MetaPathFinder):
     """Lets the other finders find the modules, and does what is waiting once one has run."""
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name not in _WAITING:
             return None
         place = sys.meta_path.index(self)
@@ -85,9 +94,9 @@ class _Finder(importlib.abc.MetaPathFinder):
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
-            def exec_module(module):
+            def exec_module(module: Any) -> None:
                 run(module)
                 _WAITING[name](module)
 
-            spec.loader.exec_module = exec_module
+            setattr(spec.loader, "exec_module", exec_module)  # noqa: B010
         return spec

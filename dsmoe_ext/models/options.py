@@ -1,11 +1,15 @@
 """The key "dsmoe" of a model's config: how its FFNs are cut and routed, the same for all layers."""
 
+from typing import Any
+
+from torch import nn
+
 from dsmoe_ext.layout import expert_layout
 from dsmoe_ext.models import KEY
 
 # Of each layer's FFN; see DSMoEFFN. rescale and gate_scale None: what the method and the dense
 # start need, noted once made, so that they stay as they are when thresholds move.
-FFN_DEFAULTS = {
+FFN_DEFAULTS: dict[str, Any] = {
     "num_experts": 8,
     "expert_sizes": None,
     "shared_size": 0,
@@ -40,7 +44,7 @@ DEFAULTS = FFN_DEFAULTS | {
 BALANCE_WEIGHTS = {"switch": 0.01, "cv": 0.01, "load_l1": 1e-8}
 
 
-def complete(given: dict, intermediate_size: int) -> dict:
+def complete(given: dict[str, Any], intermediate_size: int) -> dict[str, Any]:
     """The options with all defaults; an error for a name that does not exist."""
     if unknown := sorted(set(given) - set(DEFAULTS)):
         raise TypeError(f"there is no option {unknown[0]!r}; there are {', '.join(DEFAULTS)}")
@@ -57,7 +61,7 @@ def complete(given: dict, intermediate_size: int) -> dict:
     return options
 
 
-def options_of(model) -> dict:
+def options_of(model: nn.Module) -> dict[str, Any]:
     """The options of a sparse model, however wrapped (DDP, PEFT, compiled), to read and to change;
     they are saved with the model."""
     for module in model.modules():

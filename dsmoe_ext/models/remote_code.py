@@ -7,7 +7,12 @@ some programs read the config that way and then build the model's class themselv
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MODULE = "dsmoe_auto"
 _SOURCE = '''"""Opens this folder with its sparse feed-forward layers: pip install dsmoe_ext."""
@@ -25,7 +30,7 @@ class {model}(transformers.{model}):
 '''
 
 
-def auto_map(model) -> dict[str, str]:
+def auto_map(model: "PreTrainedModel") -> dict[str, str]:
     """What the config of a saved model says: the Auto classes that have this model's classes."""
     import transformers
 
@@ -33,18 +38,18 @@ def auto_map(model) -> dict[str, str]:
     if not hasattr(transformers, name) or not hasattr(transformers, config):
         return {}
     suffix = name.removeprefix(config.removesuffix("Config"))
-    auto = {"ForCausalLM": "AutoModelForCausalLM", "Model": "AutoModel"}
-    auto = auto.get(suffix, f"AutoModel{suffix}")
+    known = {"ForCausalLM": "AutoModelForCausalLM", "Model": "AutoModel"}
+    auto = known.get(suffix, f"AutoModel{suffix}")
     if not hasattr(transformers, auto):
         return {}
     return {"AutoConfig": f"{MODULE}.{config}", auto: f"{MODULE}.{name}"}
 
 
-def saves_remote_code(save_pretrained):
+def saves_remote_code(save_pretrained: Callable[..., Any]) -> Callable[..., Any]:
     """Around PreTrainedModel.save_pretrained: of a sparse model also the file and the card."""
 
     @functools.wraps(save_pretrained)
-    def save(self, save_directory, *args, **kwargs):
+    def save(self: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         from dsmoe_ext.layers import find_ffns
         from dsmoe_ext.models.card import write_card
 

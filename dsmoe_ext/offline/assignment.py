@@ -1,5 +1,7 @@
 """The cheapest one-to-one assignment (Jonker and Volgenant, 1987)."""
 
+from typing import Any
+
 import numpy as np
 
 
@@ -13,7 +15,8 @@ def cheapest_assignment(cost: np.ndarray) -> np.ndarray:
     of_row, of_column = np.zeros(size + 1), np.zeros(size + 1)  # potentials; the last is a start
     row_at = np.full(size + 1, -1)  # by column
     for row in range(size):
-        row_at[size], column = row, size
+        row_at[size] = row
+        column: Any = size
         shortest = np.full(size, np.inf)
         before = np.full(size, size)
         done = np.zeros(size + 1, dtype=bool)

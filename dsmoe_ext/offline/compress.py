@@ -9,6 +9,8 @@ assignment), then the centre is their mean, until nothing moves. A layer's R exp
 S·H + R·r·(S + H) numbers a matrix in place of R·S·H.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,10 @@ from dsmoe_ext.ffn import DSMoEFFN
 from dsmoe_ext.layers import ffn_layers
 from dsmoe_ext.models.options import options_of
 from dsmoe_ext.offline.assignment import cheapest_assignment
-from dsmoe_ext.packing import as_rows
+from dsmoe_ext.reference import split_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MAX_ROUNDS = 30
 
@@ -26,13 +31,14 @@ def barycentre(experts: Tensor) -> tuple[Tensor, Tensor]:
     """(order int64 [R,S], centre [S,N]) of experts [R,S,N]: neuron order[e,n] of e goes to n."""
     experts = experts.double()
     squares = experts.square().sum(2)
-    centre, order = experts[0], None
+    centre = experts[0]
+    order = torch.zeros(0, device=experts.device)
     for _ in range(MAX_ROUNDS):
         # ‖a - c‖² but for what no assignment changes. Row of the centre -> neuron of the expert.
         costs = centre.square().sum(1)[:, None] + squares[:, None, :] - 2 * centre @ experts.mT
-        found = [torch.from_numpy(cheapest_assignment(cost)) for cost in costs.cpu().numpy()]
-        found = torch.stack(found).to(experts.device)
-        if order is not None and torch.equal(found, order):
+        rows = [torch.from_numpy(cheapest_assignment(cost)) for cost in costs.cpu().numpy()]
+        found = torch.stack(rows).to(experts.device)
+        if torch.equal(found, order):
             break
         order = found
         centre = torch.stack([e[rows] for e, rows in zip(experts, order, strict=True)]).mean(0)
@@ -47,7 +53,7 @@ def low_rank(residual: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def compress(model, rank: int) -> tuple[object, float]:
+def compress(model: "PreTrainedModel", rank: int) -> tuple[object, float]:
     """(a sparse model whose routed experts are a centre and residuals of this rank, the squared
     error of their weights relative to the weights' squares).
 
@@ -60,11 +66,11 @@ def compress(model, rank: int) -> tuple[object, float]:
     lost = power = 0.0
     for ffn in ffn_layers(compressed):
         shared, num_experts = ffn.shared_size, ffn.num_experts
-        whole = as_rows(*ffn.expert_weights())
+        whole = split_weights(*ffn.expert_weights())
         routed = [w[shared:].unflatten(0, (num_experts, -1)).double() for w in whole]
         order, centre = barycentre(torch.cat(routed, dim=2))
         rows = torch.arange(num_experts, device=order.device)[:, None]
-        matrices = []
+        matrices: list[tuple[Tensor, ...]] = []
         for matrix, middle in zip(routed, centre.chunk(3, dim=1), strict=True):
             residual = matrix[rows, order] - middle
             factors = low_rank(residual, rank)

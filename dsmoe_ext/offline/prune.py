@@ -6,6 +6,8 @@ Of every layer the experts used least are dropped: their neurons and their rows 
 dense dimension I shrinks with them, so the result is a smaller model of the same class.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,9 @@ from dsmoe_ext.ffn import DSMoEFFN
 from dsmoe_ext.layers import ffn_layers
 from dsmoe_ext.models.adopt import connect_parts, text_model
 from dsmoe_ext.models.options import options_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @torch.no_grad()
@@ -25,7 +30,7 @@ def expert_use(model: nn.Module, ids: Tensor) -> list[Tensor]:
 
 
 @torch.no_grad()
-def prune(model, use: list[Tensor], keep: float):
+def prune(model: "PreTrainedModel", use: list[Tensor], keep: float) -> "PreTrainedModel":
     """A smaller model that keeps, in every layer, the share `keep` of the routed experts used most.
 
     model: a sparse model whose routed experts have one size, behind linear routers. use: by layer

@@ -11,6 +11,7 @@ and begin at its first one: an expert of 40 neurons has one group of 32 and one 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,8 @@ class QuantizedWeights:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
         """(gate_proj, up_proj, down_proj_t), [I,H] each, as the codes stand for them."""
-        return tuple(self._dequantize(name, dtype) for name in MATRICES)
+        gate, up, down = (self._dequantize(name, dtype) for name in MATRICES)
+        return gate, up, down
 
     def _dequantize(self, name: str, dtype: torch.dtype) -> Tensor:
         matrix: QuantizedMatrix = getattr(self, name)
@@ -51,10 +53,10 @@ class QuantizedWeights:
         codes, scales = matrix.codes.to(wide), matrix.scales.to(wide)
         if not self.group_size:
             return codes.mul_(scales if name == "down_proj_t" else scales[:, None]).to(dtype)
+        at: tuple[Any, ...] = (slice(None), torch.arange(codes.shape[1]) // self.group_size)
         if name == "down_proj_t":
+            assert self.expert_offsets is not None
             at = (neuron_groups(self.expert_offsets, self.group_size),)
-        else:
-            at = (slice(None), torch.arange(codes.shape[1]) // self.group_size)
         weight = codes.mul_(scales[at])
         return (weight if matrix.mins is None else weight.add_(matrix.mins.to(wide)[at])).to(dtype)
 
@@ -95,7 +97,7 @@ def quantize_weights(
     """
     group_size, symmetric = check_format(bits, group_size, symmetric)
     weights = {"gate_proj": gate_proj, "up_proj": up_proj, "down_proj_t": down_proj_t}
-    options = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    options: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
     matrices = {}
     for name, weight in weights.items():
         weight = weight.detach().cpu().float().contiguous()
@@ -189,22 +191,23 @@ def nearest_codes(weight: Tensor, scale: Tensor, least: Tensor | float, bits: in
 
 
 def _quantize_down(
-    weight: Tensor, expert_offsets: Tensor, importance: Tensor, **options
+    weight: Tensor, expert_offsets: Tensor, importance: Tensor, **options: Any
 ) -> QuantizedMatrix:
     """down_proj_t: sums run along the neurons, groups along those of one expert."""
     if not options["group_size"]:
-        codes, scales, _ = quantize_rows(weight.t(), importance, **options)
-        return QuantizedMatrix(codes.t().contiguous(), scales)
+        codes_t, channel_scales, _ = quantize_rows(weight.t(), importance, **options)
+        return QuantizedMatrix(codes_t.t().contiguous(), channel_scales)
     sizes = expert_offsets.diff().tolist()
     experts = [
         quantize_rows(part.t(), weigh, **options)
         for part, weigh in zip(weight.split(sizes), importance.split(sizes), strict=True)
     ]
     codes, scales, mins = zip(*experts, strict=True)
-    join = [torch.cat([part.t() for part in parts]).contiguous() for parts in (codes, scales)]
-    return QuantizedMatrix(
-        *join, None if mins[0] is None else torch.cat([part.t() for part in mins]).contiguous()
-    )
+    whole: list[Any] = [
+        None if parts[0] is None else torch.cat([part.t() for part in parts]).contiguous()
+        for parts in (codes, scales, mins)
+    ]
+    return QuantizedMatrix(*whole)
 
 
 # ------------------------------------------------------------------------------------ state dicts

@@ -1,6 +1,7 @@
 """The module that holds an FFN's experts as codes, in place of its three weights."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,14 @@ class _Codes(nn.Module):
 
 class _FrozenFFN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gates, experts, expert_offsets, grad_weight):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gates: Tensor,
+        experts: Any,
+        expert_offsets: Tensor,
+        grad_weight: Tensor | None,
+    ) -> Tensor:
         ctx.experts = experts
         weights = experts.weights(expert_offsets).dequantize(x.dtype)
         options = (ops.activation_index(experts.activation), True, False)
@@ -36,7 +44,7 @@ class _FrozenFFN(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_create_graph("sparse_ffn")
         x, gates, expert_offsets, grad_weight, activations = ctx.saved_tensors
         weights = ctx.experts.weights(expert_offsets).dequantize(x.dtype)
@@ -65,7 +73,7 @@ class QuantizedExperts(nn.Module):
         self.hidden_size = weights.gate_proj.codes.shape[1]
         self.bits, self.group_size = weights.bits, weights.group_size
         self.activation = weights.activation
-        parts = {name: {} for name in MATRICES}
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in MATRICES}
         for name, tensor in codes.to_tensors(weights):
             matrix, part = name.split(".")
             parts[matrix][part] = tensor
@@ -75,13 +83,15 @@ class QuantizedExperts(nn.Module):
     @classmethod
     def empty(
         cls, hidden_size: int, sizes: Sequence[int], *, bits: int, group_size: int | None = None,
-        symmetric: bool | None = None, activation: str = "silu", device=None,
+        symmetric: bool | None = None, activation: str = "silu",
+        device: torch.device | str | None = None,
     ) -> "QuantizedExperts":  # fmt: skip
         """Of zeros, for a checkpoint to fill. sizes: of the experts."""
         group_size, symmetric = check_format(bits, group_size, symmetric)
         rows = sum(sizes)
         matrices = []
         for name in MATRICES:
+            shape: tuple[int, ...]
             if not group_size:
                 shape = (hidden_size if name == "down_proj_t" else rows,)
             elif name == "down_proj_t":
@@ -93,12 +103,13 @@ class QuantizedExperts(nn.Module):
             zeros = torch.zeros(rows, hidden_size, dtype=torch.int8, device=device)
             mins = None if symmetric else torch.zeros_like(numbers)
             matrices.append(codes.QuantizedMatrix(zeros, numbers, mins))
-        return cls(QuantizedWeights(*matrices, None, bits, group_size, activation))
+        gate, up, down = matrices
+        return cls(QuantizedWeights(gate, up, down, None, bits, group_size, activation))
 
     @property
     def is_released(self) -> bool:
         """Whether the codes have moved into packed weights."""
-        return self.gate_proj.codes is None
+        return getattr(self, MATRICES[0]).codes is None
 
     def release(self) -> None:
         """Lets go of the codes: packed weights hold them now."""
@@ -114,7 +125,7 @@ class QuantizedExperts(nn.Module):
                 "let go of: load the model again to save, train or move it."
             )
 
-    def _save_to_state_dict(self, *args, **kwargs):
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.check_held()
         super()._save_to_state_dict(*args, **kwargs)
 

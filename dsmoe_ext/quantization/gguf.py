@@ -8,6 +8,9 @@ The low nibbles are the first 16 weights. Our codes of 4 bits are signed, so Q4_
 min + 8 scale, rounded to fp16; everything else is exact.
 """
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -37,7 +40,7 @@ def matrix_from_blocks(blocks: Tensor, kind: str) -> QuantizedMatrix:
 
 
 def experts_from_gguf(
-    path, layer: int, expert_offsets: Tensor, permutation: Tensor | None = None
+    path: str | Path, layer: int, expert_offsets: Tensor, permutation: Tensor | None = None
 ) -> QuantizedWeights:
     """One layer's experts of a LLaMA's GGUF.
 
@@ -72,6 +75,6 @@ def experts_from_gguf(
     return QuantizedWeights(gate, up, down, expert_offsets, BITS[kind], BLOCK)
 
 
-def _map(matrix: QuantizedMatrix, change) -> QuantizedMatrix:
+def _map(matrix: QuantizedMatrix, change: Callable[[Tensor], Tensor]) -> QuantizedMatrix:
     mins = None if matrix.mins is None else change(matrix.mins)
     return QuantizedMatrix(change(matrix.codes), change(matrix.scales), mins)

@@ -6,6 +6,7 @@ rounding a term did to the output is made up for by the terms that follow (GPTQ,
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def quantize_with_gram(
     expert_offsets: Tensor,
     gram_x: Tensor,
     gram_a: Tensor,
-    **form,
+    **form: Any,
 ) -> QuantizedWeights:
     """`quantize_weights` with compensated errors.
 
@@ -48,8 +49,9 @@ def quantize_with_gram(
         weight, before = weight.detach().float(), getattr(plain, name)
         if name == "down_proj_t":
             groups = neuron_groups(expert_offsets, size) if size else None
-            numbers = [None if n is None else n.t() for n in (before.scales, before.mins)]
-            codes = _round(weight.t(), gram_a, *numbers, groups, plain.bits).t().contiguous()
+            mins = None if before.mins is None else before.mins.t()
+            codes = _round(weight.t(), gram_a, before.scales.t(), mins, groups, plain.bits)
+            codes = codes.t().contiguous()
         else:
             groups = torch.arange(weight.shape[1]) // size if size else None
             codes = _round(weight, gram_x, before.scales, before.mins, groups, plain.bits)
@@ -71,7 +73,9 @@ def _round(
     order = gram.diagonal().argsort(descending=True)
     weight, gram = weight[:, order], gram[order][:, order]
     scales = scales.float()[:, groups[order]] if groups is not None else scales[:, None]
-    mins = torch.zeros(1) if mins is None else mins.float()[:, groups[order]]
+    if mins is not None and groups is not None:
+        mins = mins.float()[:, groups[order]]
+    mins = torch.zeros(1) if mins is None else mins
     scales, mins = scales.expand(weight.shape), mins.expand(weight.shape)
     factor = _inverse_factor(gram)
     num_rows, num_terms = weight.shape

@@ -1,5 +1,8 @@
 """A whole sparse model's experts as codes, rounded by themselves or on what a text shows."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
@@ -7,9 +10,11 @@ from dsmoe_ext.command_line import console
 from dsmoe_ext.ffn import DSMoEFFN
 from dsmoe_ext.layers import ffn_layers
 from dsmoe_ext.models.options import options_of
-from dsmoe_ext.packing import as_rows
 from dsmoe_ext.quantization.codes import check_format
-from dsmoe_ext.reference import ACTIVATIONS, expand_experts
+from dsmoe_ext.reference import ACTIVATIONS, expand_experts, split_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # What the Gram matrices of the layers that are rounded together may take. Of more layers the text
 # runs through the model once more for each part of them.
@@ -17,13 +22,13 @@ GRAM_BYTES = 2 << 30
 
 
 def quantize(
-    model,
+    model: "PreTrainedModel",
     bits: int = 8,
     group_size: int | None = None,
     symmetric: bool | None = None,
     *,
     token_ids: Tensor | None = None,
-):
+) -> "PreTrainedModel":
     """Puts codes of 8 or 4 bits in place of the experts' weights -> the same model.
 
     The rest of it stays as it is. Saved and loaded like any model; pack() lays the codes out for
@@ -36,7 +41,7 @@ def quantize(
             makes up for its errors (gptq.py): the layers' inputs and activations are taken from it.
     """
     group_size, symmetric = check_format(bits, group_size, symmetric)
-    form = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    form: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
     ffns = ffn_layers(model)
     if any(ffn.experts is not None for ffn in ffns):
         raise ValueError("the experts are quantized already")
@@ -47,7 +52,9 @@ def quantize(
     with console.progress("Quantizing", len(ffns), "layers") as advance:
         for first in range(0, len(ffns), at_once):
             part = ffns[first : first + at_once]
-            grams = [None] * len(part) if token_ids is None else _grams(model, part, token_ids)
+            grams: Sequence[Any] = [None] * len(part)
+            if token_ids is not None:
+                grams = _grams(model, part, token_ids)
             for ffn, gram in zip(part, grams, strict=True):
                 ffn.quantize(**form, grams=gram)
                 advance(1)
@@ -63,11 +70,11 @@ class _Gram:
         self.a = torch.zeros(ffn.intermediate_size, ffn.intermediate_size)
         self.hook = ffn.register_forward_pre_hook(self.add)
 
-    def add(self, ffn: DSMoEFFN, args) -> None:
+    def add(self, ffn: DSMoEFFN, args: tuple[Tensor, ...]) -> None:
         x = args[0].reshape(-1, ffn.hidden_size)
         offsets = ffn.offsets_on(x.device)
         gates = ffn.route(x).gates
-        gate, up, _ = as_rows(*ffn.expert_weights(x))
+        gate, up, _ = split_weights(*ffn.expert_weights(x))
         a = ACTIVATIONS[ffn.activation](x @ gate.t()) * (x @ up.t())
         a = a.float() * expand_experts(gates, offsets)
         self.x.addmm_(x.float().t(), x.float())
@@ -75,7 +82,9 @@ class _Gram:
 
 
 @torch.no_grad()
-def _grams(model, ffns: list[DSMoEFFN], token_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _grams(
+    model: "PreTrainedModel", ffns: list[DSMoEFFN], token_ids: Tensor
+) -> list[tuple[Tensor, Tensor]]:
     training = model.training
     model.eval()
     grams = [_Gram(ffn) for ffn in ffns]

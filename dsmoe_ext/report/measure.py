@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from ..training.callbacks import read_log
 from ..training.evaluate import activity, evaluate, supports_bf16
 from ..training.measure import ready_for_inference
 from ..training.usage import watch_usage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHOWN_TOKENS = 400  # of the coloured text
 
@@ -28,20 +32,23 @@ class Findings:
     """
 
     name: str
-    rows: list[dict]
+    rows: list[dict[str, Any]]
     tokens: list[str]
     token_share: Tensor
     expert_use: Tensor
     layer_share: list[float]
     position_share: Tensor
-    log: list[dict]
+    log: list[dict[str, Any]]
 
 
 @torch.no_grad()
-def measure(model, tokenizer, name: str, texts: list[Text]) -> Findings:
+def measure(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", name: str, texts: list[Text]
+) -> Findings:
     """Runs every text through the model; colours, heat map and positions are of the first."""
     ready_for_inference(model)
-    rows, first = [], None
+    rows: list[dict[str, Any]] = []
+    first: Any = None
     for text in texts:
         before = activity(model)
         with watch_usage(model) as usage:
@@ -72,7 +79,7 @@ def measure(model, tokenizer, name: str, texts: list[Text]) -> Findings:
     )
 
 
-def _use(model, before: list[Tensor]) -> Tensor:
+def _use(model: "PreTrainedModel", before: list[Tensor]) -> Tensor:
     """[L,R]: the share of tokens that used each routed expert since `before`."""
     used = []
     for ffn, now, seen in zip(ffn_layers(model), activity(model), before, strict=True):

@@ -1,6 +1,7 @@
 """The page: plain HTML with its style and drawings inside, nothing fetched, no script needed."""
 
 from html import escape
+from typing import Any
 
 from torch import Tensor
 
@@ -111,7 +112,7 @@ def _line(curves: list[tuple[str, list[float]]], label: str, low: float, high: f
     return f"<svg viewBox='0 0 900 225'>{''.join(drawn)}</svg>"
 
 
-def _training(log: list[dict]) -> str:
+def _training(log: list[dict[str, Any]]) -> str:
     losses = [row["loss"] for row in log if "loss" in row]
     if len(losses) < 2:
         return ""

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from dsmoe_ext.balance import balance_loss
 from dsmoe_ext.ops import Routing
@@ -61,9 +62,9 @@ class Router(nn.Module):
         expert_sizes: Sequence[int],
         num_shared: int = 0,
         *,
-        device=None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **options,
+        **options: Any,
     ):
         super().__init__()
         self.hidden_size = hidden_size
@@ -111,7 +112,7 @@ class Router(nn.Module):
     def start_dense(self) -> None:
         """Starts the layer as near to the dense FFN as the method can, if it has a say in it."""
 
-    def reset_buffers(self, is_loaded) -> None:
+    def reset_buffers(self, is_loaded: Callable[[Tensor], bool]) -> None:
         """Buffers as the options say, but those that is_loaded (of a checkpoint without them)."""
         for name, buffer in self.named_buffers(recurse=False):
             if not is_loaded(buffer):
@@ -147,7 +148,7 @@ class Router(nn.Module):
             self._offsets = sizes.cumsum(0, dtype=torch.int32)
         return self._offsets
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         return super()._apply(without_half_casts(fn), recurse)  # one logit decides over an expert
 
 
@@ -183,10 +184,10 @@ def make_router(
     hidden_size: int,
     expert_sizes: Sequence[int],
     num_shared: int,
-    options: dict,
+    options: dict[str, Any],
     *,
     is_dense_start: bool = False,
-    device=None,
+    device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Router:
     """The registered router of an FFN, from its options that are not None.

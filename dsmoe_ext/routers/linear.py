@@ -1,10 +1,13 @@
 """What the routers share that score each expert by logits: x W + b, then a rule of `ops.route`."""
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from dsmoe_ext import ops
 from dsmoe_ext.ops import Routing
@@ -45,7 +48,16 @@ class LinearRouter(Router):
         noise=False,
     )  # fmt: skip
 
-    def __init__(self, hidden_size, expert_sizes, num_shared=0, *, device=None, dtype=None, **opts):
+    def __init__(
+        self,
+        hidden_size: int,
+        expert_sizes: Sequence[int],
+        num_shared: int = 0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **opts: Any,
+    ):
         super().__init__(hidden_size, expert_sizes, num_shared, **opts)
         self.threshold, self.top_k = self.options["threshold"], self.options["top_k"]
         if self.rule == "top_k" and not 1 <= self.top_k <= self.num_experts:
@@ -57,9 +69,10 @@ class LinearRouter(Router):
         self.start_logit: float | None = None
         self.make_weights(hidden_size, device=device, dtype=at_least_float32(dtype))
 
-    def make_weights(self, width: int, **kind) -> None:
+    def make_weights(self, width: int, **kind: Any) -> None:
         """The parameters of the logits of inputs [T,width]."""
         self.weight = nn.Parameter(torch.empty(self.num_experts, width, **kind))
+        self.bias: nn.Parameter | None
         bias = nn.Parameter(torch.empty(self.num_experts, **kind)) if self.options["bias"] else None
         self.register_parameter("bias", bias)
         if self.options["noise"]:
@@ -102,7 +115,8 @@ class LinearRouter(Router):
     def weights(self) -> tuple[Tensor, Tensor | None]:
         """weight and bias, float32 at least: FSDP2's mixed precision hands out copies in a half
         type, and DeepSpeed casts the parameters themselves."""
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         if weight.itemsize < 4:
             weight, bias = weight.float(), None if bias is None else bias.float()
         return weight, bias
@@ -122,7 +136,7 @@ class LinearRouter(Router):
         return ops.route(logits, threshold, self.offsets(logits.device), **self.rule_options)
 
     @property
-    def rule_options(self) -> dict:
+    def rule_options(self) -> dict[str, Any]:
         """The options of `ops.route`."""
         return {
             "method": self.rule,
@@ -147,7 +161,7 @@ class LinearRouter(Router):
         """Whether that and `ops.route` are all there is, so that `ops.routed_ffn` does the same."""
         return self.has_plain_logits and type(self).pick is LinearRouter.pick
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         return super()._apply(without_half_casts(fn), recurse)
 
     def extra_repr(self) -> str:

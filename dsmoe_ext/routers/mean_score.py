@@ -1,7 +1,11 @@
 """EMoE: experts of a dense FFN picked by the mean of their own gate activations."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from dsmoe_ext.ops import Routing
 from dsmoe_ext.routers.interface import float_of, register
@@ -22,7 +26,7 @@ class MeanScoreRouter(LinearRouter):
     needs_gate_proj = True
     defaults = LinearRouter.defaults | dict(gates="binary")
 
-    def make_weights(self, width, **kind):
+    def make_weights(self, width: int, **kind: Any) -> None:
         self._keys: Tensor | None = None
 
     def start_dense(self) -> None:
@@ -58,10 +62,10 @@ class MeanScoreRouter(LinearRouter):
         """Drops the keys, to be computed anew."""
         self._keys = None
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
         self.forget()
         return super().train(mode)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.forget()
         return super()._apply(fn, recurse)

@@ -1,5 +1,8 @@
 """MatFormer: nested FFNs, the smaller ones being the first slices of the larger."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,7 +26,16 @@ class PrefixRouter(Router):
     knob = "active"
     defaults = dict(active=None, seed=0)  # noqa: RUF012
 
-    def __init__(self, hidden_size, expert_sizes, num_shared=0, *, device=None, dtype=None, **opts):
+    def __init__(
+        self,
+        hidden_size: int,
+        expert_sizes: Sequence[int],
+        num_shared: int = 0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **opts: Any,
+    ):
         super().__init__(hidden_size, expert_sizes, num_shared, **opts)
         active = self.options["active"]
         active = self.num_experts if active is None else active
@@ -37,7 +49,7 @@ class PrefixRouter(Router):
         self.drawn = 1 + (key * self.num_experts >> 64)  # uniform, the same for every layer
 
     def forward(self, x: Tensor, gate_proj: Tensor | None = None) -> Tensor:
-        active = self.drawn if self.training else self.active
+        active: Any = self.drawn if self.training else self.active
         mask = torch.arange(self.num_experts, device=x.device) < active
         return mask.to(float_of(x)).expand(len(x), -1)
 

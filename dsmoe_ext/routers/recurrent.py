@@ -1,10 +1,12 @@
 """RMoE: routers that remember what the layers before decided."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsmoe_ext.routers.interface import register
+from dsmoe_ext.routers.interface import Router, register
 from dsmoe_ext.routers.linear import LinearRouter
 
 
@@ -22,7 +24,10 @@ class RecurrentRouter(LinearRouter):
     balance_form = "switch"
     defaults = LinearRouter.defaults | dict(state_size=128)
 
-    def make_weights(self, width, **kind):
+    gru: nn.GRUCell | None
+    first: "RecurrentRouter"
+
+    def make_weights(self, width: int, **kind: Any) -> None:
         size = self.options["state_size"]
         self.project_weight = nn.Parameter(torch.empty(size, width, **kind))
         self.project_bias = nn.Parameter(torch.empty(size, **kind))
@@ -36,7 +41,7 @@ class RecurrentRouter(LinearRouter):
         nn.init.normal_(self.project_weight, std=0.02)
         nn.init.zeros_(self.project_bias)
 
-    def join(self, layer: int, first: "RecurrentRouter") -> None:
+    def join(self, layer: int, first: Router) -> None:
         self.layer = layer
         self.__dict__["first"] = first  # not as a submodule: its parameters are saved once
         if first is not self:
@@ -55,8 +60,10 @@ class RecurrentRouter(LinearRouter):
             before = states[self.layer - 1]
         with torch.autocast(x.device.type, enabled=False):
             weight, bias = self.project_weight, self.project_bias
-            states[self.layer] = self.first.gru(F.linear(x.to(weight.dtype), weight, bias), before)
+            gru = self.first.gru
+            assert gru is not None
+            states[self.layer] = gru(F.linear(x.to(weight.dtype), weight, bias), before)
             return self.logits(states[self.layer])
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "states": {}}

@@ -2,22 +2,28 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import TrainerCallback
 
 from ..files import atomic_file, json_text
 from ..layers import find_ffns, start_step
 from .evaluate import activity, activity_since
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class StartStep(TrainerCallback):
     """Lets routers draw what they draw once a step (MatFormer's size)."""
 
-    def __init__(self, model):
+    def __init__(self, model: "PreTrainedModel"):
         self.model = model
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         start_step(self.model, state.global_step)
 
 
@@ -27,14 +33,15 @@ class ActiveShare(TrainerCallback):
     Lists have one number a layer. Runs before any callback that writes the log.
     """
 
-    def __init__(self, model, controller=None):
+    def __init__(self, model: "PreTrainedModel", controller: Any = None):
         self.model, self.controller = model, controller
-        self.seen, self.row = [], {}
+        self.seen: list[torch.Tensor] = []
+        self.row: dict[str, Any] = {}
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seen = activity(self.model)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         layers = find_ffns(self.model)
         if not layers:
             return
@@ -54,22 +61,27 @@ class JsonLines(TrainerCallback):
     A resumed run drops the rows after the step it resumes at. on_step(row) may add to the row.
     """
 
-    def __init__(self, path: Path | None, active: ActiveShare, on_step=None):
+    def __init__(
+        self,
+        path: Path | None,
+        active: ActiveShare,
+        on_step: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None,
+    ):
         self.path, self.active, self.on_step = path, active, on_step
-        self.rows: list[dict] = []
+        self.rows: list[dict[str, Any]] = []
         self._start, self._tokens = 0.0, 0
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.path is None:
             return
         self.rows = [row for row in read_log(self.path) if row["step"] <= state.global_step]
         with atomic_file(self.path) as partial:
             partial.write_text("".join(json_text(row) + "\n" for row in self.rows))
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._start, self._tokens = time.perf_counter(), state.num_input_tokens_seen
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" not in logs:  # the summary at the end
             return
         seconds = time.perf_counter() - self._start
@@ -84,7 +96,7 @@ class JsonLines(TrainerCallback):
                 file.write(json_text(row) + "\n")
 
 
-def read_log(path: Path) -> list[dict]:
+def read_log(path: Path) -> list[dict[str, Any]]:
     """The rows of a log; a last line cut short by a kill is left out."""
     rows = []
     if path.is_file():

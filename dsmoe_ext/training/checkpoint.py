@@ -3,6 +3,7 @@
 import contextlib
 import re
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
@@ -53,7 +54,7 @@ class KeepNewest(TrainerCallback):
     """Removes a checkpoint once a newer one is whole. Trainer's own limit deletes whole folders,
     whatever else lies in them."""
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             for _, folder in find_checkpoints(Path(args.output_dir))[:-1]:
                 remove_checkpoint(folder)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,6 +30,9 @@ from .data import TextWindows
 from .fine_tune import TrainSettings, computes_in_bf16, fine_tune, run_checks
 from .record import check_same
 from .sources import BUILTIN, SELF, Source, read_windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Of the teacher's own text, where nothing is said: more than most runs use once.
 OWN_TOKENS = 131072
@@ -159,10 +163,10 @@ def _train_into(
 
 
 def _windows(
-    loaded,
-    teacher,
-    tokenizer,
-    sources,
+    loaded: "PreTrainedModel",
+    teacher: "PreTrainedModel | None",
+    tokenizer: "PreTrainedTokenizerBase",
+    sources: list[Source],
     tokens: int | None,
     window: int,
     seed: int,
@@ -179,7 +183,13 @@ def _windows(
     )
 
 
-def _adapt(loaded, name: str, settings: TrainSettings, ste, sparsity_weight) -> TrainSettings:
+def _adapt(
+    loaded: "PreTrainedModel",
+    name: str,
+    settings: TrainSettings,
+    ste: str | None,
+    sparsity_weight: float | None,
+) -> TrainSettings:
     """Gives a converted model what the options say, and takes from it the target it has."""
     layers = find_ffns(loaded)
     if not layers:
@@ -205,7 +215,7 @@ def _adapt(loaded, name: str, settings: TrainSettings, ste, sparsity_weight) -> 
     return dataclasses.replace(settings, target_active=options["target_active"])
 
 
-def describe(row: dict) -> str:
+def describe(row: dict[str, Any]) -> str:
     """The few numbers of a step that stand beside the bar."""
     active = f", {row['active']:.3f} active" if "active" in row else ""
     return f"loss {row['loss']:.3f}{active}"

@@ -9,8 +9,11 @@ tell the right threshold at once. It is averaged over some steps, because a batc
 share at a fixed threshold differs by a few hundredths from text to text.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..layers import ffn_layers
 from ..losses import ThresholdController
@@ -36,13 +39,13 @@ class QuantileController(ThresholdController):
             for index, ffn in enumerate(self.ffns)
         ]
 
-    def _watch(self, index: int):
+    def _watch(self, index: int) -> Callable[..., None]:
         ffn = self.ffns[index]
         sizes = ffn.expert_offsets.diff()[ffn.num_shared :].tolist()
         share = self.target_active * ffn.intermediate_size - ffn.shared_size
         share = min(max(share / sum(sizes), 0.0), 1.0)
 
-        def note(router, args, logits) -> None:
+        def note(router: nn.Module, args: Any, logits: Tensor) -> None:
             if router.training and torch.is_grad_enabled():
                 self._wanted[index].append(score_above_which(logits.detach(), sizes, share))
 
@@ -65,7 +68,9 @@ class QuantileController(ThresholdController):
             hook.remove()
 
 
-def controller_for(model: torch.nn.Module, target_active: float, rate: float = RATE):
+def controller_for(
+    model: torch.nn.Module, target_active: float, rate: float = RATE
+) -> ThresholdController:
     """The controller of fine-tuning: by the quantile where gates are 0 or 1, as calibration makes
     them. Scores as gates start dense, all alike: there the integral opens the gap step by step."""
     if {(ffn.method, ffn.gates) for ffn in ffn_layers(model)} == {("threshold", "binary")}:

@@ -8,11 +8,15 @@ import hashlib
 import importlib.util
 from dataclasses import dataclass
 from importlib import resources
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..command_line.console import say
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HELD_OUT_EVERY = 10
 
@@ -41,7 +45,7 @@ class TextWindows:
         return text.hexdigest()[:16]
 
 
-def tokenize(tokenizer, text: str) -> tuple[torch.Tensor, int | None]:
+def tokenize(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[torch.Tensor, int | None]:
     """Token ids [N] int64 of a text without special tokens, and the BOS that belongs in front."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     front = tokenizer("a")["input_ids"][:1]
@@ -73,7 +77,12 @@ def split_windows(ids: torch.Tensor, length: int = 512, bos: int | None = None) 
     return TextWindows(windows[~held_out], windows[held_out], int(bos is not None))
 
 
-def windows_of(tokenizer, text: str, length: int = 512, model=None) -> TextWindows:
+def windows_of(
+    tokenizer: "PreTrainedTokenizerBase",
+    text: str,
+    length: int = 512,
+    model: "PreTrainedModel | None" = None,
+) -> TextWindows:
     """The windows of a text, with a BOS in front of each where the tokenizer is used to one.
 
     With a model it is an error if the tokenizer has tokens that the model has not.
@@ -87,7 +96,9 @@ def windows_of(tokenizer, text: str, length: int = 512, model=None) -> TextWindo
     return split_windows(ids, length, bos)
 
 
-def check_tokens(model, tokenizer, ids: torch.Tensor) -> None:
+def check_tokens(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", ids: torch.Tensor
+) -> None:
     """Refuses token ids (int64) for which the model has no embedding."""
     num = model.get_input_embeddings().weight.shape[0]
     if ids.numel() and (largest := int(ids.max())) >= num:

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,9 @@ import torch.nn.functional as F
 from ..errors import UserError
 from ..layers import find_ffns
 from ..statistics import active_share
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -44,17 +48,17 @@ def supports_bf16(device: torch.device | str = "cpu") -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def autocast(device: torch.device | str, enabled: bool):
+def autocast(device: torch.device | str, enabled: bool) -> Any:
     """bf16 autocast on the device, or nothing."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
 
 
-def activity(model) -> list[torch.Tensor]:
+def activity(model: "PreTrainedModel") -> list[torch.Tensor]:
     """How often every expert was used so far, by layer; takes nothing from other readers."""
     return [ffn.activity.totals() for ffn in find_ffns(model)]
 
 
-def activity_since(model, before: list[torch.Tensor]) -> list[float]:
+def activity_since(model: "PreTrainedModel", before: list[torch.Tensor]) -> list[float]:
     """The share of each FFN used since `before` was taken."""
     return [
         active_share((now - seen.to(now.device)).sum(0), ffn.expert_offsets).item()
@@ -64,14 +68,14 @@ def activity_since(model, before: list[torch.Tensor]) -> list[float]:
 
 @torch.no_grad()
 def evaluate(
-    model,
+    model: "PreTrainedModel",
     windows: torch.Tensor,
     *,
     num_context: int = 0,
     batch_size: int = 1,
     bf16: bool = False,
     advance: Callable[[int], None] | None = None,
-    teacher=None,
+    teacher: "PreTrainedModel | None" = None,
 ) -> Evaluation:
     """Perplexity over windows [N,L] int64; `advance(n)` is called with the windows done.
 

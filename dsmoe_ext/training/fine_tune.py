@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,6 +26,9 @@ from .data import TextWindows
 from .evaluate import supports_bf16
 from .record import check_same, tensors_digest, write_record
 from .trainer import SparseTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TRAINED = ("all", "ffn")
 
@@ -49,7 +53,7 @@ class TrainSettings:
     seed: int = 0
 
 
-def recovery(steps: int, **changes) -> TrainSettings:
+def recovery(steps: int, **changes: Any) -> TrainSettings:
     """What brings a calibrated model back towards its dense teacher in few steps.
 
     The FFNs alone lost something, so they alone are trained: without the embeddings' gradient and
@@ -57,7 +61,7 @@ def recovery(steps: int, **changes) -> TrainSettings:
     steps undo what calibration found (docs/log/calibration.md). Scores then move slowly, and
     thresholds can be averaged over many batches.
     """
-    chosen = {
+    chosen: dict[str, Any] = {
         "batch_size": 2,
         "lr": 1e-4,
         "router_lr": 1e-5,
@@ -68,7 +72,7 @@ def recovery(steps: int, **changes) -> TrainSettings:
     return TrainSettings(steps=steps, **chosen | changes)
 
 
-class WindowDataset(torch.utils.data.Dataset):
+class WindowDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """Token windows [N,L] as Trainer wants them: every token but a window's first is predicted."""
 
     def __init__(self, windows: torch.Tensor):
@@ -82,7 +86,7 @@ class WindowDataset(torch.utils.data.Dataset):
 
 
 def training_arguments(
-    model, settings: TrainSettings, run_dir: Path | str, checkpoint_every: int
+    model: "PreTrainedModel", settings: TrainSettings, run_dir: Path | str, checkpoint_every: int
 ) -> TrainingArguments:
     """The settings in Trainer's words."""
     warmup = max(1, round(settings.warmup * settings.steps))
@@ -115,17 +119,17 @@ def training_arguments(
 
 
 def fine_tune(
-    model,
+    model: "PreTrainedModel",
     windows: TextWindows,
     settings: TrainSettings,
     *,
-    teacher=None,
+    teacher: "PreTrainedModel | None" = None,
     run_dir: Path | None = None,
     checkpoint_every: int = 0,
     resume: bool = False,
-    identity: dict | None = None,
-    on_step: Callable[[dict], dict | None] | None = None,
-) -> list[dict]:
+    identity: dict[str, Any] | None = None,
+    on_step: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None,
+) -> list[dict[str, Any]]:
     """Trains in place and returns the log, one row a step.
 
     run_dir: where train.jsonl, TensorBoard's files and checkpoints go (None: nowhere).
@@ -186,7 +190,12 @@ def frozen_but(model: nn.Module, trained: str) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def run_checks(model, windows: TextWindows, settings: TrainSettings, identity: dict) -> dict:
+def run_checks(
+    model: "PreTrainedModel",
+    windows: TextWindows,
+    settings: TrainSettings,
+    identity: dict[str, Any],
+) -> dict[str, Any]:
     """What must be the same on resuming a run, ready for JSON."""
     return {
         "settings": dataclasses.asdict(settings),
@@ -197,7 +206,7 @@ def run_checks(model, windows: TextWindows, settings: TrainSettings, identity: d
     }
 
 
-def computes_in_bf16(model, settings: TrainSettings) -> bool:
+def computes_in_bf16(model: "PreTrainedModel", settings: TrainSettings) -> bool:
     """Whether a run uses bf16 autocast."""
     if settings.bf16 is not None:
         return settings.bf16

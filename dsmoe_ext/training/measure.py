@@ -3,22 +3,26 @@
 import contextlib
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..layers import find_ffns
 from .evaluate import autocast, supports_bf16
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def num_parameters(model) -> int:
+
+def num_parameters(model: "PreTrainedModel") -> int:
     """All parameters, tied ones once."""
     codes = sum(ffn.num_expert_weights for ffn in find_ffns(model) if ffn.experts is not None)
     return sum(p.numel() for p in model.parameters()) + codes
 
 
-def active_parameters(model, active_per_layer: list[float]) -> float:
+def active_parameters(model: "PreTrainedModel", active_per_layer: list[float]) -> float:
     """Share of all parameters (tied ones once, routers included) that a token uses on average.
 
     Everything outside the FFN counts as used, of each FFN its measured share.
@@ -30,7 +34,7 @@ def active_parameters(model, active_per_layer: list[float]) -> float:
     return 1.0 - idle / total
 
 
-def ready_for_inference(model):
+def ready_for_inference(model: "PreTrainedModel") -> Any:
     """The model in evaluation mode, its FFN weights packed as the CPU kernels read them fastest."""
     model.eval()
     for layer in find_ffns(model):
@@ -39,7 +43,7 @@ def ready_for_inference(model):
     return model
 
 
-def inference_copy(model):
+def inference_copy(model: "PreTrainedModel") -> Any:
     """A copy as it would be used here: in bf16 where the processor computes in it, packed."""
     device = next(model.parameters()).device
     dtype = torch.bfloat16 if supports_bf16(device) else torch.float32
@@ -47,7 +51,7 @@ def inference_copy(model):
 
 
 @contextlib.contextmanager
-def threshold(model, value: float) -> Iterator[None]:
+def threshold(model: "PreTrainedModel", value: float) -> Iterator[None]:
     """Every layer's threshold (k, prefix: the method's knob) at `value` inside the block, as it was
     afterwards."""
     layers = find_ffns(model)
@@ -78,7 +82,7 @@ class Generation:
 class _Clock:
     """A streamer of generate() that notes when tokens come and passes them on."""
 
-    def __init__(self, prompt_length: int, on_token=None):
+    def __init__(self, prompt_length: int, on_token: Callable[[int], None] | None = None):
         self.times: list[float] = []
         self._skip, self._on_token = True, on_token
 
@@ -95,7 +99,7 @@ class _Clock:
 
 
 @contextlib.contextmanager
-def _own_generation_config(model) -> Iterator[None]:
+def _own_generation_config(model: "PreTrainedModel") -> Iterator[None]:
     """generate() as it is called: of the model's own settings only its special tokens count.
 
     generate() fills all that a call leaves open from them: beams, penalties, stop strings, caches.
@@ -115,7 +119,7 @@ def _own_generation_config(model) -> Iterator[None]:
         model.generation_config = own
 
 
-def _step_compiler():
+def _step_compiler() -> Any:
     """One graph for a step of decoding; transformers compiles on GPUs alone unless it is told."""
     from transformers import CompileConfig
 
@@ -126,7 +130,7 @@ def _step_compiler():
 
 @torch.no_grad()
 def generate(
-    model,
+    model: "PreTrainedModel",
     ids: torch.Tensor,
     max_new_tokens: int,
     *,
@@ -136,7 +140,7 @@ def generate(
     min_new_tokens: int | None = None,
     bf16: bool = False,
     compiled: bool = False,
-    on_token=None,
+    on_token: Callable[[int], None] | None = None,
 ) -> Generation:
     """Continues ids [1,L] with a KV cache; greedy at temperature 0, else seeded sampling.
 
@@ -146,7 +150,7 @@ def generate(
     model.eval()
     ids = ids.to(next(model.parameters()).device)
     clock = _Clock(ids.shape[1], on_token)
-    options = {"do_sample": False}
+    options: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         torch.manual_seed(seed)
         options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}

@@ -10,11 +10,15 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..errors import UserError
 from .data import TextWindows, builtin_text, windows_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SELF = "self"  # text drawn from the dense model (calibration/own_text.py)
 BUILTIN = "builtin"  # the English text that every CPython has
@@ -128,7 +132,11 @@ def _from_hub(name: str) -> Iterator[str]:
 
 
 def read_windows(
-    tokenizer, sources: list[Source], length: int, most_tokens: int | None = None, model=None
+    tokenizer: "PreTrainedTokenizerBase",
+    sources: list[Source],
+    length: int,
+    most_tokens: int | None = None,
+    model: "PreTrainedModel | None" = None,
 ) -> TextWindows:
     """The windows of a mixture, every tenth of each source held out (data.split_windows).
 
@@ -146,7 +154,11 @@ def read_windows(
 
 
 def _windows_of_source(
-    tokenizer, source: Source, length: int, wanted: float | None, model
+    tokenizer: "PreTrainedTokenizerBase",
+    source: Source,
+    length: int,
+    wanted: float | None,
+    model: "PreTrainedModel",
 ) -> TextWindows:
     """One source's windows; of a long one, `wanted` training tokens spread evenly through it."""
     texts, seen = [], 0

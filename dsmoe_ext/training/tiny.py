@@ -1,9 +1,10 @@
 """A random LLaMA of a few hundred kilobytes with a byte tokenizer: for trying things out."""
 
 from pathlib import Path
+from typing import Any
 
 
-def tiny_llama(seed: int = 0, **fields):
+def tiny_llama(seed: int = 0, **fields: Any) -> Any:
     """A LlamaForCausalLM with random weights; `fields` are those of LlamaConfig."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -26,7 +27,7 @@ def tiny_llama(seed: int = 0, **fields):
         return LlamaForCausalLM(LlamaConfig(**(defaults | fields)))
 
 
-def byte_tokenizer(add_bos: bool = False):
+def byte_tokenizer(add_bos: bool = False) -> Any:
     """One token per byte, 256 = <s>, 257 = </s>; with add_bos every text starts with <s>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -46,7 +47,7 @@ def byte_tokenizer(add_bos: bool = False):
     )
 
 
-def save_tiny_llama(folder: str | Path, seed: int = 0, **fields) -> Path:
+def save_tiny_llama(folder: str | Path, seed: int = 0, **fields: Any) -> Path:
     """Model and tokenizer as a folder that every command opens."""
     folder = Path(folder)
     tiny_llama(seed, **fields).save_pretrained(folder)

@@ -5,12 +5,18 @@
 Everything else (accumulation, precision, logging, checkpoints, `accelerate launch`) is Trainer's.
 """
 
+from typing import TYPE_CHECKING, Any, cast
+
 import torch
+from torch import Tensor, nn
 from transformers import Trainer
 
 from ..errors import UserError
 from ..lm_loss import divergence
 from .callbacks import StartStep
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class SparseTrainer(Trainer):
@@ -24,7 +30,16 @@ class SparseTrainer(Trainer):
         args, kwargs: as for transformers.Trainer.
     """
 
-    def __init__(self, *args, router_lr: float | None = None, teacher=None, distill=0.5, **kwargs):
+    optimizer: Any  # Trainer makes it as it starts
+
+    def __init__(
+        self,
+        *args: Any,
+        router_lr: float | None = None,
+        teacher: "PreTrainedModel | None" = None,
+        distill: float = 0.5,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         self.router_lr = router_lr
         self.teacher = teacher
@@ -32,10 +47,10 @@ class SparseTrainer(Trainer):
         self._sparsity = 0.0  # of the step's micro-batches so far
         self.add_callback(StartStep(self.model))
 
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Two groups: weights at learning_rate with weight_decay, routers at router_lr without."""
         if self.optimizer is not None:
-            return self.optimizer
+            return cast("torch.optim.Optimizer", self.optimizer)
         model = self.model if model is None else model
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if not trained:
@@ -48,13 +63,20 @@ class SparseTrainer(Trainer):
             {"params": routers, "weight_decay": 0.0, "lr": router_lr},
         ]
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-        self.optimizer = kind([group for group in groups if group["params"]], **options)
-        return self.optimizer
+        optimizer = kind([group for group in groups if group["params"]], **options)
+        self.optimizer = optimizer
+        return optimizer
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self._sparsity += float(getattr(outputs, "sparsity_loss", None) or 0.0)
-        if self.distill:
+        if self.distill and self.teacher is not None:
             with torch.no_grad():
                 wanted = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"}).logits
             missing = divergence(outputs.logits, wanted, inputs["labels"], num_items_in_batch)
@@ -68,7 +90,7 @@ class SparseTrainer(Trainer):
             )
         return (loss, outputs) if return_outputs else loss
 
-    def log(self, logs, *args, **kwargs):
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             logs["sparsity_loss"], self._sparsity = self._sparsity, 0.0
         super().log(logs, *args, **kwargs)

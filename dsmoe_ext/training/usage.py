@@ -1,11 +1,17 @@
 """How many experts each token used: what a histogram or a coloured text is made of."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..layers import find_ffns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from dsmoe_ext.ffn import DSMoEFFN
 
 
 class Usage:
@@ -19,7 +25,7 @@ class Usage:
         self._experts: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
         self._shares: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
 
-    def _watch(self, layer: int, ffn):
+    def _watch(self, layer: int, ffn: "DSMoEFFN") -> Callable[..., None]:
         weight = ffn.expert_offsets.diff().float() / ffn.intermediate_size
 
         def note(gates: torch.Tensor) -> None:
@@ -47,7 +53,7 @@ class Usage:
 
 
 @contextlib.contextmanager
-def watch_usage(model) -> Iterator[Usage]:
+def watch_usage(model: "PreTrainedModel") -> Iterator[Usage]:
     """Collects every token's experts inside the block; of a dense model there is nothing."""
     layers = find_ffns(model)
     usage = Usage(len(layers))

@@ -5,17 +5,23 @@ ends, tokenised once, cut into windows of 2048 that do not overlap, the mean ove
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..errors import UserError
 from .data import tokenize
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 WINDOW = 2048
 HUB_NAME = "Salesforce/wikitext"
 
 
-def wikitext_windows(tokenizer, path: str | Path | None = None) -> tuple[torch.Tensor, int]:
+def wikitext_windows(
+    tokenizer: "PreTrainedTokenizerBase", path: str | Path | None = None
+) -> tuple[torch.Tensor, int]:
     """(windows [N,2048] int64, tokens at the front of each that are given) of the test split.
 
     path: the raw test file (wiki.test.raw, wikitext-2-raw-test.txt); None asks the hub, through the
