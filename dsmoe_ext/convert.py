@@ -57,7 +57,7 @@ def check_dense(model: "PreTrainedModel") -> None:
     """Raises, with what was found, unless the model can be made sparse."""
     from transformers import PreTrainedModel
 
-    from dsmoe_ext.gated_mlp import Unsuitable, describe, probe
+    from dsmoe_ext.gated_mlp import Unsuitable, kind_of, probe
     from dsmoe_ext.layers import find_ffns
     from dsmoe_ext.models.adopt import gated_mlps, text_model, what_stands_there
 
@@ -72,8 +72,7 @@ def check_dense(model: "PreTrainedModel") -> None:
             f"layers, but {what_stands_there(model)}"
         )
     for mlp in mlps.values():
-        if found := describe(mlp):
-            probe(mlp, found)
+        probe(mlp, kind_of(mlp))
 
 
 def merge(model: "PreTrainedModel") -> "PreTrainedModel":

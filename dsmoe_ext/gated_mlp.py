@@ -81,6 +81,13 @@ def describe(mlp: nn.Module) -> GatedMLP | None:
     return GatedMLP(names, _activation(mlp, names), hidden, intermediate)
 
 
+def kind_of(mlp: nn.Module) -> GatedMLP:
+    """What describe finds in a module that is known to be a gated MLP."""
+    found = describe(mlp)
+    assert found is not None
+    return found
+
+
 def _does_nothing(module: nn.Module) -> bool:
     return isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and module.p == 0)
 

@@ -11,13 +11,18 @@ The first three predict by the same ridge regression (router.py).
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from dsmoe_ext.calibration.neurons import Layout
 from dsmoe_ext.calibration.router import SCALE, Strength, count_strength, strength_histogram
 from dsmoe_ext.calibration.sums import Histogram, Moments
 from dsmoe_ext.reference import active_mask
+
+if TYPE_CHECKING:
+    from dsmoe_ext.ffn import DSMoEFFN
 
 METHODS = ("threshold", "top_k", "top_p", "mean_score")
 ENERGY = 2.0  # log of a square
@@ -41,7 +46,7 @@ class Choice:
         return active_mask(strength, torch.tensor(self.threshold), rule, self.top_k)
 
     @torch.no_grad()
-    def give_to(self, ffn) -> None:
+    def give_to(self, ffn: "DSMoEFFN") -> None:
         """Fills the router of a DSMoEFFN that was made for this method."""
         if self.method == "mean_score":
             return
@@ -52,7 +57,7 @@ class Choice:
             ffn.set_threshold(self.threshold)
 
 
-def options_of_method(method: str, layout, target: float) -> dict:
+def options_of_method(method: str, layout: Layout, target: float) -> dict[str, Any]:
     """What sparsify is told for routers of this kind."""
     if method == "threshold":
         return {"target_active": target}
@@ -62,7 +67,7 @@ def options_of_method(method: str, layout, target: float) -> dict:
     return options | {"top_k": num_chosen(layout, target)}
 
 
-def num_chosen(layout, target: float) -> int:
+def num_chosen(layout: Layout, target: float) -> int:
     """k of the target: at least one of the R routed experts."""
     return max(1, round(layout.routed_share(target) * len(layout.expert_sizes)))
 
@@ -72,7 +77,7 @@ def choose(
     predicted: Strength,
     logs: Moments,
     inputs: Callable[[], Iterable[Tensor]],
-    layout,
+    layout: Layout,
     target: float,
 ) -> Choice:
     """The router of a layer from its predicted log norms, so that the target is met on the text.
@@ -97,7 +102,7 @@ def choose(
     return Choice(method, Strength(predicted.weight, bias))
 
 
-def by_mean_gate(gate_proj: Tensor, experts: Tensor, layout, target: float) -> Choice:
+def by_mean_gate(gate_proj: Tensor, experts: Tensor, layout: Layout, target: float) -> Choice:
     """EMoE's router: the mean of each expert's rows of gate_proj [I,H] is its key.
 
     experts int64 [I]: the routed expert of every neuron, R for shared ones.
@@ -106,5 +111,6 @@ def by_mean_gate(gate_proj: Tensor, experts: Tensor, layout, target: float) -> C
     rows = gate_proj.float()
     sums = rows.new_zeros(num_experts + 1, rows.shape[1]).index_add_(0, experts, rows)[:-1]
     keys = sums / torch.tensor(layout.expert_sizes, device=rows.device)[:, None]
-    keys = Strength(keys.to(gate_proj.dtype), keys.new_zeros(num_experts).to(gate_proj.dtype))
-    return Choice("mean_score", keys, top_k=num_chosen(layout, target))
+    nothing = keys.new_zeros(num_experts).to(gate_proj.dtype)
+    strength = Strength(keys.to(gate_proj.dtype), nothing)
+    return Choice("mean_score", strength, top_k=num_chosen(layout, target))

@@ -1,9 +1,11 @@
 """calibrate: the loop over the layers, and the sparse model made of what it found."""
 
 import contextlib
+import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +31,14 @@ from dsmoe_ext.calibration.streams import Layer, Streams, quick_dtype, quick_mat
 from dsmoe_ext.calibration.sums import Moments
 from dsmoe_ext.command_line import console
 from dsmoe_ext.convert import check_dense, check_finite, merge, refuse_offloaded, sparsify
-from dsmoe_ext.gated_mlp import describe, mlp_activations
+from dsmoe_ext.gated_mlp import kind_of, mlp_activations
 from dsmoe_ext.layers import ffn_layers, find_ffns
 from dsmoe_ext.models.adopt import gated_mlps, text_model
 from dsmoe_ext.models.options import options_of
 from dsmoe_ext.ops import build_info
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # The neurons are grouped on at most this many of the tokens.
 GROUPING_TOKENS = 16384
@@ -63,8 +68,8 @@ class LayerFit:
 
 @torch.no_grad()
 def calibrate(
-    model,
-    token_ids,
+    model: "PreTrainedModel",
+    token_ids: Any,
     target_active: float = 0.5,
     expert_size: int = 16,
     shared: float = 0.25,
@@ -74,7 +79,7 @@ def calibrate(
     window: int = 512,
     seed: int = 0,
     progress: bool = True,
-):
+) -> "PreTrainedModel":
     """Makes a dense model sparse in closed form, without training -> a model of its class.
 
     model: a dense transformers model with gated MLPs, or a sparse one (whose cut and routers are
@@ -141,7 +146,7 @@ def _warn_of_many_experts(num_experts: int) -> None:
         )
 
 
-def _fit_next(streams: Streams, layer: Layer, *options) -> LayerFit:
+def _fit_next(streams: Streams, layer: Layer, *options: Any) -> LayerFit:
     """Fits the layer that both streams have come to, and moves them behind it."""
     # The dense stream runs on; the sparse one waits for its FFN's output until that is known.
     layer = streams.enter(layer)
@@ -149,10 +154,10 @@ def _fit_next(streams: Streams, layer: Layer, *options) -> LayerFit:
     weights = found.weights(layer.mlp)
     quick = [w.to(quick_dtype(streams.dtype, w.device)) for w in weights]
 
-    def chunks():
+    def chunks() -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
         for chunk in streams.chunks:
             x = streams.x.read(chunk).flatten(0, 1)
-            yield x, lambda own, chunk=chunk: streams.missing(chunk, own)
+            yield x, functools.partial(streams.missing, chunk)
 
     def activate(x: Tensor) -> Tensor:
         return mlp_activations(x.to(quick[0].dtype), quick, found.activation)
@@ -207,7 +212,13 @@ def fit_layer(
     return LayerFit(order, experts, choice, down_proj_t, error)
 
 
-def _refit(chunks: Chunks, activate, down_proj_t: Tensor, choice: Choice, experts: Tensor):
+def _refit(
+    chunks: Chunks,
+    activate: Callable[[Tensor], Tensor],
+    down_proj_t: Tensor,
+    choice: Choice,
+    experts: Tensor,
+) -> tuple[Tensor, float]:
     """(down_proj_t [I,H] refitted to the masks, the relative error left)."""
     sums = Moments(centred=False)
     for x, missing in chunks():
@@ -222,7 +233,13 @@ def _refit(chunks: Chunks, activate, down_proj_t: Tensor, choice: Choice, expert
     return found.to(down_proj_t.dtype), error
 
 
-def _error(chunks: Chunks, activate, down_proj_t: Tensor, choice: Choice, experts: Tensor):
+def _error(
+    chunks: Chunks,
+    activate: Callable[[Tensor], Tensor],
+    down_proj_t: Tensor,
+    choice: Choice,
+    experts: Tensor,
+) -> float:
     """‖sparse - dense output‖² / ‖dense output‖² of a layer with its dense weights."""
     lost, power = 0.0, 0.0
     for x, _ in chunks():
@@ -234,7 +251,15 @@ def _error(chunks: Chunks, activate, down_proj_t: Tensor, choice: Choice, expert
     return lost / max(power, 1e-30)
 
 
-def _assemble(dense, method: str, layout: Layout, target: float, refit: bool, fits, kept: dict):
+def _assemble(
+    dense: "PreTrainedModel",
+    method: str,
+    layout: Layout,
+    target: float,
+    refit: bool,
+    fits: Sequence[LayerFit],
+    kept: dict[str, Any],
+) -> "PreTrainedModel":
     """sparsify with each layer's order, then routers and refitted weights."""
     sparse = sparsify(
         dense,
@@ -253,7 +278,7 @@ def _assemble(dense, method: str, layout: Layout, target: float, refit: bool, fi
     return sparse
 
 
-def _dense_model(model):
+def _dense_model(model: "PreTrainedModel") -> tuple["PreTrainedModel", dict[str, Any]]:
     """(the dense model, what a converted one keeps of its configuration)."""
     if isinstance(model, nn.Module) and find_ffns(model):
         names = ("ste", "sample_prob", "seed", "sparsity_weight")
@@ -263,16 +288,16 @@ def _dense_model(model):
     return model, {}
 
 
-def _intermediate_size(dense) -> int:
+def _intermediate_size(dense: "PreTrainedModel") -> int:
     mlps = gated_mlps(text_model(dense)).items()
-    sizes = {describe(mlp).intermediate_size: name for name, mlp in mlps}
+    sizes = {kind_of(mlp).intermediate_size: name for name, mlp in mlps}
     if len(sizes) > 1:
         names = " and ".join(f"{name} ({size})" for size, name in list(sizes.items())[:2])
         raise ValueError(f"calibrate() needs MLPs of one size, but {names} differ")
     return next(iter(sizes))
 
 
-def _check_windows(token_ids, dense, window: int) -> Tensor:
+def _check_windows(token_ids: Any, dense: "PreTrainedModel", window: int) -> Tensor:
     ids = torch.as_tensor(token_ids)
     if ids.is_floating_point() or ids.dim() not in (1, 2):
         raise ValueError(
@@ -306,5 +331,5 @@ def _check_target(target: float, layout: Layout) -> None:
 
 
 @contextlib.contextmanager
-def _no_progress():
+def _no_progress() -> Iterator[Callable[..., None]]:
     yield lambda *_, **__: None

@@ -1,10 +1,12 @@
 """The order of every layer's neurons for a partition by name (partition.py), without a router."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from dsmoe_ext import partition
-from dsmoe_ext.gated_mlp import GatedMLP, describe, mlp_activations
+from dsmoe_ext.gated_mlp import GatedMLP, kind_of, mlp_activations
 from dsmoe_ext.layout import expert_layout
 
 PARTITIONS = ("contiguous", "random", "gate_rows", "coactivation")
@@ -14,7 +16,7 @@ MAX_TOKENS = 4096
 
 @torch.no_grad()
 def neuron_orders(
-    model: nn.Module, name: str, *, ids: Tensor | None = None, seed: int = 0, **layout
+    model: nn.Module, name: str, *, ids: Tensor | None = None, seed: int = 0, **layout: Any
 ) -> list[Tensor] | None:
     """By layer int64 [I], to be given to `sparsify` as permutations; None: the model's own order.
 
@@ -30,7 +32,7 @@ def neuron_orders(
     mlps = list(gated_mlps(text_model(model)).values())
     orders = []
     for index, mlp in enumerate(mlps):
-        found = describe(mlp)
+        found = kind_of(mlp)
         sizes = expert_layout(found.intermediate_size, **layout)
         if name == "random":
             order = partition.random_order(found.intermediate_size, seed=seed + index)
@@ -50,7 +52,7 @@ def contributions(model: nn.Module, mlp: nn.Module, found: GatedMLP, ids: Tensor
     """|act(gate x) up x| ‖d‖ of every neuron of one MLP, [T,I], for the tokens of ids [N,L]."""
     seen: list[Tensor] = []
 
-    def note(module, args, output) -> None:
+    def note(module: nn.Module, args: Any, output: Any) -> None:
         weights = found.weights(mlp)
         hidden = mlp_activations(args[0].flatten(0, -2), weights, found.activation)
         seen.append(hidden.abs() * weights[-1].norm(dim=0))

@@ -8,10 +8,14 @@ what takes time is reading the weights, once for a token of every row.
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # Rows that are drawn together. More would save little: reading and growing the cache takes over.
 BATCH_ROWS = 128
@@ -22,7 +26,7 @@ DOCUMENT_STARTS = 0.5
 
 @torch.no_grad()
 def sample_text(
-    model,
+    model: "PreTrainedModel",
     num_windows: int,
     length: int = 256,
     *,
@@ -55,7 +59,7 @@ def sample_text(
     return torch.cat(parts)
 
 
-def _starts(config, num_rows: int, generator: torch.Generator) -> Tensor:
+def _starts(config: "PretrainedConfig", num_rows: int, generator: torch.Generator) -> Tensor:
     """First tokens int64 [num_rows, 1]: BOS for some rows, any token for the others."""
     ids = torch.randint(
         config.vocab_size, (num_rows, 1), generator=generator, device=generator.device
@@ -65,7 +69,14 @@ def _starts(config, num_rows: int, generator: torch.Generator) -> Tensor:
     return ids
 
 
-def _continue(model, ids: Tensor, length: int, temperature: float, generator, advance) -> Tensor:
+def _continue(
+    model: "PreTrainedModel",
+    ids: Tensor,
+    length: int,
+    temperature: float,
+    generator: torch.Generator,
+    advance: Callable[[int], None] | None,
+) -> Tensor:
     """Draws every row of ids [N,1] up to `length` tokens. int64 [N,length]."""
     text = [ids]
     cache = _cache_for(model, length)
@@ -78,7 +89,7 @@ def _continue(model, ids: Tensor, length: int, temperature: float, generator, ad
     return torch.cat(text, dim=1)
 
 
-def _cache_for(model, length: int) -> DynamicCache:
+def _cache_for(model: "PreTrainedModel", length: int) -> DynamicCache:
     """An empty cache of the model's kind, with room for `length` tokens."""
     cache = DynamicCache(config=model.config)
     cache.layers = [
@@ -104,7 +115,9 @@ class _RoomForAll(DynamicLayer):
             for states in (key_states, value_states)
         ]
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()

@@ -23,10 +23,10 @@ def refit_down_proj(
 ) -> tuple[Tensor, float]:
     """sums of (masked activations, wanted output), the dense weight [I,H] -> (the new one [I,H],
     what it leaves of the wanted output's power: ‖A V - Y‖² / ‖Y‖²)."""
-    system, ridge = ridge_cholesky(sums.gram, RIDGE if ridge is None else ridge)
+    system, added = ridge_cholesky(sums.gram, RIDGE if ridge is None else ridge)
     weight = weight.double()
-    found = torch.cholesky_solve(sums.moment + ridge * weight, system)
+    found = torch.cholesky_solve(sums.moment + added * weight, system)
     # AᵀA V = AᵀY + ridge (W - V), so that no product of size I² H is needed for the error.
     power = sums.power_y.sum()
-    error = power - (found * sums.moment).sum() + ridge * (found * (weight - found)).sum()
+    error = power - (found * sums.moment).sum() + added * (found * (weight - found)).sum()
     return found, (error / power.clamp(min=1e-30)).item()

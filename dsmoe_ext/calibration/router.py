@@ -39,10 +39,10 @@ class Strength:
 def ridge_cholesky(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """(lower Cholesky factor of gram [n,n] + r · 1, r), float64, r = ridge · mean diagonal."""
     # The smallest normal number keeps inputs that are all zero (a dead layer) solvable.
-    ridge = ridge * gram.diagonal().double().mean() + torch.finfo(torch.float32).tiny
+    added = ridge * gram.diagonal().double().mean() + torch.finfo(torch.float32).tiny
     system = gram.to(torch.float64, copy=True)
-    system.diagonal().add_(ridge)
-    return torch.linalg.cholesky(system), ridge
+    system.diagonal().add_(added)
+    return torch.linalg.cholesky(system), added
 
 
 def log_strength(norms: Tensor) -> Tensor:

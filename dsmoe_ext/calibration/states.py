@@ -6,6 +6,7 @@ and are read and written chunk after chunk: memory is then the same for any text
 
 import shutil
 import tempfile
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ class States:
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
         self.shape, self.dtype, self.device = torch.Size(shape), dtype, device
-        self._memory = self._file = None
+        self._memory: Tensor | None = None
+        self._file: Any = None
         self._row = dtype.itemsize * self.shape[1:].numel()
         if shape[0] * self._row <= IN_MEMORY:
             self._memory = torch.empty(shape, dtype=dtype, device=device)
@@ -45,7 +47,7 @@ class States:
         start, stop, _ = windows.indices(self.shape[0])
         value = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
         self._file.seek(start * self._row)
-        left = memoryview(value.view(torch.uint8).numpy()).cast("B")
+        left = memoryview(value.view(torch.uint8).numpy().data).cast("B")
         while left:  # the system may give less than is asked for
             left = left[self._file.readinto(left) :]
         return value.to(self.device)
@@ -57,6 +59,6 @@ class States:
             return
         self._file.seek(windows.start * self._row)
         value = value.detach().to("cpu", self.dtype).contiguous()
-        left = memoryview(value.view(torch.uint8).numpy()).cast("B")
+        left = memoryview(value.view(torch.uint8).numpy().data).cast("B")
         while left:
             left = left[self._file.write(left) :]

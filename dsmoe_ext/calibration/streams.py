@@ -15,12 +15,13 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dsmoe_ext.calibration.states import States
-from dsmoe_ext.gated_mlp import GatedMLP, describe
+from dsmoe_ext.gated_mlp import GatedMLP, kind_of
 from dsmoe_ext.models.adopt import gated_mlps, text_model
 from dsmoe_ext.routers.interface import at_least_float32
 from dsmoe_ext.training.evaluate import supports_bf16
@@ -40,15 +41,16 @@ class Layer:
 
     module: nn.Module
     mlp_name: str | None  # of its gated MLP; None: this layer has none, and stays as it is
-    calls: dict[int, tuple] = field(default_factory=dict)  # batch size -> (args, kwargs)
+    calls: dict[int, tuple[Any, ...]] = field(default_factory=dict)  # batch size -> (args, kwargs)
 
     @property
     def mlp(self) -> nn.Module:
+        assert self.mlp_name is not None
         return getattr(self.module, self.mlp_name)
 
     @property
     def found(self) -> GatedMLP:
-        return describe(self.mlp)
+        return kind_of(self.mlp)
 
     def __call__(self, state: Tensor) -> Tensor:
         """The layer's output [n,L,H] of a hidden state [n,L,H]."""
@@ -79,7 +81,8 @@ class Residual:
         """The v that adds target [T,H]; behind a norm, where any length would, that of own."""
         if not self.is_normed:
             return target if self.factor == 1.0 else target / self.factor
-        v = target / torch.where(self.factor == 0, 1.0, self.factor)
+        factor = torch.as_tensor(self.factor)
+        v = target / torch.where(factor == 0, 1.0, factor)
         return v * own.norm(dim=-1, keepdim=True) / v.norm(dim=-1, keepdim=True).clamp(min=1e-30)
 
 
@@ -92,7 +95,7 @@ class Streams:
 
     def __init__(self, model: nn.Module, windows: Tensor):
         self.model = text_model(model)
-        self.dtype = at_least_float32(model.dtype)
+        self.dtype = at_least_float32(self.model.dtype)
         self.layers = _layers(self.model)
         step = max(1, CHUNK_TOKENS // windows.shape[1])
         self.chunks = [slice(i, i + step) for i in range(0, len(windows), step)]
@@ -110,7 +113,7 @@ class Streams:
         """Records how the layers are called for so many windows; the first one's hidden state."""
         first, size = [], len(windows)
 
-        def record(layer, args, kwargs):
+        def record(layer: Layer, args: Any, kwargs: Any) -> Tensor:
             state = args[0] if args else kwargs["hidden_states"]
             first.append(state)
             layer.calls[size] = (args[:1] and (None, *args[1:]), dict(kwargs))
@@ -147,7 +150,7 @@ class Streams:
             if self.before is not None:
                 self.before.write(chunk, before)
 
-            def nothing(x, chunk=chunk):
+            def nothing(x: Tensor, chunk: slice = chunk) -> Tensor:
                 self.x.write(chunk, x)
                 return torch.zeros_like(x)
 
@@ -160,9 +163,14 @@ class Streams:
             x = self.x.read(chunk)
             v = output(x.flatten(0, 1)).view_as(x)
             if self.before is None:
+                assert self.residual is not None
                 after = self.sparse.read(chunk) + self.residual.factor * v
             else:  # once more through the layer: exact whatever becomes of v there
-                after = self.layer.with_mlp(self.before.read(chunk), lambda x, v=v: v)
+
+                def given(x: Tensor, v: Tensor = v) -> Tensor:
+                    return v
+
+                after = self.layer.with_mlp(self.before.read(chunk), given)
             self.sparse.write(chunk, after)
 
     def missing(self, chunk: slice, own: Tensor) -> Tensor:
@@ -231,7 +239,7 @@ def quick_matmul() -> Iterator[None]:
     it. With AMX it allows bf16 products, which a regression on this much data does not notice: sums
     stay float32, and the systems are solved in float64. A GPU's setting is left as it is.
     """
-    matmul = torch.backends.mkldnn.matmul
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 (not in its types)
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:

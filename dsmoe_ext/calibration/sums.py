@@ -3,6 +3,8 @@
 Chunks come in as plain tensors; products are formed in the chunk's dtype and summed in float64.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ class Moments:
     they count as 0.
     """
 
-    def __init__(self, *, centred: bool = True):
+    def __init__(self, *, centred: bool = True) -> None:
         self.count = 0
         self._centred = centred
 
@@ -24,7 +26,7 @@ class Moments:
         if self.count == 0:
             # Sums are taken around the first chunk's means, near which little cancels.
             self._shift_x, self._shift_y = self._shift(x), self._shift(y)
-            wide = {"dtype": torch.float64, "device": x.device}
+            wide: Any = {"dtype": torch.float64, "device": x.device}
             self._sum_x, self._sum_y = x.new_zeros(x.shape[1], **wide), y.new_zeros(1, **wide)
             self._gram = x.new_zeros(x.shape[1], x.shape[1], **wide)
             self._moment = x.new_zeros(x.shape[1], y.shape[1], **wide)

@@ -4,6 +4,7 @@ import math
 import time
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +18,9 @@ from ..training.evaluate import evaluate, supports_bf16
 from ..training.fine_tune import fine_tune, recovery
 from ..training.measure import inference_copy
 from ..training.sources import SELF, Source, read_windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Bench:
@@ -62,13 +66,15 @@ class Bench:
             )
         return [Text(text.name, _spread(text, self.windows), text.context) for text in texts]
 
-    def calibrate(self, target_active: float, text: torch.Tensor | None = None, **options):
+    def calibrate(
+        self, target_active: float, text: torch.Tensor | None = None, **options: Any
+    ) -> tuple[Any, float]:
         """calibrate() on a text (the own one) -> (the sparse model, the seconds it took)."""
         text, start = self.own_text if text is None else text, time.perf_counter()
         sparse = calibrate(self.dense, text, target_active, seed=self.seed, **options)
         return sparse, time.perf_counter() - start
 
-    def tune(self, model, steps: int, distill: float) -> list[dict]:
+    def tune(self, model: "PreTrainedModel", steps: int, distill: float) -> list[dict[str, Any]]:
         """Trains the FFNs in place on the own text, by the recipe of `dsmoe demo` -> its log.
 
         distill: 1 learns from the dense model alone, 0 from the text alone, as a model that has no
@@ -82,12 +88,12 @@ class Bench:
         text = TextWindows(rows, rows[:1])
         return fine_tune(model, text, settings, teacher=inference_copy(self.dense))
 
-    def losses(self, model) -> dict:
+    def losses(self, model: "PreTrainedModel") -> dict[str, Any]:
         """{"loss": nats per token by text, "active": share of the FFN by text}, of the model as it
         would be used."""
         return self.losses_in_place(inference_copy(model))
 
-    def losses_in_place(self, model) -> dict:
+    def losses_in_place(self, model: "PreTrainedModel") -> dict[str, Any]:
         """The same of the model as it is; in float32 under bf16 autocast where that is faster."""
         bf16 = supports_bf16() and model.dtype == torch.float32
         results = {
@@ -99,7 +105,7 @@ class Bench:
             "active": {name: result.active for name, result in results.items()},
         }
 
-    def what(self, **fields) -> dict:
+    def what(self, **fields: Any) -> dict[str, Any]:
         """What decides a row, for Record.measure."""
         common = {"model": self.name, "tokens": self.tokens, "seed": self.seed}
         return fields | common | {"windows": self.windows, "window": self.window}
@@ -112,6 +118,6 @@ def _spread(text: Text, count: int) -> torch.Tensor:
     return text.ids[torch.linspace(0, len(text.ids) - 1, count).round().long()]
 
 
-def ratio(row: dict, dense: dict, text: str) -> float:
+def ratio(row: dict[str, Any], dense: dict[str, Any], text: str) -> float:
     """Perplexity of a row as a multiple of the dense model's."""
     return math.exp(row["loss"][text] - dense["loss"][text])

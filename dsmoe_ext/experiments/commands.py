@@ -2,14 +2,18 @@
 
 import copy
 import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..command_line import console
 from ..command_line.options import numbers
 from .record import Record, markdown
+
+if TYPE_CHECKING:
+    from .bench import Bench
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,7 +33,9 @@ Seeds = Annotated[str, typer.Option(help="Seeds of text and grouping, separated 
 Out = Annotated[Path, typer.Option("--out", help="The folder of the results.")]
 
 
-def _benches(model: str, tokens: int, windows: int, wikitext: Path | None, seeds: str):
+def _benches(
+    model: str, tokens: int, windows: int, wikitext: Path | None, seeds: str
+) -> Iterator["Bench"]:
     from .bench import Bench
 
     for seed in numbers(seeds, int, "--seeds"):
@@ -40,17 +46,27 @@ class Rows:
     """The rows of one table, measured or read, and how they are shown."""
 
     def __init__(self, out: Path, name: str):
-        self.record, self.rows = Record(out / f"{name}.jsonl"), []
+        self.record = Record(out / f"{name}.jsonl")
+        self.rows: list[dict[str, Any]] = []
 
-    def add(self, bench, name: str, measurement, **what) -> None:
+    def add(
+        self, bench: "Bench", name: str, measurement: Callable[[], dict[str, Any]], **what: Any
+    ) -> None:
         """One row of one seed: losses by text and active shares, as Bench.losses gives them."""
         self.rows.append(self.record.measure(bench.what(row=name, **what), measurement))
 
-    def add_dense(self, bench, **what) -> None:
+    def add_dense(self, bench: "Bench", **what: Any) -> None:
         self.add(bench, "dense", lambda: bench.losses(bench.dense), **what)
 
-    def add_calibrated(self, bench, name: str, target: float, text=None, **options) -> None:
-        def measurement() -> dict:
+    def add_calibrated(
+        self,
+        bench: "Bench",
+        name: str,
+        target: float,
+        text: Callable[[], Any] | None = None,
+        **options: Any,
+    ) -> None:
+        def measurement() -> dict[str, Any]:
             sparse, seconds = bench.calibrate(target, text and text(), **options)
             return bench.losses(sparse) | {"seconds": seconds}
 
@@ -93,19 +109,19 @@ def ladder(
     table = Rows(out, "ladder")
     for bench in _benches(model, tokens, windows, wikitext, seeds):
 
-        def oracle(masks, bench=bench) -> dict:
+        def oracle(masks: Any, bench: "Bench" = bench) -> dict[str, Any]:
             with masked_ffns(bench.dense, masks):
                 losses = bench.losses_in_place(bench.dense)
             return losses | {"active": dict.fromkeys(losses["active"], target_active)}
 
-        def oracle_experts(bench=bench) -> dict:
+        def oracle_experts(bench: "Bench" = bench) -> dict[str, Any]:
             sparse, _ = bench.calibrate(target_active, refit=False)
             return oracle(strongest_experts(sparse, target_active))
 
         layers = len(gated_mlps(text_model(bench.dense)))
         neurons = [strongest_neurons(target_active)] * layers
         table.add_dense(bench, target=target_active)
-        table.add(bench, "oracle neurons", lambda n=neurons: oracle(n), target=target_active)
+        table.add(bench, "oracle neurons", functools.partial(oracle, neurons), target=target_active)
         table.add(bench, "oracle experts", oracle_experts, target=target_active)
         table.add_calibrated(bench, "router", target_active, refit=False)
         table.add_calibrated(bench, "router, refit", target_active)
@@ -199,7 +215,7 @@ def tuned(
     table = Rows(out, "tuned")
     for bench in _benches(model, tokens, windows, wikitext, seeds):
 
-        def after(distill: float, shared: float | None, bench=bench) -> dict:
+        def after(distill: float, shared: float | None, bench: "Bench" = bench) -> dict[str, Any]:
             """Losses of the dense model (shared None) or a calibrated one behind the steps."""
             if shared is None:
                 start = copy.deepcopy(bench.dense)

@@ -5,18 +5,24 @@ They need every neuron's activation first, so they save nothing: they bound what
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..calibration.neurons import Layout, expert_norms, experts_of_neurons, switch_off
-from ..gated_mlp import describe, mlp_activations
+from ..gated_mlp import kind_of, mlp_activations
 from ..layers import ffn_layers
 from ..models.adopt import gated_mlps, text_model
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @contextlib.contextmanager
-def masked_ffns(dense, masks: list[Callable[[Tensor, Tensor], None]]) -> Iterator[None]:
+def masked_ffns(
+    dense: "PreTrainedModel", masks: list[Callable[[Tensor, Tensor], None]]
+) -> Iterator[None]:
     """Runs every gated MLP of a dense model as down(masked a). masks[l](a [T,I], ‖d‖ [I]) works in
     place.
 
@@ -24,8 +30,10 @@ def masked_ffns(dense, masks: list[Callable[[Tensor, Tensor], None]]) -> Iterato
     """
     layers = list(gated_mlps(text_model(dense)).values())
 
-    def sparse(mlp, mask):
-        found = describe(mlp)
+    def sparse(
+        mlp: nn.Module, mask: Callable[[Tensor, Tensor], None]
+    ) -> Callable[[Tensor], Tensor]:
+        found = kind_of(mlp)
         weights = found.weights(mlp)
         strength = weights[-1].float().norm(dim=0)
 
@@ -57,7 +65,9 @@ def strongest_neurons(share: float) -> Callable[[Tensor, Tensor], None]:
     return mask
 
 
-def strongest_experts(sparse, target_active: float) -> list[Callable[[Tensor, Tensor], None]]:
+def strongest_experts(
+    sparse: "PreTrainedModel", target_active: float
+) -> list[Callable[[Tensor, Tensor], None]]:
     """For every layer of a calibrated model: its experts, chosen by their true strength.
 
     One threshold for all tokens of a batch leaves target_active on, as calibration does.
@@ -71,10 +81,13 @@ def strongest_experts(sparse, target_active: float) -> list[Callable[[Tensor, Te
     return masks
 
 
-def _by_true_strength(experts: Tensor, layout: Layout, share: float):
+def _by_true_strength(
+    experts: Tensor, layout: Layout, share: float
+) -> Callable[[Tensor, Tensor], None]:
     def mask(hidden: Tensor, strength: Tensor) -> None:
         norms = expert_norms(hidden, strength, experts, layout).float()
-        threshold = norms.flatten().quantile(1 - share) if norms.numel() < 1e7 else None
+        rank = min(max(round((1 - share) * norms.numel()), 1), norms.numel())
+        threshold = norms.flatten().kthvalue(rank).values
         switch_off(hidden, norms > threshold, experts)
 
     return mask

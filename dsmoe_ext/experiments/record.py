@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..command_line import console
 from ..errors import UserError
@@ -13,7 +14,7 @@ class Record:
 
     def __init__(self, path: Path):
         self.path = path
-        self.rows: list[dict] = []
+        self.rows: list[dict[str, Any]] = []
         if path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             for number, line in enumerate(lines, 1):
@@ -27,7 +28,9 @@ class Record:
                         f"{path}, line {number} is not JSON: mend or remove it"
                     ) from None
 
-    def measure(self, what: dict, measurement: Callable[[], dict]) -> dict:
+    def measure(
+        self, what: dict[str, Any], measurement: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
         """The row of `what`: from the file, or measured now and written at once."""
         for row in self.rows:
             if row["what"] == what:

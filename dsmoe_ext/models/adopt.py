@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dsmoe_ext.ffn import DSMoEFFN
-from dsmoe_ext.gated_mlp import Unsuitable, describe
+from dsmoe_ext.gated_mlp import Unsuitable, describe, kind_of
 from dsmoe_ext.layers import find_ffns, pack
 from dsmoe_ext.lm_loss import causal_lm_loss
 from dsmoe_ext.models import KEY
@@ -63,8 +63,7 @@ def replace_mlps(
         return 0
     if permutations is not None and len(permutations) != len(mlps):
         raise ValueError(f"permutations has {len(permutations)} entries for {len(mlps)} layers")
-    found = [describe(mlp) for mlp in mlps.values()]
-    sizes = {mlp.intermediate_size for mlp in found if mlp}
+    sizes = {kind_of(mlp).intermediate_size for mlp in mlps.values()}
     for size in sizes:
         options = complete(options, size)
     if len(sizes) > 1 and options["expert_sizes"] is not None:
