@@ -113,7 +113,8 @@ def test_vision_language(kind, tmp_path, seed):
 def test_vision_language_generates(kind, seed):
     """All on: the dense model's tokens; routed: with a cache what a whole pass gives."""
     dense, given = COMPOSITE[kind]().eval(), batch(kind)
-    options = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    pictures = [IMAGE, IMAGE + 1, IMAGE + 2]  # what stands for one may not be said
+    options = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, suppress_tokens=pictures)
     model = dsmoe_ext.sparsify(dense, 4)
     tokens = model.generate(**given, **options)
     assert torch.equal(tokens, dense.generate(**given, **options))
@@ -123,7 +124,7 @@ def test_vision_language_generates(kind, seed):
     whole["attention_mask"] = torch.cat([given["attention_mask"], ones], dim=1)
     with torch.no_grad():
         logits = model(**whole).logits[:, -5:-1]
-    logits[:, :, 2] = -torch.inf  # min_new_tokens: no end
+    logits[:, :, [2, *pictures]] = -torch.inf  # 2: min_new_tokens, no end
     torch.testing.assert_close(
         logits.max(-1).values, logits.gather(-1, tokens[:, -4:, None])[..., 0]
     )
