@@ -15,19 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from dsmoe_ext import _C
+from dsmoe_ext.gated_mlp import activation_name
 from dsmoe_ext.ops import PackedWeights, pack_weights, sparse_ffn
 
 _NAME = "dsmoe"
-# By the names of functions and types, in torch and transformers.
-_ACTIVATIONS = {
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-    "silu": "silu",
-    "GELUActivation": "gelu",
-    "gelu": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "NewGELUActivation": "gelu_tanh",
-}
 
 
 def register(moe: Any) -> None:
@@ -81,11 +72,7 @@ def _by_expert(index: Tensor, values: Tensor, num_experts: int) -> Tensor:
 
 def _activation_of(experts: Any) -> str:
     """Of the gate; refuses experts that are not what `sparse_ffn` computes."""
-    act_fn = getattr(experts, "act_fn", None)
-    name = getattr(act_fn, "__name__", type(act_fn).__name__)
-    if isinstance(act_fn, nn.GELU):
-        name = "GELUTanh" if act_fn.approximate == "tanh" else "gelu"
-    other = None
+    words, activation = activation_name(getattr(experts, "act_fn", None))
     if not getattr(experts, "has_gate", True):
         other = "experts without a gate projection"
     elif getattr(experts, "has_bias", False):
@@ -98,10 +85,10 @@ def _activation_of(experts: Any) -> str:
         other = "a norm behind each expert"
     elif type(experts)._apply_gate.__name__ != "_default_apply_gate":
         other = "a gate function of its own"
-    elif name not in _ACTIVATIONS:
-        other = f"the activation {name}"
-    if other is None:
-        return _ACTIVATIONS[name]
+    elif activation is not None:
+        return activation
+    else:
+        other = f"the activation {words}"
     raise NotImplementedError(
         f'{type(experts).__name__} has {other}, which experts_implementation="{_NAME}" does not '
         'compute: use "grouped_mm", "batched_mm" or "eager" for this model.'

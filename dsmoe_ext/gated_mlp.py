@@ -24,7 +24,7 @@ NAMES = (
 ACTIVATIONS = {
     **dict.fromkeys(("SiLU", "SiLUActivation", "silu"), "silu"),
     **dict.fromkeys(("GELUTanh", "PytorchGELUTanh", "NewGELUActivation"), "gelu_tanh"),
-    **dict.fromkeys(("GELUActivation", "gelu"), "gelu"),
+    **dict.fromkeys(("GELU", "GELUActivation", "gelu"), "gelu"),
 }
 _ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation")
 
@@ -98,13 +98,19 @@ def _activation(mlp: nn.Module, names: tuple[str, ...]) -> str:
         return "silu"  # LFM2 calls F.silu
     if not found:
         raise Unsuitable(f"{type(mlp).__name__} does not say what its activation is")
-    words = getattr(found[0], "__name__", type(found[0]).__name__)
-    if words not in ACTIVATIONS:
+    words, activation = activation_name(found[0])
+    if activation is None:
         known = ", ".join(sorted({*ACTIVATIONS.values()}))
-        raise Unsuitable(f"the MLP's activation is {words}; the sparse FFN knows SiLU ({known})")
-    if getattr(found[0], "approximate", "none") == "tanh":
-        return "gelu_tanh"
-    return ACTIVATIONS[words]
+        raise Unsuitable(f"the MLP's activation is {words}; the sparse FFN knows {known}")
+    return activation
+
+
+def activation_name(function: Any) -> tuple[str, str | None]:
+    """What an activation, a module or a function, calls itself, and its name in the kernels."""
+    words = getattr(function, "__name__", type(function).__name__)
+    if getattr(function, "approximate", "none") == "tanh":
+        return words, "gelu_tanh"
+    return words, ACTIVATIONS.get(words)
 
 
 @torch.no_grad()
