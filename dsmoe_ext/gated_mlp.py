@@ -101,7 +101,9 @@ def _activation(mlp: nn.Module, names: tuple[str, ...]) -> str:
     words, activation = activation_name(found[0])
     if activation is None:
         known = ", ".join(sorted({*ACTIVATIONS.values()}))
-        raise Unsuitable(f"the MLP's activation is {words}; the sparse FFN knows {known}")
+        raise Unsuitable(
+            f"the MLP's activation is {words}; the sparse FFN knows SiLU, GELU ({known})"
+        )
     return activation
 
 
