@@ -294,15 +294,21 @@ def check_model_load(mesh, rank, world, folder):
     torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-5)
 
 
+def replicated_but_for_experts(mesh, world):
+    """For DistributedDataParallel: eight experts of four neurons, shared out among the ranks."""
+    sizes = [4] * 8
+    model = Small(mesh, split(world, sizes, False), sizes)
+    names = [n for n, _ in model.named_parameters() if "experts" in n]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    return model
+
+
 def check_kill(mesh, rank, world, folder):
     """A rank dies at a random step; the others must say so and end. See test_distributed.py."""
     generator = random.Random(int(os.environ["DSMOE_SEED"]))
     victim, moment = generator.randrange(world), generator.randrange(1, 40)
     where = generator.choice(["compute", "save"])
-    sizes = [4] * 8
-    model = Small(mesh, split(world, sizes, False), sizes)
-    names = [n for n, _ in model.named_parameters() if "experts" in n]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    model = replicated_but_for_experts(mesh, world)
     print(f"rank {victim} dies in {where} after step {moment}", flush=True)
 
     def after(step, optimizer):
@@ -319,6 +325,20 @@ def check_kill(mesh, rank, world, folder):
     with distributed.ends_clearly():
         wrapped = DistributedDataParallel(model)
         training(model, wrapped, tokens_of(rank, world, False), 60, after)
+
+
+def check_after_kill(mesh, rank, world, folder):
+    """The newest checkpoint of the job that died is whole: training goes on from it."""
+    model = replicated_but_for_experts(mesh, world)
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
+    step, path = distributed.newest(folder)
+    distributed.load(path, model, optimizer)
+    assert all(state["step"] == step + 1 for state in optimizer.state.values())
+    losses, _ = training(model, wrapped, tokens_of(rank, world, False), 3)
+    assert losses.isfinite().all()
+    if rank == 0:
+        print(f"goes on after step {step}", flush=True)
 
 
 def run_ranks(check: str, world: int, folder: str) -> bool:
@@ -344,7 +364,7 @@ def run_ranks(check: str, world: int, folder: str) -> bool:
                 os._exit(status)  # no cleanup that would wait for others
         children.append(child)
     failed = [os.waitpid(child, 0)[1] for child in children]
-    os.unlink(f"{folder}/rendezvous")
+    Path(folder, "rendezvous").unlink(missing_ok=True)
     return not any(failed)
 
 
