@@ -28,7 +28,8 @@ def run(folder: str, *checks: str, seed: int) -> subprocess.CompletedProcess:
 
 
 def kill_once(seed: int) -> str:
-    """One line about it; AssertionError with all output if something is not as it should be."""
+    """One line about it; AssertionError with all output if something is not as it should be.
+    test_distributed.py kills once."""
     with tempfile.TemporaryDirectory() as folder:
         result = run(folder, "kill:3", seed=seed)
         report = result.stdout + result.stderr
