@@ -30,9 +30,12 @@ constexpr int64_t dtype_size(Dtype dtype) {
   return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
 }
 
-enum class Status : int32_t { kOk, kUnsupported, kWorkspaceTooSmall, kCudaError };
+enum class Status : int32_t { kOk, kUnsupported, kWorkspaceTooSmall, kCudaError, kNoSuchPath };
 
 const char* status_string(Status status);
+
+// The Python module calls these from outside the ops library, hence visible.
+#define DSMOE_VISIBLE [[gnu::visibility("default")]]
 
 // ------------------------------------------------------------------------------------------ router
 
@@ -243,8 +246,6 @@ Status pack_weights(const PackParams& params, const Team& team);
 int64_t quantized_bytes(const PackQuantizedParams& params);
 Status pack_quantized(const PackQuantizedParams& params, const Team& team);
 
-// The Python module calls these from outside the ops library, hence visible.
-#define DSMOE_VISIBLE [[gnu::visibility("default")]]
 // The instruction set in use: "portable", "avx2", "avx512", "avx512_bf16" or "amx_bf16".
 DSMOE_VISIBLE const char* isa();
 // All that this build and this machine have, best first, null at the end.
@@ -262,8 +263,35 @@ using Stream = void*;  // a cudaStream_t
 
 constexpr int kMaxExperts = 2048;  // what permute's shared memory holds
 
+enum class Path : int32_t {
+  kBest,
+  kSm80,   // mma.sync, on any GPU
+  kSm90a,  // wgmma, and kNoSuchPath where the GPU or the build has none
+};
+
+// Of the process. A workspace sized under other settings does not fit.
+struct Settings {
+  int64_t workspace_bytes = 256 << 20;  // of expert_mlp and its backward, which go in passes
+  int32_t group_size = 1024;    // pairs of every expert, or columns of H, before the next ones
+  int32_t router_tiles = 1024;  // so many of the router's 8 x 8 tiles fill the GPU
+  int32_t multiprocessors = 0;  // that expert_mlp may fill; 0: all. Others run NCCL beside it
+  Path path = Path::kBest;      // of half types
+  int32_t parts = 8;            // CTAs that may share a sum of `down` where tokens are few
+};
+DSMOE_VISIBLE Settings& settings();
+
+// What CUDA called the failure that this thread last got kCudaError for, "cudaErrorNotSupported".
+DSMOE_VISIBLE const char* error_name();
+
 // All work goes to the stream, and nothing waits for it: workspaces and launches have worst-case
 // sizes (every pair active), known on the host, so that a CUDA graph can capture any of these calls.
+
+// Can the CUDA kernels read weights, or write gradients, that lie like this? Others must be copied.
+bool reads(const WeightStrides& strides, int64_t hidden_size);
+bool writes(const WeightStrides& strides, int64_t hidden_size);
+// A forward of few tokens, which reads down_proj as [H,I] and [E,H,S] too.
+bool decodes(Dtype dtype, int64_t num_tokens, bool keeps_activations);
+bool decode_reads(const WeightStrides& down, int64_t hidden_size);
 
 // workspace: device memory of at least *_workspace_bytes, uninitialised, used until the kernels end
 int64_t expert_mlp_workspace_bytes(const ExpertMlpParams& params);

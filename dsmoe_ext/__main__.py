@@ -8,6 +8,7 @@ import sys
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "typer", "rich", "gguf", "matplotlib")
 VARIABLES = (
     *("DSMOE_ISA", "DSMOE_KEPT_BYTES", "DSMOE_CUDA", "DSMOE_TORCH_DIR"),
+    *("DSMOE_CUDA_WORKSPACE_MIB", "DSMOE_CUDA_GROUP", "DSMOE_CUDA_SMS", "DSMOE_CUDA_PATH"),
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS"),
 )
 

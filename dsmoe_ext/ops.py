@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dsmoe_ext import _C
+from dsmoe_ext import _C, cuda_settings
 from dsmoe_ext.gradients import empty_gradients, only_wanted, refuse_create_graph
 from dsmoe_ext.packing import PackedWeights, pack_quantized, pack_weights  # noqa: F401
 from dsmoe_ext.reference import GATES, METHODS, activation_index
@@ -24,6 +24,7 @@ if not (os.environ.get("DSMOE_KEPT_BYTES") or "0").isdecimal():
         "DSMOE_KEPT_BYTES must be a whole number of bytes, such as 536870912, "
         f"but is {os.environ['DSMOE_KEPT_BYTES']!r}."
     )
+cuda_settings.apply(cuda_settings.from_environment())
 
 if os.environ.get("DSMOE_TRACE"):
     from dsmoe_ext.trace import Trace

@@ -86,6 +86,10 @@ inline int64_t row_stride(const Tensor& tensor) {
 }
 
 inline void check_status(Status status) {
+#ifdef DSMOE_WITH_CUDA
+  check(status != Status::kCudaError, "dsmoe kernel: CUDA says ", cuda::error_name(),
+        "; run with CUDA_LAUNCH_BLOCKING=1 to see where.");
+#endif
   check(status == Status::kOk, "dsmoe kernel: ", status_string(status), ".");
 }
 

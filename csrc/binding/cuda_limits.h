@@ -9,6 +9,8 @@ namespace dsmoe::binding {
 constexpr int64_t kCudaCopyBytes = 16;    // of a kernel's copies: where rows may begin
 constexpr int64_t kCudaCopyElements = 8;  // of the longest of them: what H and strides divide by
 
+constexpr int64_t kCudaMostElements = int64_t{8} << 32;  // from a matrix's first row to its last
+
 inline void check_cuda_dtype(const Tensor& tensor, const char* name) {
   check(tensor.scalar_type() != ScalarType::Double, name,
         " is float64, which runs on the CPU only: use float32, bfloat16 or float16 on CUDA.");
@@ -37,7 +39,8 @@ inline Tensor aligned(const Tensor& tensor) {
 // by side.
 inline Tensor with_dense_rows(const Tensor& tensor) {
   const bool dense = tensor.size(1) <= 1 || tensor.stride(1) == 1;
-  const bool fits = tensor.is_cpu() || row_stride(tensor) % kCudaCopyElements == 0;
+  const bool fits = tensor.is_cpu() || (row_stride(tensor) % kCudaCopyElements == 0 &&
+                                        tensor.size(0) * row_stride(tensor) < kCudaMostElements);
   return dense && fits && tensor.stride(0) >= 0 ? aligned(tensor)
                                                 : torch::stable::contiguous(tensor);
 }

@@ -47,16 +47,25 @@ Inputs check_inputs(const Tensor& x, const Tensor& gates, const Tensor& offsets,
 }
 
 Weights checked_weights(const Tensor& gate_proj, const std::optional<Tensor>& up_proj,
-                        const Tensor& down_proj_t, const Tensor& x) {
+                        const Tensor& down_proj_t, const Tensor& x, bool decodes) {
   kernel_dtype(x, "x");
   check_like(gate_proj, "gate_proj", x);
-  return {gate_proj, up_proj, down_proj_t};
+  return {gate_proj, up_proj, down_proj_t, decodes};
 }
 
-Activation checked_activation(int64_t activation, const Tensor& where) {
+// Is it for CUDA's kernels of few tokens?
+bool decodes([[maybe_unused]] const Tensor& x, [[maybe_unused]] bool save_activations) {
+#ifdef DSMOE_WITH_CUDA
+  if (x.is_cuda() && x.dim() == 2) {
+    return cuda::decodes(kernel_dtype(x, "x"), x.size(0), save_activations);
+  }
+#endif
+  return false;
+}
+
+Activation checked_activation(int64_t activation) {
   check(activation >= 0 && activation <= static_cast<int64_t>(Activation::kGelu),
         "activation must be 0 (silu), 1 (gelu_tanh) or 2 (gelu).");
-  check(activation == 0 || where.is_cpu(), "only silu runs on CUDA so far.");
   return static_cast<Activation>(activation);
 }
 
@@ -68,7 +77,7 @@ ExpertMlpParams params(const Inputs& in, int64_t intermediate_size, int64_t acti
   p.intermediate_size = intermediate_size;
   p.num_experts = static_cast<int32_t>(in.gates.size(1));
   p.x_stride = row_stride(in.x);
-  p.activation = checked_activation(activation, in.x);
+  p.activation = checked_activation(activation);
   p.x = in.x.data_ptr();
   p.gates = in.gates.data_ptr();
   p.expert_offsets = static_cast<const int32_t*>(in.offsets.data_ptr());
@@ -92,7 +101,8 @@ std::tuple<Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& gates, cons
                                       const Tensor& expert_offsets,
                                       std::optional<Tensor> /*grad_weight*/, int64_t activation,
                                       bool save_activations, bool allow_tf32) {
-  const Weights weights = checked_weights(gate_proj, up_proj, down_proj_t, x);
+  const Weights weights =
+      checked_weights(gate_proj, up_proj, down_proj_t, x, decodes(x, save_activations));
   const Inputs in = check_inputs(x, gates, expert_offsets, weights);
   ExpertMlpParams p = params(in, weights.intermediate_size(), activation);
   weights.describe(p);
@@ -113,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
     std::optional<Tensor> grad_weight_in, const Tensor& activations, int64_t activation,
     bool allow_tf32, bool want_dx, bool want_dgates, bool want_dgate_proj, bool want_dup_proj,
     bool want_ddown_proj_t) {
-  const Weights weights = checked_weights(gate_proj, up_proj, down_proj_t, x);
+  const Weights weights = checked_weights(gate_proj, up_proj, down_proj_t, x, false);
   const Inputs in = check_inputs(x, gates, expert_offsets, weights);
   check_like(dy_in, "dy", x);
   check_shape(dy_in, "dy", {x.size(0), x.size(1)});

@@ -51,6 +51,18 @@ pybind11::dict measure_peaks(int threads) {
   return result;
 }
 
+#ifdef DSMOE_WITH_CUDA
+void set_cuda_settings(int64_t workspace_bytes, int32_t group_size, int32_t router_tiles,
+                       int32_t multiprocessors, int32_t path, int32_t parts) {
+  dsmoe::cuda::settings() = {workspace_bytes,
+                             group_size,
+                             router_tiles,
+                             multiprocessors,
+                             static_cast<dsmoe::cuda::Path>(path),
+                             parts};
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -59,6 +71,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", &dsmoe::cpu::isa, "The instruction set that the CPU kernels use.");
   m.def("force_isa", &force_isa, pybind11::arg("name"),
         "Uses another instruction set; pack weights again after it.");
+#ifdef DSMOE_WITH_CUDA
+  m.def("set_cuda_settings", &set_cuda_settings, "See dsmoe_ext.cuda_settings.");
+#endif
   m.def("measure_peaks", &measure_peaks, pybind11::arg("threads"),
         "Operations and bytes per second that this machine reaches at most on so many threads.");
 }

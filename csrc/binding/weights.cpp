@@ -7,8 +7,16 @@ namespace dsmoe::binding {
 namespace {
 
 // What the kernels of a device read and write in place.
-bool in_place(const Tensor& where, const WeightStrides& s, int64_t hidden_size) {
-  return where.is_cpu() || (s.expert == 0 && s.neuron == hidden_size && s.hidden == 1);
+bool in_place([[maybe_unused]] const Tensor& weight, [[maybe_unused]] const WeightStrides& s,
+              [[maybe_unused]] int64_t hidden_size, [[maybe_unused]] bool decodes = false) {
+#ifdef DSMOE_WITH_CUDA
+  if (weight.is_cuda()) {
+    const auto address = reinterpret_cast<uintptr_t>(weight.data_ptr());
+    const auto reads = decodes ? cuda::decode_reads : cuda::reads;
+    return address % kCudaCopyBytes == 0 && reads(s, hidden_size);
+  }
+#endif
+  return true;
 }
 
 // As kernels.h has them, of a tensor or of the first half of every expert's neurons; nothing if that
@@ -43,7 +51,7 @@ Tensor dense(const Tensor& weight) {
 }  // namespace
 
 Weights::Weights(const Tensor& gate_proj, const std::optional<Tensor>& up_proj,
-                 const Tensor& down_proj_t)
+                 const Tensor& down_proj_t, bool decodes)
     : dims_(gate_proj.dim()),
       is_fused_(!up_proj),
       gate_given_(gate_proj),
@@ -63,24 +71,23 @@ Weights::Weights(const Tensor& gate_proj, const std::optional<Tensor>& up_proj,
   down_is_transposed_ = down_proj_t.stride(dims_ - 1) != 1 && down_proj_t.stride(dims_ - 2) == 1;
 
   const WeightStrides in_order{0, hidden_size_, 1};
-  // A half of a dimension that is cut is no slab to those who want one.
-  const int64_t slab_size = is_fused_ && !gate_proj.is_cpu() ? -1 : hidden_size_;
   const auto gate = strides_of(gate_proj, is_fused_),
              up = up_proj ? strides_of(*up_proj, false) : gate;
   if (gate && up && gate->hidden == 1 && up->hidden == 1 && gate->neuron == up->neuron &&
-      gate->expert == up->expert && in_place(gate_proj, *gate, slab_size)) {
+      gate->expert == up->expert && in_place(gate_proj, *gate, hidden_size_) &&
+      (is_fused_ || in_place(*up_proj, *up, hidden_size_))) {
     gate_up_ = *gate;
-    gate_ = aligned(gate_proj);
-    if (up_proj) up_ = aligned(*up_proj);
+    gate_ = gate_proj;
+    if (up_proj) up_ = *up_proj;
   } else {
     gate_up_ = in_order;
     gate_ = dense(is_fused_ ? half(gate_proj, 0) : gate_proj);
     up_ = dense(is_fused_ ? half(gate_proj, 1) : *up_proj);
   }
   const auto down = strides_of(down_proj_t, false);
-  const bool reads_down = down && in_place(down_proj_t, *down, hidden_size_);
+  const bool reads_down = down && in_place(down_proj_t, *down, hidden_size_, decodes);
   down_ = reads_down ? *down : in_order;
-  down_proj_t_ = reads_down ? aligned(down_proj_t) : dense(down_proj_t);
+  down_proj_t_ = reads_down ? down_proj_t : dense(down_proj_t);
 }
 
 void Weights::check_offsets(const Tensor& offsets) const {
@@ -123,28 +130,29 @@ Weights::Gradients Weights::make_gradients(ExpertMlpBackwardParams& p, bool want
                 make(wants_down, down_given_, down_is_transposed_)};
   const WeightStrides in_order{0, hidden_size_, 1};
   p.dgate_up = p.ddown = in_order;
-  if (gate_given_.is_cpu()) {
-    if (is_fused_ && dims_ == 3) p.dgate_up.expert = 2 * neurons_ * hidden_size_;
-    if (down_is_transposed_) p.ddown = {dims_ == 3 ? neurons_ * hidden_size_ : 0, 1, neurons_};
-    if (wants_gate) p.dgate_proj = out.gate_proj.data_ptr();
-    if (wants_gate && is_fused_) p.dup_proj = second_half(p.dgate_proj, hidden_size_);
-    if (wants_up && !is_fused_) p.dup_proj = out.up_proj.data_ptr();
-    if (wants_down) p.ddown_proj_t = out.down_proj_t.data_ptr();
-    return out;
-  }
   // A slab of its own for what kernels do not write in place.
   const auto slab = [&](const Tensor& to) {
     Tensor from = kept_empty(to, {intermediate_size_, hidden_size_});
     out.copies.push_back({to, from});
     return from.data_ptr();
   };
-  if (wants_gate) {
-    p.dgate_proj = is_fused_ ? slab(half(out.gate_proj, 0)) : out.gate_proj.data_ptr();
-    if (is_fused_) p.dup_proj = slab(half(out.gate_proj, 1));
+  if (!is_fused_ || dims_ == 2 || gate_given_.is_cpu()) {
+    if (is_fused_ && dims_ == 3) p.dgate_up.expert = 2 * neurons_ * hidden_size_;
+    if (wants_gate) p.dgate_proj = out.gate_proj.data_ptr();
+    if (wants_gate && is_fused_) p.dup_proj = second_half(p.dgate_proj, hidden_size_);
+    if (wants_up && !is_fused_) p.dup_proj = out.up_proj.data_ptr();
+  } else if (wants_gate) {
+    p.dgate_proj = slab(half(out.gate_proj, 0));
+    p.dup_proj = slab(half(out.gate_proj, 1));
   }
-  if (wants_up && !is_fused_) p.dup_proj = out.up_proj.data_ptr();
-  if (wants_down)
-    p.ddown_proj_t = down_is_transposed_ ? slab(out.down_proj_t) : out.down_proj_t.data_ptr();
+  if (!wants_down) return out;
+  p.ddown_proj_t = out.down_proj_t.data_ptr();
+  if (!down_is_transposed_) return out;
+  if (gate_given_.is_cpu()) {
+    p.ddown = {dims_ == 3 ? neurons_ * hidden_size_ : 0, 1, neurons_};
+  } else {
+    p.ddown_proj_t = slab(out.down_proj_t);
+  }
   return out;
 }
 

@@ -11,7 +11,9 @@ namespace dsmoe::binding {
 // [2I,H] or [E,2S,H]. down_proj_t [I,H] or [E,S,H]. Any strides: what a kernel cannot read is copied.
 class Weights {
  public:
-  Weights(const Tensor& gate_proj, const std::optional<Tensor>& up_proj, const Tensor& down_proj_t);
+  // decodes: for a forward of few tokens, whose kernels on CUDA read more.
+  Weights(const Tensor& gate_proj, const std::optional<Tensor>& up_proj, const Tensor& down_proj_t,
+          bool decodes = false);
 
   int64_t hidden_size() const { return hidden_size_; }
   int64_t intermediate_size() const { return intermediate_size_; }

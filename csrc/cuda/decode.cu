@@ -1,4 +1,4 @@
-// expert_mlp for T <= 16 tokens: y_t = sum_e G[t,e] * (silu(x_t Wg_e) * (x_t Wu_e)) Wd_e    bf16, fp16
+// expert_mlp for T <= 16 tokens: y_t = sum_e G[t,e] * (act(x_t Wg_e) * (x_t Wu_e)) Wd_e     bf16, fp16
 //
 // Reading the weights is the work: 6 S_e H bytes per active expert, once whatever T is. Everything
 // else must stay out of its way. So nothing goes through shared memory on its way in: a lane loads 16
@@ -13,86 +13,60 @@
 //             lane (g, q): 8 numbers of rows 2q, 2q+1 of two units at 8 g. Byte permutes pair the rows
 //             up; block j takes columns j, 8 + j, .. 56 + j: eight mma
 //             a CTA per 64 columns and part of the units, the part cut into eight for its warps
+//             Where Wd is [H,I], lane (g, q) has 8 neurons of unit q of four, of columns 8 g + j: two mma a column
 //
 // Sums of warps, then of parts, are added in a fixed order; the CTA that arrives last at a strip of
 // columns adds the parts. Units exist on the device only: every CTA of `neurons` counts the active
 // experts by itself, 128 columns of gates a round; for few rounds that is quicker than one more launch.
 #include "cuda/decode.cuh"
+#include "cuda/decode_steps.cuh"
+#include "cuda/last_to_arrive.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/mma_sm80.cuh"
 #include "cuda/permute.cuh"
 
 namespace dsmoe::cuda {
 namespace {
 
-constexpr int kUnit = 8;  // neurons, the columns of one mma
-constexpr int kStripColumns = 64;
 constexpr int kNeuronThreads = 128, kNeuronWarps = kNeuronThreads / kWarp;
 constexpr int kOutputThreads = 256, kOutputWarps = kOutputThreads / kWarp;
 constexpr int kAhead = 4;  // loads in flight per lane and row: 19 warps per SM hide DRAM
 
-struct Unit {
-  int first_row;  // of the weights
-  int rows;       // 1 .. 8
-};
-
-template <class T>
-struct DecodeArgs {
-  int num_tokens;
-  int num_experts;
-  int64_t hidden_size;
-  int64_t x_stride;
-  const T* x;                     // [T,H]
-  const float* gates;             // [T,E]
-  const T* gate_proj;             // [I,H]
-  const T* up_proj;               // [I,H]
-  const T* down_proj_t;           // [I,H]
-  const int32_t* expert_offsets;  // [E+1]
-  T* y;                           // [T,H]
-  int max_units;                  // even
-  int parts;                      // CTAs per strip of columns
-  int* num_units;                 // [1]
-  Unit* units;                    // [max_units]
-  T* activations;     // [max_units / 2, 16, 16]  the left fragments' rows, two units each
-  unsigned* arrived;  // [strips]
-  float4* sums;       // [parts, strips, 256]
-};
-
-__device__ __forceinline__ float swiglu(float gate, float up) {
-  return __fdividef(gate, 1.f + __expf(-gate)) * up;
-}
-
 // -------------------------------------------------------------------------------------- neurons
 
-// first_unit[e] = units of active experts before e. All threads; ends with a barrier.
+// first_unit[e] = units of active experts before e. All threads; ends with a barrier. First a thread asks for
+// everything that it needs of its experts, no round waiting for another; then it adds up neighbouring ones.
 template <class T>
 __device__ void count_units(const DecodeArgs<T>& args, int* first_unit) {
   __shared__ int warp_totals[kNeuronWarps];
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  int before = 0;
-  for (int first = 0; first < args.num_experts; first += kNeuronThreads) {
-    const int expert = first + threadIdx.x;
-    int units = 0;
-    if (expert < args.num_experts) {
-      bool is_active = false;
-      for (int t = 0; t < args.num_tokens; ++t) {
-        is_active |= args.gates[t * args.num_experts + expert] != 0.f;
-      }
-      const int size = args.expert_offsets[expert + 1] - args.expert_offsets[expert];
-      units = is_active ? ceil_div(size, kUnit) : 0;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, num_experts = args.num_experts;
+#pragma unroll 2
+  for (int expert = threadIdx.x; expert < num_experts; expert += kNeuronThreads) {
+    const int size = __ldg(args.expert_offsets + expert + 1) - __ldg(args.expert_offsets + expert);
+    bool is_active = false;
+#pragma unroll
+    for (int t = 0; t < kDecodeTokens; ++t) {
+      const float gate = t < args.num_tokens ? __ldg(args.gates + t * num_experts + expert) : 0.f;
+      is_active |= gate != 0.f;
     }
-    const int through = warp_inclusive_sum(units);
-    if (lane == kWarp - 1) warp_totals[warp] = through;
-    __syncthreads();
-    int start = before + through - units;
-    for (int w = 0; w < kNeuronWarps; ++w) {
-      if (w < warp) start += warp_totals[w];
-      before += warp_totals[w];
-    }
-    if (expert < args.num_experts) first_unit[expert] = start;
-    __syncthreads();
+    first_unit[expert] = is_active ? ceil_div(size, kUnit) : 0;
   }
-  if (threadIdx.x == 0) first_unit[args.num_experts] = before;
+  __syncthreads();
+  const int run = ceil_div(num_experts, kNeuronThreads);
+  const int begin = min(static_cast<int>(threadIdx.x) * run, num_experts);
+  const int end = min(begin + run, num_experts);
+  int units = 0;
+  for (int expert = begin; expert < end; ++expert) units += first_unit[expert];
+  const int through = warp_inclusive_sum(units);
+  if (lane == kWarp - 1) warp_totals[warp] = through;
+  __syncthreads();
+  int start = through - units;
+  for (int w = 0; w < warp; ++w) start += warp_totals[w];
+  for (int expert = begin; expert < end; ++expert) {
+    const int own = first_unit[expert];
+    first_unit[expert] = start;
+    start += own;
+  }
+  if (threadIdx.x == kNeuronThreads - 1) first_unit[num_experts] = start;
   __syncthreads();
 }
 
@@ -104,23 +78,6 @@ __device__ int expert_of_unit(const int* first_unit, int num_experts, int unit) 
     (first_unit[middle] <= unit ? low : high) = middle;
   }
   return low;
-}
-
-// 16 bytes of a row, zeros where there is no row or it has ended.
-template <class T>
-__device__ __forceinline__ uint4 row_chunk(const T* row, int64_t column, int64_t end) {
-  return row != nullptr && column < end ? __ldg(reinterpret_cast<const uint4*>(row + column))
-                                        : uint4{};
-}
-
-// d += 16 x 32 times 32 x 8, the operands as loaded: lane (g, q) holds terms 8q .. 8q+7 of its rows.
-template <class T>
-__device__ __forceinline__ void mma_loaded(float (&d)[4], const uint4& low, const uint4& high,
-                                           const uint4& b) {
-  const uint32_t first[4] = {low.x, high.x, low.y, high.y},
-                 second[4] = {low.z, high.z, low.w, high.w};
-  mma(d, first, b.x, b.y, T());
-  mma(d, second, b.z, b.w, T());
 }
 
 template <class T>
@@ -145,9 +102,8 @@ __global__ void __launch_bounds__(kNeuronThreads)
     const int expert = expert_of_unit(first_unit, args.num_experts, unit);
     const int first_row = args.expert_offsets[expert] + (unit - first_unit[expert]) * kUnit;
     const int rows = unit < num_units ? min(kUnit, args.expert_offsets[expert + 1] - first_row) : 0;
-    const int64_t row = first_row + g;
-    const T* gate_row = g < rows ? args.gate_proj + row * args.hidden_size : nullptr;
-    const T* up_row = g < rows ? args.up_proj + row * args.hidden_size : nullptr;
+    const T* gate_row = g < rows ? args.gate_proj.at(expert, first_row + g) : nullptr;
+    const T* up_row = g < rows ? args.up_proj.at(expert, first_row + g) : nullptr;
     float gate[4] = {}, up[4] = {};
     constexpr int kStep = 4 * 8;  // terms of one warp's load
     for (int64_t k = warp * kStep + q * 8; k - q * 8 < args.hidden_size;
@@ -184,82 +140,44 @@ __global__ void __launch_bounds__(kNeuronThreads)
                              ? args.gates[token * args.num_experts + expert]
                              : 0.f;
     // not a product with 0: what an inactive pair computed may be infinite
-    const float result = weight != 0.f ? weight * swiglu(total[0], total[1]) : 0.f;
+    const float result = weight != 0.f ? weight * (args.logistic.value(total[0]) * total[1]) : 0.f;
     args.activations[(unit / 2 * kDecodeTokens + token) * 2 * kUnit + unit % 2 * kUnit + neuron] =
         T(result);
-    if (threadIdx.x == 0) args.units[unit] = Unit{first_row, rows};
+    if (threadIdx.x == 0) {
+      args.units[unit] = Unit{args.down.place(expert, first_row), rows};
+    }
     __syncthreads();  // sums are free again
   }
 }
 
 // -------------------------------------------------------------------------------------- outputs
 
-// Registers of two rows, two columns each, -> one register of both rows per column.
-__device__ __forceinline__ uint32_t low_halves(uint32_t a, uint32_t b) {
-  return __byte_perm(a, b, 0x5410);
-}
-__device__ __forceinline__ uint32_t high_halves(uint32_t a, uint32_t b) {
-  return __byte_perm(a, b, 0x7632);
-}
-
-// The 16 rows of a step: lane (g, q) has rows 2q and 2q + 1 of both units, eight columns from 8 g.
-struct StepRows {
-  uint4 row[4];
-};
-
-template <class T>
-__device__ __forceinline__ StepRows load_step(const DecodeArgs<T>& args, int step, int64_t column) {
-  const int q = threadIdx.x % 4;
-  StepRows s;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const Unit unit = args.units[2 * step + i / 2];
-    const int neuron = 2 * q + i % 2;
-    const int64_t row = unit.first_row + neuron;
-    const T* from = neuron < unit.rows ? args.down_proj_t + row * args.hidden_size : nullptr;
-    s.row[i] = row_chunk(from, column, args.hidden_size);
-  }
-  return s;
-}
-
-template <class T>
-__device__ __forceinline__ void add_step(float (&sums)[8][4], const DecodeArgs<T>& args, int step,
-                                         const StepRows& s) {
-  const int g = threadIdx.x % kWarp / 4, q = threadIdx.x % 4;
-  const uint32_t* rows =
-      reinterpret_cast<const uint32_t*>(args.activations + step * kDecodeTokens * 2 * kUnit);
-  const uint32_t a[4] = {rows[g * 8 + q], rows[(g + 8) * 8 + q], rows[g * 8 + 4 + q],
-                         rows[(g + 8) * 8 + 4 + q]};
-  const uint32_t* r[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) r[i] = reinterpret_cast<const uint32_t*>(&s.row[i]);
-#pragma unroll
-  for (int j = 0; j < 8; j += 2) {
-    mma(sums[j], a, low_halves(r[0][j / 2], r[1][j / 2]), low_halves(r[2][j / 2], r[3][j / 2]),
-        T());
-    mma(sums[j + 1], a, high_halves(r[0][j / 2], r[1][j / 2]),
-        high_halves(r[2][j / 2], r[3][j / 2]), T());
-  }
-}
-
-template <class T>
+template <class T, class Step>
 __global__ void __launch_bounds__(kOutputThreads)
     outputs_kernel(const __grid_constant__ DecodeArgs<T> args) {
   __shared__ float shared[kOutputWarps][8 * 4][kWarp];
   const int t = threadIdx.x, warp = t / kWarp, lane = t % kWarp;
   const int strip = blockIdx.x, part = blockIdx.y;
   const int64_t column = strip * int64_t{kStripColumns} + lane / 4 * 8;
-  const int steps = ceil_div(*args.num_units, 2);
+  const int num_units = *args.num_units, steps = ceil_div(num_units, Step::kUnits);
   const int per_warp = ceil_div(steps, args.parts * kOutputWarps);
   const int first = (part * kOutputWarps + warp) * per_warp;
   const int end = min(first + per_warp, steps);
   float sums[8][4] = {};
-  for (int step = first; step < end; step += 2) {  // eight loads in flight per lane
-    const bool both = step + 1 < end;
-    const StepRows even = load_step(args, step, column);
-    const StepRows odd = both ? load_step(args, step + 1, column) : StepRows{};
-    add_step(sums, args, step, even);
-    if (both) add_step(sums, args, step + 1, odd);
+  Step ahead[Step::kAtOnce];  // eight loads in flight per lane
+#pragma unroll
+  for (int i = 0; i < Step::kAtOnce; ++i) ahead[i].look_up(args, first + i, end, num_units);
+  for (int step = first; step < end; step += Step::kAtOnce) {
+#pragma unroll
+    for (Step& s : ahead) s.load(args, column);
+#pragma unroll
+    for (int i = 0; i < Step::kAtOnce; ++i) {
+      ahead[i].look_up(args, step + Step::kAtOnce + i, end, num_units);
+    }
+#pragma unroll
+    for (int i = 0; i < Step::kAtOnce; ++i) {
+      if (step + i < end) ahead[i].add(sums, args, step + i);
+    }
   }
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
@@ -277,18 +195,11 @@ __global__ void __launch_bounds__(kOutputThreads)
       mine[j] += shared[w][(j_half * 4 + j) * 4 + token_half * 2 + i][lane];
   }
   if (args.parts > 1) {
-    __shared__ bool is_last;
     const int64_t place = (int64_t{strip} * kOutputThreads) + t;
     const int64_t stride = int64_t{gridDim.x} * kOutputThreads;
     args.sums[part * stride + place] = float4{mine[0], mine[1], mine[2], mine[3]};
     __syncthreads();
-    if (t == 0) {
-      __threadfence();  // the CTA's sums, then the count; the count, then the others' sums
-      is_last = atomicAdd(&args.arrived[strip], 1u) == unsigned(args.parts) - 1;
-      __threadfence();
-    }
-    __syncthreads();
-    if (!is_last) return;
+    if (!is_last_to_arrive(&args.arrived[strip], args.parts, t == 0, AnyOfAll())) return;
     for (int j = 0; j < 4; ++j) mine[j] = 0.f;
     for (int p = 0; p < args.parts; ++p) {
       const float4 other = args.sums[p * stride + place];
@@ -336,7 +247,7 @@ DecodeLayout decode_layout(const ExpertMlpParams& p, int multiprocessors) {
 template <class T>
 Status decode_as(const ExpertMlpParams& p, unsigned char* workspace, cudaStream_t on) {
   const int multiprocessors = multiprocessor_count();
-  if (multiprocessors == 0) return Status::kCudaError;
+  if (multiprocessors == 0) return failed();
   const DecodeLayout l = decode_layout(p, multiprocessors);
   DecodeArgs<T> args{};
   args.num_tokens = static_cast<int>(p.num_tokens);
@@ -345,9 +256,10 @@ Status decode_as(const ExpertMlpParams& p, unsigned char* workspace, cudaStream_
   args.x_stride = p.x_stride;
   args.x = static_cast<const T*>(p.x);
   args.gates = static_cast<const float*>(p.gates);
-  args.gate_proj = static_cast<const T*>(p.gate_proj);
-  args.up_proj = static_cast<const T*>(p.up_proj);
-  args.down_proj_t = static_cast<const T*>(p.down_proj_t);
+  args.gate_proj = weight_rows<const T>(p.gate_proj, p.gate_up, p);
+  args.up_proj = weight_rows<const T>(p.up_proj, p.gate_up, p);
+  args.down = DownWeights<T>(p);
+  args.logistic = Logistic::of(p.activation);
   args.expert_offsets = p.expert_offsets;
   args.y = static_cast<T*>(p.y);
   args.max_units = l.max_units;
@@ -361,11 +273,21 @@ Status decode_as(const ExpertMlpParams& p, unsigned char* workspace, cudaStream_
   const int ctas = min(l.max_units, kCtasPerSm * multiprocessors);
   const int shared_bytes = (p.num_experts + 1) * int{sizeof(int)};
   neurons_kernel<<<ctas, kNeuronThreads, shared_bytes, on>>>(args);
-  outputs_kernel<<<dim3(l.strips, l.parts), kOutputThreads, 0, on>>>(args);
+  const auto outputs =
+      p.down.hidden == 1 ? outputs_kernel<T, StepOfRows<T>> : outputs_kernel<T, StepOfColumns<T>>;
+  outputs<<<dim3(l.strips, l.parts), kOutputThreads, 0, on>>>(args);
   return launch_status();
 }
 
 }  // namespace
+
+bool decodes(Dtype dtype, int64_t num_tokens, bool keeps_activations) {
+  return dtype != Dtype::kFloat32 && num_tokens <= kDecodeTokens && !keeps_activations;
+}
+
+bool decode_reads(const WeightStrides& down, int64_t hidden_size) {
+  return reads(down, hidden_size) || (down.neuron == 1 && down.hidden >= 0 && down.expert >= 0);
+}
 
 int64_t decode_workspace_bytes(const ExpertMlpParams& p) {
   return decode_layout(p, multiprocessor_count()).bytes;

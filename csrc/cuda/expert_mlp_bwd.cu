@@ -1,9 +1,9 @@
 // expert_mlp backward; bf16 and fp16 with fp32 sums, fp32 as tf32 or in exact multiply-adds.
 //
-// With g = x_t Wg_e, u = x_t Wu_e, a = silu(g) u:
+// With g = x_t Wg_e, u = x_t Wu_e, a = act(g) u:
 //
 //   da = dy_t Wd_e^T         dgates [t,e] = <a, da>         at inactive pairs times grad_weight
-//   dx_t   = sum over e of dg Wg_e + du Wu_e                dg = G da u silu'(g),  du = G da silu(g)
+//   dx_t   = sum over e of dg Wg_e + du Wu_e                dg = G da u act'(g),   du = G da act(g)
 //   dWd_e  = sum over t of (G a)^T dy_t    dWg_e = sum over t of dg^T x_t    dWu_e = sum over t of du^T x_t
 //
 // o_e itself is never formed. Three kinds of GEMM around three matrices [tokens, neurons] in the workspace:
@@ -18,19 +18,17 @@
 // g and u of active pairs are what the forward saved (2 T I numbers of the caller's memory, 361 MB in bf16
 // at T 8192, I 11008), or are recomputed from x: 2/9 more work of the forward and backward together.
 //
-// What nobody wants is not launched. The workspace stays below 256 MiB by going in passes, each a
-// rectangle of tokens by neurons (columns of the three matrices): within one, kernels see the experts
-// clipped to it. Sums over several passes are fp32 to the end, in the workspace
-// for half types and in the results themselves for fp32: dx and dgates over the passes along the neurons,
-// weight gradients over the passes along the tokens. The workspace has room for one of the two, so that
+// What nobody wants is not launched. The workspace stays below 256 MiB by going in passes, each a rectangle of tokens
+// by neurons (columns of the three matrices): within one, kernels see the experts clipped to it. Sums over several
+// passes are fp32 to the end, in the workspace for half types and in the results themselves for fp32: dx and dgates
+// over the passes along the neurons, weight gradients over those along the tokens. There is room for one of the two:
 //
 //   tokens of one pass   (9984 at H 4096) go through the neurons once; T 8192, I 11008: 5 passes
 //   more, in half types  go through the tokens for dx and dgates, and once more, through the neurons, for
 //                        the weight gradients: 3/8 more work (saved: 1/6), if both are wanted
 //
-// Every expert begins at a multiple of 16 columns, and only the device knows the experts' sizes. So the
-// host launches passes for as many columns as there may be, and the device cuts those that there are: full
-// passes for fine experts, too. The last ones launched may be empty.
+// Every expert begins at a multiple of 16 columns, and only the device knows the experts' sizes. So the host launches
+// passes for as many columns as there may be, and the device cuts those that there are; the last may be empty.
 #include <algorithm>
 #include <type_traits>
 
@@ -71,7 +69,7 @@ Layout layout(const ExpertMlpBackwardParams& p) {
   };
   const int64_t all = matrix_width(f), least = std::clamp<int64_t>(all, 1, 256);
   // small tables, and rounding up
-  const int64_t limit = kWorkspaceLimit - 4 * all - 64 * experts - 8192;
+  const int64_t limit = settings().workspace_bytes - 4 * all - 64 * experts - 8192;
   const int64_t most = std::min(limit * 5 / 8 / chunk_bytes * kTokensPerChunk,
                                 limit * 3 / 8 / ((matrix_bytes(1) + 1) * least));
   Layout l{};
@@ -152,17 +150,20 @@ class Backward {
     PassArgs<T>& pass = args_.pass;
     pass.hidden_size = f_.hidden_size;
     pass.num_experts = f_.num_experts;
+    pass.group_size = settings().group_size;
     pass.intermediate_size = f_.intermediate_size;
     pass.x_stride = f_.x_stride;
-    pass.gate_proj = static_cast<const T*>(f_.gate_proj);
-    pass.up_proj = static_cast<const T*>(f_.up_proj);
+    pass.gate_proj = weight_rows<const T>(f_.gate_proj, f_.gate_up, f_);
+    pass.up_proj = weight_rows<const T>(f_.up_proj, f_.gate_up, f_);
+    pass.logistic = Logistic::of(f_.activation);
+    pass.exact = ExactActivation::of(f_.activation);
     pass.expert_offsets = at<int32_t>(l_.expert_offsets);
     pass.width = l_.width;
     pass.expert_columns = at<int32_t>(l_.expert_columns);
     pass.row_of_column = at<int32_t>(l_.row_of_column);
     pass.strips = at<float>(l_.sums);
     args_.dy_stride = p_.dy_stride;
-    args_.down_proj_t = static_cast<const T*>(f_.down_proj_t);
+    args_.down_proj_t = weight_rows<const T>(f_.down_proj_t, f_.down, f_);
     args_.gated = at<T>(l_.gated);
     args_.dgate = at<T>(l_.dgate);
     args_.dup = at<T>(l_.dup);
@@ -198,7 +199,7 @@ class Backward {
     PassArgs<T> all = args_.pass;
     all.expert_offsets = f_.expert_offsets;
     all.expert_columns = at<int32_t>(l_.all_columns);
-    place_columns_kernel<<<1, kExpertThreads, 0, on_>>>(all);
+    place_columns(all, matrix_width(f_), on_);
   }
 
   void run_pass(int64_t token_pass, int64_t column_pass, Wanted wanted) {
@@ -276,7 +277,7 @@ class Backward {
     clip_experts_kernel<<<1, kExpertThreads, 0, on_>>>(
         f_.expert_offsets, at<int32_t>(l_.all_columns), f_.num_experts,
         static_cast<int>(column_pass), static_cast<int>(l_.width), at<int32_t>(l_.expert_offsets));
-    place_columns_kernel<<<1, kExpertThreads, 0, on_>>>(args_.pass);
+    place_columns(args_.pass, l_.width, on_);
   }
 
   void take_tokens(int64_t token_pass) {
@@ -364,7 +365,7 @@ class Backward {
 template <class T>
 Status backward(const ExpertMlpBackwardParams& p, unsigned char* workspace, cudaStream_t on) {
   const int ctas = multiprocessor_count() * kCtasPerSm;
-  if (ctas == 0) return Status::kCudaError;
+  if (ctas == 0) return failed();
   return Backward<T>(p, workspace, ctas, on).run();
 }
 
@@ -378,15 +379,16 @@ Status expert_mlp_backward(const ExpertMlpBackwardParams& p, void* workspace, St
   const ExpertMlpParams& f = p.forward;
   bool copies_fit =
       f.hidden_size % kChunk == 0 && f.x_stride % kChunk == 0 && p.dy_stride % kChunk == 0;
-  for (const void* pointer : {f.x, f.gate_proj, f.up_proj, f.down_proj_t, p.dy}) {
-    copies_fit = copies_fit && aligned_16(pointer);
-  }
-  for (const void* pointer : {p.dx, p.dgate_proj, p.dup_proj, p.ddown_proj_t}) {
-    copies_fit = copies_fit && aligned_16(pointer);
-  }
+  for (const auto& s : {f.gate_up, f.down}) copies_fit = copies_fit && reads(s, f.hidden_size);
+  for (const auto& s : {p.dgate_up, p.ddown}) copies_fit = copies_fit && writes(s, f.hidden_size);
+  const std::initializer_list<const void*> all = {f.x,           f.gate_proj, f.up_proj,
+                                                  f.down_proj_t, p.dy,        p.dx,
+                                                  p.dgate_proj,  p.dup_proj,  p.ddown_proj_t};
+  for (const void* pointer : all) copies_fit = copies_fit && aligned_16(pointer);
   if (f.dtype == Dtype::kFloat64 || !copies_fit || f.num_experts > kMaxExperts) {
     return Status::kUnsupported;
   }
+  if (settings().path == Path::kSm90a && !sm90a::is_available()) return Status::kNoSuchPath;
   auto* bytes = static_cast<unsigned char*>(workspace);
   const auto on = static_cast<cudaStream_t>(stream);
   if (f.dtype == Dtype::kFloat32) return backward<float>(p, bytes, on);

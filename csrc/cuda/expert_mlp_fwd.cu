@@ -1,11 +1,11 @@
-// expert_mlp forward: y_t = sum_e G[t,e] * (silu(x_t Wg_e) * (x_t Wu_e)) Wd_e
+// expert_mlp forward: y_t = sum_e G[t,e] * (act(x_t Wg_e) * (x_t Wu_e)) Wd_e
 //
 // In bf16 and fp16 with fp32 sums. fp32 goes the same way as tf32 where that is allowed, else through exact
 // multiply-adds (gemm_ffma.cuh).
 // Two ragged GEMMs around a workspace of activations, both CTA tile / warp tile / mma.sync with a
 // three-stage cp.async pipeline, swizzled shared memory and ldmatrix:
 //
-//   gate_up   a[t, e's columns] = G[t,e] * silu(x_t Wg_e) * (x_t Wu_e)      sum over H, rows gathered
+//   gate_up   a[t, e's columns] = G[t,e] * act(x_t Wg_e) * (x_t Wu_e)       sum over H, rows gathered
 //             128 pairs x 64 columns (of Wg and of Wu: both products share the rows of x, and SwiGLU
 //             stays in registers). Four warps of 64 x 32: a warp then reads 8 fragments for 32 mma, so
 //             tensor cores, not shared memory, set the pace. Experts of at most 32 and 16 neurons get
@@ -35,7 +35,8 @@ namespace {
 
 struct Layout {
   int64_t tokens;  // of a pass
-  int64_t expert_columns, row_of_column, strips, activations;
+  int parts;       // of a unit of `down`
+  int64_t expert_columns, row_of_column, arrived, strips, activations;
   ListsLayout lists;
   Carver carver;
 };
@@ -46,14 +47,36 @@ int64_t strip_floats(const ExpertMlpParams& p) {
   return sm90a::is_available() ? sm90a::kStripFloats : kCtasPerSm * DownTile::kStripFloats;
 }
 
+// Where units of `down` are few, several CTAs share one: on Hopper up to 128 in all, else 192, nearly a round of any
+// data-centre chip. Not the chip's own number, so that the bits are the same on all.
+struct Parts {
+  int of_unit;
+  int64_t strip_floats;  // of all parts
+};
+Parts parts_of_down(const ExpertMlpParams& p) {
+  if (p.dtype == Dtype::kFloat32) return {1, 0};
+  const bool on_hopper = sm90a::is_available();
+  const int64_t columns = on_hopper ? 64 : DownTile::kTileN, most = on_hopper ? 128 : kMostParts;
+  const int64_t units =
+      ceil_div<int64_t>(p.num_tokens, kTokensPerChunk) * ceil_div<int64_t>(p.hidden_size, columns);
+  // more than 8 would write and read more sums than they read weights
+  const int64_t fit = most / std::max<int64_t>(units, 1);
+  const int parts = static_cast<int>(std::clamp<int64_t>(fit, 1, settings().parts));
+  const int64_t strip = on_hopper ? sm90a::kStripFloats : DownTile::kStripFloats;
+  return {parts, parts > 1 ? units * parts * strip : 0};
+}
+
 Layout layout(const ExpertMlpParams& p, int ctas) {
   Layout l{};
+  const Parts parts = parts_of_down(p);
+  l.parts = parts.of_unit;
   const int64_t width = matrix_width(p), row_bytes = width * dtype_size(p.dtype);
   l.expert_columns = l.carver.place((p.num_experts + 1) * 4);
   l.row_of_column = l.carver.place(width * 4);
-  l.strips = l.carver.place(ctas / kCtasPerSm * strip_floats(p) * 4);
+  l.arrived = l.carver.place(kMostParts * 4);
+  l.strips = l.carver.place(std::max(ctas / kCtasPerSm * strip_floats(p), parts.strip_floats) * 4);
   // small tables, and what rounding up takes
-  const int64_t room = kWorkspaceLimit - l.carver.bytes - 32 * p.num_experts - 4096;
+  const int64_t room = settings().workspace_bytes - l.carver.bytes - 32 * p.num_experts - 4096;
   l.tokens =
       per_pass<int64_t>(p.num_tokens, kTokensPerChunk, room / (row_bytes + p.num_experts * 5));
   l.lists = place_lists(l.carver, p, l.tokens);
@@ -99,14 +122,17 @@ Status launch_products(const ExpertMlpParams& p, const PassArgs<float>& args, in
 template <class T>
 Status forward(const ExpertMlpParams& p, unsigned char* workspace, cudaStream_t on) {
   const int ctas = multiprocessor_count() * kCtasPerSm;
-  if (ctas == 0) return Status::kCudaError;
+  if (ctas == 0) return failed();
   const Layout l = layout(p, ctas);
   PassArgs<T> args{};
   args.hidden_size = p.hidden_size;
   args.num_experts = p.num_experts;
+  args.group_size = settings().group_size;
   args.x_stride = p.x_stride;
-  args.gate_proj = static_cast<const T*>(p.gate_proj);
-  args.up_proj = static_cast<const T*>(p.up_proj);
+  args.gate_proj = weight_rows<const T>(p.gate_proj, p.gate_up, p);
+  args.up_proj = weight_rows<const T>(p.up_proj, p.gate_up, p);
+  args.logistic = Logistic::of(p.activation);
+  args.exact = ExactActivation::of(p.activation);
   args.expert_offsets = p.expert_offsets;
   args.width = matrix_width(p);
   args.expert_columns = reinterpret_cast<int32_t*>(workspace + l.expert_columns);
@@ -114,9 +140,11 @@ Status forward(const ExpertMlpParams& p, unsigned char* workspace, cudaStream_t 
   args.activations = reinterpret_cast<T*>(workspace + l.activations);
   args.intermediate_size = p.intermediate_size;
   args.num_sources = 1;
-  args.sources[0] = {args.activations, static_cast<const T*>(p.down_proj_t)};
+  args.sources[0] = {args.activations, weight_rows<const T>(p.down_proj_t, p.down, p)};
   args.strips = reinterpret_cast<float*>(workspace + l.strips);
-  place_columns_kernel<<<1, kExpertThreads, 0, on>>>(args);
+  args.parts = l.tokens >= p.num_tokens ? l.parts : 1;
+  args.arrived = reinterpret_cast<unsigned*>(workspace + l.arrived);
+  place_columns(args, args.width, on);
   for (int64_t first = 0; first < p.num_tokens; first += l.tokens) {
     args.num_tokens = std::min(p.num_tokens - first, l.tokens);
     args.x = static_cast<const T*>(p.x) + first * p.x_stride;
@@ -136,11 +164,25 @@ Status forward(const ExpertMlpParams& p, unsigned char* workspace, cudaStream_t 
   return launch_status();
 }
 
+// Is the one there that the settings want?
+bool has_path() {
+  return settings().path != Path::kSm90a || sm90a::is_available();
+}
+
 bool is_decode(const ExpertMlpParams& p) {
-  return p.dtype != Dtype::kFloat32 && p.num_tokens <= kDecodeTokens && p.activations == nullptr;
+  return decodes(p.dtype, p.num_tokens, p.activations != nullptr);
 }
 
 }  // namespace
+
+bool reads(const WeightStrides& s, int64_t hidden_size) {
+  const bool are_rows = s.hidden == 1 && s.neuron % kChunk == 0 && s.neuron >= hidden_size;
+  return are_rows && s.expert % std::max<int64_t>(s.neuron, 1) == 0 && s.expert >= 0;
+}
+
+bool writes(const WeightStrides& s, int64_t hidden_size) {
+  return s.expert == 0 && s.neuron == hidden_size && s.hidden == 1;
+}
 
 int64_t expert_mlp_workspace_bytes(const ExpertMlpParams& p) {
   if (is_decode(p)) return decode_workspace_bytes(p);
@@ -151,13 +193,16 @@ Status expert_mlp(const ExpertMlpParams& p, void* workspace, Stream stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   const bool copies_fit = p.hidden_size % kChunk == 0 && p.x_stride % kChunk == 0 &&
                           aligned_16(p.x) && aligned_16(p.y) && aligned_16(p.gate_proj) &&
-                          aligned_16(p.up_proj) && aligned_16(p.down_proj_t);
+                          aligned_16(p.up_proj) && aligned_16(p.down_proj_t) &&
+                          reads(p.gate_up, p.hidden_size) &&
+                          (is_decode(p) ? decode_reads : reads)(p.down, p.hidden_size);
   if (p.dtype == Dtype::kFloat64 || !copies_fit || p.packed != nullptr ||
       p.num_experts > kMaxExperts) {
     return Status::kUnsupported;
   }
   const bool has_results = p.hidden_size > 0 || p.activations != nullptr;  // then zeros are saved
   if (p.num_tokens == 0 || !has_results) return Status::kOk;
+  if (!has_path()) return Status::kNoSuchPath;
   auto* bytes = static_cast<unsigned char*>(workspace);
   if (p.dtype == Dtype::kFloat32) return forward<float>(p, bytes, on);
   if (is_decode(p)) return decode(p, workspace, stream);

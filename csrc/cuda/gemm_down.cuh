@@ -4,11 +4,16 @@
 //   columns  of Wd_e, the sum running down its rows            [S_e, 128]
 //   result   added to a strip that only this CTA touches       [256, 128] fp32: of y itself, if that is fp32
 //
+// A tile's sums start from what the strip holds. A thread reads all of its own at once while the first copies
+// are on their way, and only writes when the tile is done.
+//
 // The backward uses it for dx = dg Wg + du Wu: two sources make one sum of twice the terms, so that the
 // strip is read and written once, not twice.
+// Few tokens make few units: then several CTAs share one, each with a part of every expert's neurons.
 #pragma once
 
 #include "cuda/gemm_gate_up.cuh"  // live_blocks
+#include "cuda/last_to_arrive.cuh"
 
 namespace dsmoe::cuda {
 
@@ -60,28 +65,33 @@ __device__ __forceinline__ void down_step(DownSums& sums, uint32_t stage, int wa
 // A chunk of tokens and a strip of columns: what a CTA sums over all experts.
 struct DownUnit {
   int64_t index, chunk;
+  int part;
   int first_column;
   int tokens;
 };
 
-// The units of this CTA, of so many chunks each.
-template <int kColumns>
+// The units of this CTA, of so many chunks each, or its parts of them, if there can be several.
+template <int kColumns, bool kInParts = true>
 class DownUnits {
  public:
   template <class T>
   __device__ explicit DownUnits(const PassArgs<T>& args, int chunks = 1)
       : chunks_(chunks),
+        parts_(kInParts ? args.parts : 1),
         num_tokens_(args.num_tokens),
         strips_(static_cast<int>(ceil_div<int64_t>(args.hidden_size, kColumns))),
-        num_units_(ceil_div<int64_t>(args.lists.tables.num_chunks, chunks) * strips_),
+        num_units_(ceil_div<int64_t>(args.lists.tables.num_chunks, chunks) * strips_ * parts_),
         index_(blockIdx.x) {}
 
   __device__ bool next(DownUnit& unit) {
     if (index_ >= num_units_) return false;
     unit.index = index_;
-    const int64_t row = index_ / strips_;
+    // parts are few and of few units: then 32 bits hold the index
+    const int64_t whole = parts_ == 1 ? index_ : static_cast<int>(index_) / parts_;
+    unit.part = static_cast<int>(index_ - whole * parts_);
+    const int64_t row = whole / strips_;
     unit.chunk = row * chunks_;
-    unit.first_column = static_cast<int>(index_ - row * strips_) * kColumns;
+    unit.first_column = static_cast<int>(whole - row * strips_) * kColumns;
     const int64_t left = num_tokens_ - unit.chunk * kTokensPerChunk;
     const int tokens = chunks_ * kTokensPerChunk;
     unit.tokens = static_cast<int>(left < tokens ? left : tokens);
@@ -90,7 +100,7 @@ class DownUnits {
   }
 
  private:
-  int chunks_;
+  int chunks_, parts_;
   int64_t num_tokens_;
   int strips_;
   int64_t num_units_, index_;
@@ -106,6 +116,18 @@ __device__ __forceinline__ int token_of_row(const PassArgs<T>& args, const DownU
   return static_cast<int>(args.lists.token_idx[pair] - unit.chunk * kTokensPerChunk);
 }
 
+__device__ __forceinline__ void add(float4& sum, const float4& other) {
+  sum = {sum.x + other.x, sum.y + other.y, sum.z + other.z, sum.w + other.w};
+}
+
+// Is this CTA the last to finish its part of a unit, so that it adds all parts up? any_of: see there.
+template <class T, class AnyOf>
+__device__ __forceinline__ bool is_last_part(const PassArgs<T>& args, const DownUnit& unit,
+                                             AnyOf any_of) {
+  const int whole = static_cast<int>(unit.index) / args.parts;
+  return is_last_to_arrive(&args.arrived[whole], args.parts, threadIdx.x == 0, any_of);
+}
+
 // Where a unit's sums are. Of half types in the workspace, all columns of them; of fp32 they are y.
 struct Strip {
   float* sums;
@@ -114,7 +136,7 @@ struct Strip {
 };
 template <class T>
 __device__ __forceinline__ Strip strip_of(const PassArgs<T>& args, const DownUnit& unit) {
-  const bool is_whole = args.turn.is_first && args.turn.is_last;
+  const bool is_whole = args.turn.is_first && args.turn.is_last && args.parts == 1;
   const int64_t index = is_whole ? blockIdx.x : unit.index;
   return {args.strips + index * DownTile::kStripFloats, DownTile::kTileN, DownTile::kTileN};
 }
@@ -132,14 +154,17 @@ __device__ void down_tile(const PassArgs<T>& args, const DownUnit& unit,
   const int t = threadIdx.x, lane = t % kWarp;
   const int warp_m = t / kWarp / C::kWarpsN, warp_n = t / kWarp % C::kWarpsN;
 
-  int64_t from[C::kCopiesA];  // in either source, where this thread's copies begin; -1: nowhere
+  // In either source, where this thread's copies begin: 16 bytes times from[i] on, if bit i says so.
+  uint32_t from[C::kCopiesA], exist = 0;
   const int chunk = t % kChunksPerRow, copy_row = t / kChunksPerRow;
 #pragma unroll
   for (int i = 0; i < C::kCopiesA; ++i) {
     const int token = token_of_row(args, unit, span, first_row + copy_row + i * kCopyRows);
-    const int64_t row = unit.chunk * kTokensPerChunk + token;
-    from[i] = token >= 0 ? row * args.width + span.first_column + chunk * kNumbers<T> : -1;
+    from[i] = token * static_cast<uint32_t>(args.width / kNumbers<T>);
+    exist |= uint32_t{token >= 0} << i;
   }
+  const int64_t first_number =
+      unit.chunk * kTokensPerChunk * args.width + span.first_column + chunk * int64_t{kNumbers<T>};
   using Depth = DepthTile<T, C::kTileN>;
   const int depth_chunk = t % Depth::kChunks;
   const int column = unit.first_column + depth_chunk * kNumbers<T>;
@@ -162,48 +187,58 @@ __device__ void down_tile(const PassArgs<T>& args, const DownUnit& unit,
     const int row = row_ahead;
     const int k = within_source(step) * kTileK<T>;
     row_ahead = row_of_term(span.first_column + within_source(step + 1) * kTileK<T> + lane);
-    const bool in_expert = __shfl_sync(kAllLanes, row, chunk * kNumbers<T>) >= 0;
+    const uint32_t now = __shfl_sync(kAllLanes, row, chunk * kNumbers<T>) >= 0 ? exist : 0;
+    const T* rows = source.rows + first_number + k;
 #pragma unroll
     for (int i = 0; i < C::kCopiesA; ++i) {
-      const bool valid = in_expert && from[i] >= 0;
       cp_async_16(to + RowTile::offset(copy_row + i * kCopyRows, chunk),
-                  source.rows + (valid ? from[i] + k : 0), valid);
+                  rows + uint64_t{from[i]} * kNumbers<T>, now >> i & 1);
     }
 #pragma unroll
     for (int i = 0; i < C::kCopiesB; ++i) {
       const int term = t / Depth::kChunks + i * (kThreads / Depth::kChunks);
       const int64_t weights_row = __shfl_sync(kAllLanes, row, term);
-      const bool valid = weights_row >= 0 && has_column;
       cp_async_16(to + C::kRowsBytes + Depth::offset(term, depth_chunk),
-                  source.weights + (valid ? weights_row * args.hidden_size + column : 0), valid);
+                  source.weights.first + weights_row * source.weights.stride + column,
+                  weights_row >= 0 && has_column);
     }
   };
 
+  // act(where in the strip two sums are, those two) for all that the thread has, of columns that exist. Written as
+  // one number: the compiler would cut some pairs in two.
   DownSums sums{};
+  auto for_each_pair = [&](auto act) {
+#pragma unroll
+    for (int i = 0; i < C::kRowBlocks; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = first_row + (i * C::kWarpsM + warp_m) * 16 + half * 8 + lane / 4;
+        const int token = token_of_row(args, unit, span, row);
+        const int own = warp_n * C::kBlocks * 8 + lane % 4 * 2;
+        float* at = strip.sums + token * strip.stride + own;
+        const int columns = token < 0 ? 0 : strip.columns - own;
+#pragma unroll
+        for (int j = 0; j < C::kBlocks; ++j) {
+          float* two = &sums[i][j][half * 2];
+          if (j * 8 < columns) act(reinterpret_cast<float2*>(at + j * 8), two[0], two[1]);
+        }
+      }
+    }
+  };
+  __syncthreads();  // the tile before, or the zeros, have been written
+  for_each_pair([](const float2* sum, float& first, float& second) {
+    const float2 before = *sum;
+    first = before.x;
+    second = before.y;
+  });
   const int live = live_blocks<C::kWarpsM>(span.pairs.count() - first_row, warp_m);
   pipeline(args.num_sources * steps, load, [&](int stage) {
     down_step<T>(sums, base + stage * C::kStageBytes, warp_m, warp_n, live);
   });
-
-  // the pipeline's barriers stand between this expert's additions and the previous expert's
-#pragma unroll
-  for (int i = 0; i < C::kRowBlocks; ++i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = first_row + (i * C::kWarpsM + warp_m) * 16 + half * 8 + lane / 4;
-      const int token = token_of_row(args, unit, span, row);
-      if (token < 0) continue;
-      const int own = warp_n * C::kBlocks * 8 + lane % 4 * 2;
-      float* out = strip.sums + token * strip.stride + own;
-#pragma unroll
-      for (int j = 0; j < C::kBlocks; ++j) {
-        if (own + j * 8 >= strip.columns) break;
-        float2* sum = reinterpret_cast<float2*>(out + j * 8);
-        const float2 before = *sum;
-        *sum = float2{before.x + sums[i][j][half * 2], before.y + sums[i][j][half * 2 + 1]};
-      }
-    }
-  }
+  for_each_pair([](float2* sum, float first, float second) {
+    *reinterpret_cast<uint64_t*>(sum) =
+        uint64_t{__float_as_uint(second)} << 32 | __float_as_uint(first);
+  });
 }
 
 template <class T>
@@ -215,7 +250,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   DownUnits<C::kTileN> units(args);
   DownUnit unit;
   while (units.next(unit)) {
-    // Four neighbouring columns per thread, zeroed here; the pipeline's barriers come before the sums.
+    // Four neighbouring columns per thread, zeroed here; a tile's barrier comes before it reads sums.
     constexpr int kQuads = C::kTileN / 4, kRows = kThreads / kQuads;
     const int first_token = threadIdx.x / kQuads, column = threadIdx.x % kQuads * 4;
     const Strip strip = strip_of(args, unit);
@@ -226,7 +261,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int token = first_token; token < unit.tokens; token += kRows) *sums_of(token) = float4{};
     }
     SpanIterator spans(args.lists, args.expert_offsets, args.expert_columns, args.num_experts,
-                       unit.chunk);
+                       {unit.part, args.parts, kTileK<T>}, unit.chunk);
     SpanIterator::Span span;
     while (spans.next(span, unit.tokens)) {
       for (int row = 0; row < span.pairs.count(); row += kTileM) {
@@ -235,11 +270,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     if constexpr (!kIsFloat<T>) {  // whose sums are y, and the next unit's are elsewhere
       __syncthreads();
+      if (args.parts > 1 && !is_last_part(args, unit, AnyOfAll())) continue;
       // the same thread as above: neither y nor the next unit's zeros need a barrier
       T* y = args.y + unit.chunk * kTokensPerChunk * args.hidden_size + unit.first_column + column;
       if (!args.turn.is_last || unit.first_column + column >= args.hidden_size) continue;
       for (int token = first_token; token < unit.tokens; token += kRows) {
-        const float4 sum = *sums_of(token);
+        float4 sum = *(sums_of(token) - unit.part * (DownTile::kStripFloats / 4));
+        for (int part = 1; part < args.parts; ++part) {
+          add(sum, *(sums_of(token) + (part - unit.part) * (DownTile::kStripFloats / 4)));
+        }
         Neighbours<T, 4> out;
         out.set(0, sum.x, sum.y);
         out.set(1, sum.z, sum.w);

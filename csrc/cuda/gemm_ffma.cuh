@@ -142,12 +142,12 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < C::kCopies; ++i) {
       const int row = FfmaRows::row(i), pair = tile.pairs.begin + row;
-      const int64_t weights = (tile.first_row + row) * args.hidden_size;
+      const int64_t neuron = tile.first_row + row;
       const bool has_column = row < tile.columns;
       x.from[i] =
           pair < tile.pairs.end ? args.x + args.lists.token_idx[pair] * args.x_stride : nullptr;
-      gate.from[i] = has_column ? args.gate_proj + weights : nullptr;
-      up.from[i] = has_column ? args.up_proj + weights : nullptr;
+      gate.from[i] = has_column ? args.gate_proj.at(tile.expert, neuron) : nullptr;
+      up.from[i] = has_column ? args.up_proj.at(tile.expert, neuron) : nullptr;
     }
     FfmaSums gates{}, ups{};
     ffma_pipeline(
@@ -184,8 +184,8 @@ __global__ void __launch_bounds__(kThreads)
       float out[C::kNeighbours];
 #pragma unroll
       for (int j = 0; j < C::kNeighbours; ++j) {
-        const float activation = g[j] / (1.f + expf(-g[j])) * u[j];
-        out[j] = column + j < tile.columns ? weight * activation : 0.f;
+        const float a = args.exact.value(g[j]) * u[j];
+        out[j] = column + j < tile.columns ? weight * a : 0.f;
       }
       store_quad(args.activations + token * args.width + tile_column + column, out);
       if (args.saved == nullptr) continue;
@@ -224,7 +224,7 @@ __device__ __forceinline__ void down_ffma_tile(const PassArgs<T>& args, const Su
 #pragma unroll
         for (int i = 0; i < C::kCopies; ++i) {
           const int64_t row = row_of_column(span.first_column + term + FfmaTerms::term(i));
-          weights.fetch(i, source.weights + row * args.hidden_size + column,
+          weights.fetch(i, source.weights.first + row * source.weights.stride + column,
                         row >= 0 && column < args.hidden_size);
         }
       },
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(kThreads)
       *reinterpret_cast<float4*>(y + i / kQuads * args.hidden_size + i % kQuads * 4) = float4{};
     }
     for (int s = 0; s < args.num_sources; ++s) {
-      SpanIterator spans(args.lists, args.expert_offsets, args.expert_columns, args.num_experts,
+      SpanIterator spans(args.lists, args.expert_offsets, args.expert_columns, args.num_experts, {},
                          unit.chunk);
       SpanIterator::Span span;
       while (spans.next(span, unit.tokens)) {

@@ -11,6 +11,43 @@
 
 namespace dsmoe::cuda {
 
+// What the gradients are made of, for row i of a thread's sums.
+template <class T, class Tile>
+__device__ __forceinline__ void finish_ffma_row(const NeuronsArgs<T>& args, const Tile& tile, int i,
+                                                const float (&g)[FfmaTile::kNeighbours],
+                                                const float (&u)[FfmaTile::kNeighbours],
+                                                const float (&da)[FfmaTile::kNeighbours]) {
+  using C = FfmaTile;
+  const PassArgs<T>& pass = args.pass;
+  const int64_t tile_column = pass.expert_columns[tile.expert] + tile.column;
+  const int columns = ceil_div(tile.columns, 4) * 4;  // zeros at the end, even of an infinite gate
+  const int column = C::column();
+  const int pair = tile.pairs.begin + C::row(i);
+  const bool exists = pair < tile.pairs.end;
+  const int64_t token = exists ? args.listed.token_idx[pair] : 0;
+  const float weight = exists ? pass.gates[token * pass.num_experts + tile.expert] : 0.f;
+  const int64_t at = token * pass.width + tile_column + column;
+  float gated[C::kNeighbours], dgate[C::kNeighbours], dup[C::kNeighbours], dot = 0.f;
+#pragma unroll
+  for (int j = 0; j < C::kNeighbours; ++j) {
+    const Activated act = pass.exact.both(g[j]);
+    const Neuron neuron(act, u[j], da[j], column + j < tile.columns ? weight : 0.f);
+    gated[j] = neuron.gated;
+    dgate[j] = neuron.dgate;
+    dup[j] = neuron.dup;
+    dot += neuron.dot;
+  }
+#pragma unroll
+  for (int step = 1; step < kPartialColumns / C::kNeighbours; step *= 2) {
+    dot += __shfl_xor_sync(kAllLanes, dot, step);
+  }
+  if (!exists || column >= columns) return;
+  store_quad(args.gated + at, gated);
+  store_quad(args.dgate + at, dgate);
+  store_quad(args.dup + at, dup);
+  if (column % kPartialColumns == 0) args.partial[at / kColumnAlign] = dot;
+}
+
 template <class T, bool kSaved>
 __global__ void __launch_bounds__(kThreads)
     neurons_ffma_kernel(const __grid_constant__ NeuronsArgs<T> args) {
@@ -30,13 +67,13 @@ __global__ void __launch_bounds__(kThreads)
       const int row = FfmaRows::row(i), pair = tile.pairs.begin + row;
       const bool exists = pair < tile.pairs.end, has_column = row < tile.columns;
       const int64_t token = exists ? args.listed.token_idx[pair] : 0;
-      const int64_t weights = (tile.first_row + row) * pass.hidden_size;
+      const int64_t neuron = tile.first_row + row;
       rows[kDy].from[i] = exists ? args.dy + token * args.dy_stride : nullptr;
-      rows[kDown].from[i] = has_column ? args.down_proj_t + weights : nullptr;
+      rows[kDown].from[i] = has_column ? args.down_proj_t.at(tile.expert, neuron) : nullptr;
       if constexpr (!kSaved) {
         rows[kX].from[i] = exists ? pass.x + token * pass.x_stride : nullptr;
-        rows[kGate].from[i] = has_column ? pass.gate_proj + weights : nullptr;
-        rows[kUp].from[i] = has_column ? pass.up_proj + weights : nullptr;
+        rows[kGate].from[i] = has_column ? pass.gate_proj.at(tile.expert, neuron) : nullptr;
+        rows[kUp].from[i] = has_column ? pass.up_proj.at(tile.expert, neuron) : nullptr;
       }
     }
     FfmaSums gates{}, ups{}, das{};
@@ -61,45 +98,23 @@ __global__ void __launch_bounds__(kThreads)
           }
         });
 
-    const int64_t tile_column = pass.expert_columns[tile.expert] + tile.column;
-    const int columns =
-        ceil_div(tile.columns, 4) * 4;  // zeros at the end, even of an infinite gate
     const int column = C::column();
+    if constexpr (kSaved) {  // all at once, and first: what is made of them is long
 #pragma unroll
-    for (int i = 0; i < C::kRows; ++i) {
-      const int pair = tile.pairs.begin + C::row(i);
-      const bool exists = pair < tile.pairs.end;
-      const int64_t token = exists ? args.listed.token_idx[pair] : 0;
-      const float weight = exists ? pass.gates[token * pass.num_experts + tile.expert] : 0.f;
-      const int64_t at = token * pass.width + tile_column + column;
-      auto &g = gates[i], &u = ups[i];
-      if constexpr (kSaved) {
-        const int count = exists ? tile.columns - column : 0;
+      for (int i = 0; i < C::kRows; ++i) {
+        const int pair = tile.pairs.begin + C::row(i);
+        const bool exists = pair < tile.pairs.end;
+        const int64_t token = exists ? args.listed.token_idx[pair] : 0;
         const float* saved =
             args.saved + token * 2 * pass.intermediate_size + tile.first_row + column;
-        load_saved(g, saved, count);
-        load_saved(u, saved + pass.intermediate_size, count);
+        load_saved(gates[i], saved, exists ? tile.columns - column : 0);
+        load_saved(ups[i], saved + pass.intermediate_size, exists ? tile.columns - column : 0);
       }
-      float gated[C::kNeighbours], dgate[C::kNeighbours], dup[C::kNeighbours], dot = 0.f;
-#pragma unroll
-      for (int j = 0; j < C::kNeighbours; ++j) {
-        const float s = 1.f / (1.f + expf(-g[j]));
-        const Neuron neuron(g[j], u[j], das[i][j], s, column + j < tile.columns ? weight : 0.f);
-        gated[j] = neuron.gated;
-        dgate[j] = neuron.dgate;
-        dup[j] = neuron.dup;
-        dot += neuron.dot;
-      }
-#pragma unroll
-      for (int step = 1; step < kPartialColumns / C::kNeighbours; step *= 2) {
-        dot += __shfl_xor_sync(kAllLanes, dot, step);
-      }
-      if (!exists || column >= columns) continue;
-      store_quad(args.gated + at, gated);
-      store_quad(args.dgate + at, dgate);
-      store_quad(args.dup + at, dup);
-      if (column % kPartialColumns == 0) args.partial[at / kColumnAlign] = dot;
     }
+    // a loop of this length is not unrolled, and sums must stay in registers
+    static_assert(C::kRows == 8);
+    auto finish = [&](int i) { finish_ffma_row(args, tile, i, gates[i], ups[i], das[i]); };
+    finish(0), finish(1), finish(2), finish(3), finish(4), finish(5), finish(6), finish(7);
   }
 }
 

@@ -1,4 +1,4 @@
-// gate_up: a[t, e's columns] = G[t,e] * silu(x_t Wg_e) * (x_t Wu_e) for the active pairs       see expert_mlp_fwd.cu
+// gate_up: a[t, e's columns] = G[t,e] * act(x_t Wg_e) * (x_t Wu_e) for the active pairs        see expert_mlp_fwd.cu
 //
 //   rows     pairs of one expert, x gathered by token_idx      [128, H]
 //   columns  neurons of the expert, rows of Wg and of Wu       [64, H] each
@@ -31,10 +31,6 @@ struct GateUpTile {
   static_assert(kSharedBytes <= 48 << 10, "two CTAs per SM, and no opt-in needed");
   static_assert(2 * kTileN % kCopyRows == 0);
 };
-
-__device__ __forceinline__ float swiglu(float gate, float up) {
-  return __fdividef(gate, 1.f + __expf(-gate)) * up;
-}
 
 template <class T, class C>
 struct GateUpSums {
@@ -107,8 +103,8 @@ __device__ __forceinline__ void gate_up_epilogue(const PassArgs<T>& args, const 
 #pragma unroll
         for (int c = 0; c < kMine; c += 2) {
           const int left = tile.columns - column - c;  // neurons from here on
-          out.set(c / 2, left > 0 ? weight * swiglu(gates[c], ups[c]) : 0.f,
-                  left > 1 ? weight * swiglu(gates[c + 1], ups[c + 1]) : 0.f);
+          out.set(c / 2, left > 0 ? weight * (args.logistic.value(gates[c]) * ups[c]) : 0.f,
+                  left > 1 ? weight * (args.logistic.value(gates[c + 1]) * ups[c + 1]) : 0.f);
         }
         if (args.saved != nullptr) {
           T* saved = args.saved + token * 2 * args.intermediate_size + tile.first_row + column;
@@ -134,38 +130,35 @@ __global__ void __launch_bounds__(kThreads, 2)
                                              args.group_size, min_size, max_size);
   typename TileScheduler<kTileM, C::kTileN>::Tile tile;
   while (scheduler.next(tile)) {
-    const T*
-        from[C::kCopiesA + C::kCopiesB];  // the rows that this thread copies, null beyond the end
+    CopiedRows<T, C::kCopiesA + C::kCopiesB> from;
 #pragma unroll
     for (int i = 0; i < C::kCopiesA; ++i) {
       const int pair = tile.pairs.begin + copy_row + i * kCopyRows;
-      from[i] =
-          pair < tile.pairs.end ? args.x + args.lists.token_idx[pair] * args.x_stride : nullptr;
+      const bool exists = pair < tile.pairs.end;
+      from.set(i, exists, args.x + (exists ? args.lists.token_idx[pair] * args.x_stride : 0));
     }
 #pragma unroll
     for (int i = 0; i < C::kCopiesB; ++i) {
       const int row = copy_row + i * kCopyRows;
-      const T* weights = row < C::kTileN ? args.gate_proj : args.up_proj;
+      const WeightRows<const T>& weights = row < C::kTileN ? args.gate_proj : args.up_proj;
       const int within = row % C::kTileN;
-      from[C::kCopiesA + i] =
-          within < tile.columns ? weights + (tile.first_row + within) * args.hidden_size : nullptr;
+      from.set(C::kCopiesA + i, within < tile.columns,
+               weights.at(tile.expert, tile.first_row + within));
     }
     auto load = [&](int stage, int step) {
       const uint32_t to = base + stage * C::kStageBytes;
       const int64_t k = step * int64_t{kTileK<T>} + chunk * kNumbers<T>;
-      auto copy = [&](uint32_t at, const T* row) {
-        const bool valid = row != nullptr && k < args.hidden_size;
-        cp_async_16(at, valid ? row + k : args.x, valid);
-      };
+      const uint32_t exist = k < args.hidden_size ? from.exist : 0;
+      auto copy = [&](uint32_t at, int i) { cp_async_16(at, from.row[i] + k, exist >> i & 1); };
 #pragma unroll
       for (int i = 0; i < C::kCopiesA; ++i) {
-        copy(to + RowTile::offset(copy_row + i * kCopyRows, chunk), from[i]);
+        copy(to + RowTile::offset(copy_row + i * kCopyRows, chunk), i);
       }
 #pragma unroll
       for (int i = 0; i < C::kCopiesB; ++i) {
         const int row = copy_row + i * kCopyRows;
         const uint32_t matrix = C::kRowsBytes + row / C::kTileN * C::kColumnsBytes;
-        copy(to + matrix + C::Columns::offset(row % C::kTileN, chunk), from[C::kCopiesA + i]);
+        copy(to + matrix + C::Columns::offset(row % C::kTileN, chunk), C::kCopiesA + i);
       }
     };
     GateUpSums<T, C> sums{};

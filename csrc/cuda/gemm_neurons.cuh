@@ -1,8 +1,8 @@
 // The backward per neuron: from x_t and dy_t to what every gradient is made of.        see expert_mlp_bwd.cu
 //
 //   g = x_t Wg,  u = x_t Wu,  da = dy_t Wd^T          three products over H, rows gathered by token_idx
-//   a = silu(g) u,  s = sigmoid(g)
-//   gated [t,i] = G a              dgate [t,i] = G da u s (1 + g (1 - s))         dup [t,i] = G da silu(g)
+//   a = act(g) u                                         activation.cuh
+//   gated [t,i] = G a              dgate [t,i] = G da u act'(g)                   dup [t,i] = G da act(g)
 //   partial [t, ..] = sum over 32 neurons of a da                                 its sum is dgates
 //
 // 96 pairs x 64 neurons: three sums of 48 registers each leave room for two CTAs per SM (so does the shared
@@ -22,14 +22,14 @@ struct NeuronsArgs {
   PairLists listed;  // pairs to compute: active ones, those that want dgates all the same, or both
   const T* saved;    // [Tp,2,I]   what the forward kept of active pairs, or null
   int64_t dy_stride;
-  const T* dy;               // [Tp,H]
-  const T* down_proj_t;      // [I,H]
-  T* gated;                  // [Tp,width]
-  T* dgate;                  // [Tp,width]
-  T* dup;                    // [Tp,width]
-  float* partial;            // [Tp,width/16]   at column / 16 of the first of 32 neurons
-  const float* grad_weight;  // [Tp,E] or null
-  float* dgates;             // [Tp,E] or null
+  const T* dy;                      // [Tp,H]
+  WeightRows<const T> down_proj_t;  // [I,H]
+  T* gated;                         // [Tp,width]
+  T* dgate;                         // [Tp,width]
+  T* dup;                           // [Tp,width]
+  float* partial;                   // [Tp,width/16]   at column / 16 of the first of 32 neurons
+  const float* grad_weight;         // [Tp,E] or null
+  float* dgates;                    // [Tp,E] or null
 };
 
 // Neurons whose parts of dgates are summed up before they are stored.
@@ -105,27 +105,19 @@ __device__ __forceinline__ void neurons_step(NeuronsSums<C>& sums, uint32_t stag
   }
 }
 
-// What the gradients are made of, for one neuron and one token; s is sigmoid(g).
+// What the gradients are made of, for one neuron and one token.
 struct Neuron {
   float gated, dgate, dup, dot;
-  __device__ __forceinline__ Neuron(float g, float u, float da, float s, float weight) {
-    const float silu = g * s, a = silu * u;
+  __device__ __forceinline__ Neuron(const Activated& act, float u, float da, float weight) {
+    const float a = act.value * u;
     // not products with a gate of 0: what an inactive pair computed may be infinite
     const bool is_active = weight != 0.f;
     gated = is_active ? weight * a : 0.f;
-    dgate = is_active ? weight * da * u * (s * (1.f + g * (1.f - s))) : 0.f;
-    dup = is_active ? weight * da * silu : 0.f;
+    dgate = is_active ? weight * da * u * act.slope : 0.f;
+    dup = is_active ? weight * da * act.value : 0.f;
     dot = a * da;
   }
 };
-
-// 1 / (1 + exp(-v)). Added to 1, what ex2 flushes to zero makes no difference: __expf would guard it with
-// three instructions more.
-__device__ __forceinline__ float sigmoid(float v) {
-  float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(v * -1.44269504f));
-  return __fdividef(1.f, 1.f + power);
-}
 
 // The column, from its first one on, of a lane's i-th neuron; four lanes have 32 of them.
 template <class T>
@@ -135,10 +127,10 @@ __device__ __forceinline__ constexpr int column_of(int i) {
 
 // Eight neurons of a token, from column `at` of the workspace on; of 32 in four lanes. Those before column
 // `count` exist, the rest are zeros.
-template <class T>
+template <class T, class Kept>
 __device__ __forceinline__ void store_neurons(const NeuronsArgs<T>& args, int64_t at, int count,
-                                              float weight, const float (&gates)[kChunk],
-                                              const float (&ups)[kChunk],
+                                              float weight, const Kept (&gates)[kChunk],
+                                              const Kept (&ups)[kChunk],
                                               const float (&das)[kChunk]) {
   constexpr int kMine = kNumbers<T>;  // neighbours
   Neighbours<T, kMine> gated[kChunk / kMine], dgate[kChunk / kMine], dup[kChunk / kMine];
@@ -147,7 +139,8 @@ __device__ __forceinline__ void store_neurons(const NeuronsArgs<T>& args, int64_
   for (int j = 0; j < kChunk / 2; ++j) {
     auto neuron = [&](int i) {
       const bool exists = column_of<T>(i) < count;
-      Neuron made(gates[i], ups[i], das[i], sigmoid(gates[i]), exists ? weight : 0.f);
+      const Activated act = args.pass.logistic.both(to_float(gates[i]));
+      Neuron made(act, to_float(ups[i]), das[i], exists ? weight : 0.f);
       if (!exists) made.dot = 0.f;
       return made;
     };
@@ -237,41 +230,41 @@ __global__ void __launch_bounds__(kThreads, 2)
                                                 pass.group_size, min_size, max_size);
   typename TileScheduler<C::kTileM, C::kTileN>::Tile tile;
   while (scheduler.next(tile)) {
-    const T* rows[C::kSources][C::kCopiesA];  // null beyond the end
+    CopiedRows<T, C::kCopiesA> rows[C::kSources];
 #pragma unroll
     for (int i = 0; i < C::kCopiesA; ++i) {
       const int pair = tile.pairs.begin + copy_row + i * kCopyRows;
       const bool exists = pair < tile.pairs.end;
       const int64_t token = exists ? args.listed.token_idx[pair] : 0;
-      rows[0][i] = exists ? args.dy + token * args.dy_stride : nullptr;
-      if (!C::kSaved) rows[C::kSources - 1][i] = exists ? pass.x + token * pass.x_stride : nullptr;
+      rows[0].set(i, exists, args.dy + token * args.dy_stride);
+      if (!C::kSaved) rows[C::kSources - 1].set(i, exists, pass.x + token * pass.x_stride);
     }
-    const T* columns[C::kBoxes];  // null beyond the end
+    CopiedRows<T, C::kBoxes> columns;
 #pragma unroll
     for (int box = 0; box < C::kBoxes; ++box) {
       const int product = C::kSaved ? 0 : box / C::kWarpsN;
       const int row = copy_row + (C::kSaved ? box : box % C::kWarpsN) * kPartialColumns;
-      const T* const matrix = product == 0   ? args.down_proj_t
-                              : product == 1 ? pass.gate_proj
-                                             : pass.up_proj;
-      const int64_t at = (tile.first_row + row) * pass.hidden_size;
-      columns[box] = row < tile.columns ? matrix + at : nullptr;
+      const WeightRows<const T>& matrix = product == 0   ? args.down_proj_t
+                                          : product == 1 ? pass.gate_proj
+                                                         : pass.up_proj;
+      columns.set(box, row < tile.columns, matrix.at(tile.expert, tile.first_row + row));
     }
     auto load = [&](int stage, int step) {
       const int64_t k = step * int64_t{kTileK<T>} + chunk * kNumbers<T>;
-      auto copy = [&](uint32_t at, const T* row) {
-        const bool valid = k < pass.hidden_size && row != nullptr;
-        cp_async_16(base + stage * C::kStageBytes + at, valid ? row + k : args.dy, valid);
+      const uint32_t all = k < pass.hidden_size ? UINT32_MAX : 0;
+      auto copy = [&](uint32_t at, const auto& from, int i) {
+        const bool exists = (from.exist & all) >> i & 1;
+        cp_async_16(base + stage * C::kStageBytes + at, from.row[i] + k, exists);
       };
 #pragma unroll
       for (int i = 0; i < C::kCopiesA; ++i) {
         const uint32_t at = RowTile::offset(copy_row + i * kCopyRows, chunk);
 #pragma unroll
-        for (int s = 0; s < C::kSources; ++s) copy(at + s * C::kRowsBytes, rows[s][i]);
+        for (int s = 0; s < C::kSources; ++s) copy(at + s * C::kRowsBytes, rows[s], i);
       }
       const uint32_t at = C::kBoxesAt + C::Columns::offset(copy_row, chunk);
 #pragma unroll
-      for (int box = 0; box < C::kBoxes; ++box) copy(at + box * C::kBoxBytes, columns[box]);
+      for (int box = 0; box < C::kBoxes; ++box) copy(at + box * C::kBoxBytes, columns, box);
     };
     NeuronsSums<C> sums{};
     const int live = live_blocks<C::kWarpsM>(tile.pairs.count(), warp_m);

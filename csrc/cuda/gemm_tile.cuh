@@ -115,6 +115,18 @@ __device__ __forceinline__ void load_rows(uint32_t (&a)[4], uint32_t tile, int f
   ldmatrix_x4(a, tile + RowTile::offset(first_row + lane % 16, k_chunk + lane / 16));
 }
 
+// The rows that a thread copies from; bit i of `exist`: is there one?
+template <class T, int kRows>
+struct CopiedRows {
+  static_assert(kRows <= 32);
+  const T* row[kRows];
+  uint32_t exist = 0;
+  __device__ __forceinline__ void set(int i, bool exists, const T* from) {
+    row[i] = from;
+    exist |= uint32_t{exists} << i;
+  }
+};
+
 // Runs load(stage, step) kStages - 1 steps ahead of compute(stage). Leaves no copy in flight, and ends
 // with a barrier, so that the caller may load the next tile at once.
 template <class Load, class Compute>

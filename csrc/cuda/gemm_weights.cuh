@@ -8,7 +8,8 @@
 // most 32 and of at most 64 neurons have loops of their own, which neither copy nor multiply what is not
 // there; blocks of 16 neurons are dealt to the warps in turn. An expert without tokens gets zeros by the
 // same loop, run no times. Where tokens come in several passes, fp32 sums wait in the workspace until the
-// last one, and only then become dW; fp32 itself waits in dW.
+// last one, and only then become dW; fp32 itself waits in dW. A later pass starts from them: a thread reads
+// all of its sums at once, before the main loop, which waits for memory at that time anyway.
 #pragma once
 
 #include "cuda/gemm_gate_up.cuh"
@@ -108,19 +109,19 @@ struct GradientRow {
         result(args.result + row * args.pass.hidden_size + column + threadIdx.x % 4 * 8),
         columns(exists ? static_cast<int>(args.pass.hidden_size - column) : 0) {}
 
+  // What the passes before made of the lane's two columns.
+  __device__ __forceinline__ float2 load(int block) const {
+    return block * 8 < columns ? __ldcg(reinterpret_cast<const float2*>(waiting + block * 8))
+                               : float2{};
+  }
   // Four neighbouring blocks, the first of which is `block`.
-  __device__ __forceinline__ void store(int block, float (&sums)[4][2]) const {
+  __device__ __forceinline__ void store(int block, const float (&sums)[4][2]) const {
     [[maybe_unused]] uint32_t words[4];
 #pragma unroll
     for (int b = 0; b < 4; ++b) {
       const bool exists = (block + b) * 8 < columns;
       float2* at = reinterpret_cast<float2*>(waiting + (block + b) * 8);
-      if (exists && !turn.is_first) {
-        const float2 before = *at;
-        sums[b][0] += before.x;
-        sums[b][1] += before.y;
-      }
-      if (exists && (kIsFloat<T> || !turn.is_last)) *at = float2{sums[b][0], sums[b][1]};
+      if (exists && (kIsFloat<T> || !turn.is_last)) __stcg(at, {sums[b][0], sums[b][1]});
       if constexpr (!kIsFloat<T>) words[b] = pack(sums[b][0], sums[b][1], T());
     }
     if constexpr (!kIsFloat<T>) {
@@ -142,10 +143,10 @@ struct GradientRow {
   }
 };
 
-template <class T, class Tile>
-__device__ __forceinline__ void weights_epilogue(const WeightsArgs<T>& args, const Tile& tile,
-                                                 const WeightsSums<T>& sums, int warp_m,
-                                                 int warp_n) {
+// act(row, block of rows, half of it) for every row that the lane has sums of.
+template <class T, class Tile, class Act>
+__device__ __forceinline__ void for_each_row(const WeightsArgs<T>& args, const Tile& tile,
+                                             int warp_m, int warp_n, Act act) {
   using C = WeightsTile<T>;
   const int64_t column = tile.column + warp_n * C::kBlocks * 8;
 #pragma unroll
@@ -153,19 +154,40 @@ __device__ __forceinline__ void weights_epilogue(const WeightsArgs<T>& args, con
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int neuron = (i * C::kWarpsM + warp_m) * 16 + half * 8 + threadIdx.x % kWarp / 4;
-      const GradientRow<T> row(args, tile.first_row + neuron, column, neuron < tile.neurons);
-#pragma unroll
-      for (int j = 0; j < C::kBlocks; j += 4) {
-        float quad[4][2];
-#pragma unroll
-        for (int b = 0; b < 4; ++b) {
-          quad[b][0] = sums[i][j + b][half * 2];
-          quad[b][1] = sums[i][j + b][half * 2 + 1];
-        }
-        row.store(j, quad);
-      }
+      act(GradientRow<T>(args, tile.first_row + neuron, column, neuron < tile.neurons), i, half);
     }
   }
+}
+
+template <class T, class Tile>
+__device__ __forceinline__ void weights_prologue(const WeightsArgs<T>& args, const Tile& tile,
+                                                 WeightsSums<T>& sums, int warp_m, int warp_n) {
+  for_each_row(args, tile, warp_m, warp_n, [&](const GradientRow<T>& row, int i, int half) {
+#pragma unroll
+    for (int j = 0; j < WeightsTile<T>::kBlocks; ++j) {
+      const float2 before = row.load(j);
+      sums[i][j][half * 2] = before.x;
+      sums[i][j][half * 2 + 1] = before.y;
+    }
+  });
+}
+
+template <class T, class Tile>
+__device__ __forceinline__ void weights_epilogue(const WeightsArgs<T>& args, const Tile& tile,
+                                                 const WeightsSums<T>& sums, int warp_m,
+                                                 int warp_n) {
+  for_each_row(args, tile, warp_m, warp_n, [&](const GradientRow<T>& row, int i, int half) {
+#pragma unroll
+    for (int j = 0; j < WeightsTile<T>::kBlocks; j += 4) {
+      float quad[4][2];
+#pragma unroll
+      for (int b = 0; b < 4; ++b) {
+        quad[b][0] = sums[i][j + b][half * 2];
+        quad[b][1] = sums[i][j + b][half * 2 + 1];
+      }
+      row.store(j, quad);
+    }
+  });
 }
 
 template <class T>
@@ -207,9 +229,9 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
           // eight lanes write at once: of two rows, those that exchange other chunks
           const int term = kChunks < 8 ? n / 8 * 8 + n % 2 * 4 + n / 2 % 4 : n;
           const int64_t row = __shfl_sync(kAllLanes, token, term);
-          const bool valid = row >= 0 && first + chunk * kNumbers<T> < end;
-          cp_async_16(at + decltype(layout)::offset(term, chunk),
-                      matrix + (valid ? row * stride + first + chunk * kNumbers<T> : 0), valid);
+          const int column = first + chunk * kNumbers<T>;
+          cp_async_16(at + decltype(layout)::offset(term, chunk), matrix + row * stride + column,
+                      row >= 0 && column < end);
         }
       };
       using Left = typename C::Left;
@@ -221,6 +243,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
            args.q_stride, tile.column, pass.hidden_size);
     };
     WeightsSums<T> sums{};
+    if (!args.turn.is_first) weights_prologue(args, tile, sums, warp_m, warp_n);
     auto sum_up = [&](auto live) {
       pipeline(
           ceil_div(pairs.count(), kTileK<T>), [&](int stage, int step) { load(live, stage, step); },

@@ -1,4 +1,4 @@
-// What every launcher needs: sizes of grids, the status of a launch, and words for a warp.
+// What every launcher needs: sizes of grids, the status of a launch, and words for a warp.  launch.cu
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,17 +17,13 @@ __host__ __device__ constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
-inline Status launch_status() {
-  return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kCudaError;
-}
+// Of all launches before; keeps the name of what failed.
+Status launch_status();
+// After a call that failed, which the runtime does not know of if it was another library's.
+Status failed(const char* otherwise = "an unknown error");
 
-// Of the current device; 0 if it cannot be asked.
-inline int multiprocessor_count() {
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  const auto what = cudaDevAttrMultiProcessorCount;
-  return cudaDeviceGetAttribute(&count, what, device) == cudaSuccess ? count : 0;
-}
+// Of the current device, as many as the settings allow; 0 if it cannot be asked.
+int multiprocessor_count();
 
 // Sum over the warp, the same in every lane: a butterfly, so the order of the sum is fixed.
 template <class T>

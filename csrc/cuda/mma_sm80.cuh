@@ -17,8 +17,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// 16 bytes from global to shared memory, past the registers and L1; zeros if not valid. src must be
-// a readable address even then.
+// 16 bytes from global to shared memory, past the registers and L1; zeros if not valid: then nothing is
+// read, wherever src points.
 __device__ __forceinline__ void cp_async_16(uint32_t dst, const void* src, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src),
                "r"(valid ? 16 : 0)

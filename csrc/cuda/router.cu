@@ -121,7 +121,7 @@ Status router(const RouterParams& p, Stream stream) {
   return dispatch_router_dtype(p.dtype, [&](auto x) {
     const int64_t rows = ceil_div<int64_t>(p.num_tokens, kTile);
     const int64_t columns = ceil_div<int64_t>(p.num_routed, kTile);
-    const bool is_shared = rows * columns < kManyTiles;
+    const bool is_shared = rows * columns < settings().router_tiles;
     const int64_t ctas =
         is_shared ? rows * columns
                   : ceil_div(ceil_div<int64_t>(rows, kBand) * kBand * columns, int64_t{kWarps});

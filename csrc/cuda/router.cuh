@@ -7,11 +7,6 @@
 
 namespace dsmoe::cuda {
 
-#ifndef DSMOE_CUDA_MANY_TILES  // tests make it small
-#define DSMOE_CUDA_MANY_TILES 1024
-#endif
-constexpr int kManyTiles = DSMOE_CUDA_MANY_TILES;  // some for every SM: no sum need be cut
-
 constexpr int kQuad = 4;  // 16 bytes of fp32, 8 of a half type
 
 __device__ __forceinline__ float4 load_quad(const float* from) {

@@ -133,7 +133,7 @@ void launch_product(const ProductArgs<Right, Result>& args, int parts, cudaStrea
 int parts_of(const RouterParams& p) {
   const int64_t tiles =
       ceil_div<int64_t>(p.num_routed, kRows) * ceil_div<int64_t>(p.hidden_size, kColumns);
-  const int64_t wanted = ceil_div<int64_t>(kManyTiles, std::max<int64_t>(tiles, 1));
+  const int64_t wanted = ceil_div<int64_t>(settings().router_tiles, std::max<int64_t>(tiles, 1));
   const int64_t most = ceil_div<int64_t>(p.num_tokens, kPartTerms);
   return static_cast<int>(std::max<int64_t>(std::min(wanted, most), 1));
 }

@@ -5,7 +5,7 @@
 // A lane holds neighbouring neurons, but an expert's rows may begin anywhere. Inactive pairs are neither
 // written nor read.
 //
-// Beyond 65504 fp16 would keep infinities, and the backward make NaN of them: silu'(g) has a factor of
+// Beyond 65504 fp16 would keep infinities, and the backward make NaN of them: act'(g) has a factor of
 // g (1 - sigmoid(g)). So g and u are kept as fp16's largest number there: gradients stay finite, though
 // those that hang on how large g or u was are too small.
 #pragma once

@@ -10,13 +10,6 @@ namespace dsmoe::cuda {
 // and copies of 16 bytes, whatever the sizes are. Multiples of 16 as sizes leave no gap.
 constexpr int kColumnAlign = 16;
 
-#ifndef DSMOE_CUDA_GROUP  // tests make it small
-#define DSMOE_CUDA_GROUP 1024
-#endif
-// So many pairs of every expert, or so many columns, come before the next ones: what L2 can hold. An argument of
-// kernels, so that their code is the same whatever it is.
-constexpr int kGroupSize = DSMOE_CUDA_GROUP;
-
 // The active pairs of one expert, or of one expert within a chunk of tokens.
 struct PairRange {
   int begin, end;
@@ -34,7 +27,7 @@ __device__ __forceinline__ PairRange chunk_pairs(const PairLists& lists, int exp
 }
 
 // Tiles of kTileM pairs by kTileN columns over all experts whose size is in [min_size, max_size], dealt
-// out to the CTAs in turn: of every expert the first 1024 pairs, then of every expert the next ones. Those
+// out to the CTAs in turn: of every expert the first group_size pairs, then of every expert the next ones. Those
 // of one expert share its weights, and those of all experts are of about the same tokens, whose rows of x
 // stay in L2 meanwhile: otherwise many small experts would each fetch them anew.
 template <int kTileM, int kTileN>
@@ -129,7 +122,7 @@ class TileScheduler {
 };
 
 // Tiles of kTileM neurons of one expert by kTileN columns of H, for all experts, dealt out in turn: of
-// every expert the first 1024 columns, then of every expert the next ones, so that these columns of all
+// every expert the first group_size columns, then of every expert the next ones, so that these columns of all
 // tokens stay in L2.
 template <int kTileM, int kTileN>
 class NeuronTiles {
@@ -144,10 +137,21 @@ class NeuronTiles {
 
   __device__ NeuronTiles(const int32_t* expert_offsets, int num_experts, int group_size,
                          int64_t hidden_size)
-      : column_tiles_at_once_(max(group_size / kTileN, 1)),
+      : NeuronTiles(expert_offsets, num_experts, ColumnTiles(group_size, hidden_size)) {}
+
+  // Along H: those that come before the next ones, and all. From the host where a kernel has no register for them.
+  struct ColumnTiles {
+    int at_once, all;
+    ColumnTiles() = default;
+    __host__ __device__ ColumnTiles(int group_size, int64_t hidden_size)
+        : at_once(group_size < kTileN ? 1 : group_size / kTileN),
+          all(static_cast<int>(ceil_div<int64_t>(hidden_size, kTileN))) {}
+  };
+  __device__ NeuronTiles(const int32_t* expert_offsets, int num_experts, ColumnTiles columns)
+      : column_tiles_at_once_(columns.at_once),
         expert_offsets_(expert_offsets),
         num_experts_(num_experts),
-        column_tiles_(static_cast<int>(ceil_div<int64_t>(hidden_size, kTileN))),
+        column_tiles_(columns.all),
         index_(blockIdx.x) {}
 
   __device__ bool next(Tile& tile) {
@@ -172,8 +176,6 @@ class NeuronTiles {
     }
     return false;
   }
-  // As many tiles again, dealt out from where these ended.
-  __device__ void restart() { expert_ = first_column_tile_ = 0; }
 
  private:
   int column_tiles_at_once_;
@@ -197,10 +199,16 @@ class SpanIterator {
     bool all_tokens;
   };
 
+  // Of a sum in parts: every expert's columns are cut alike, at whole steps of the main loop.
+  struct Part {
+    int index = 0, count = 1, step = 1;
+  };
+
   __device__ SpanIterator(const PairLists& lists, const int32_t* expert_offsets,
-                          const int32_t* expert_columns, int num_experts, int64_t chunk,
+                          const int32_t* expert_columns, int num_experts, Part part, int64_t chunk,
                           int chunks = 1)
-      : lists_(lists),
+      : part_(part),
+        lists_(lists),
         expert_offsets_(expert_offsets),
         expert_columns_(expert_columns),
         num_experts_(num_experts),
@@ -219,12 +227,22 @@ class SpanIterator {
                                    : chunk_pairs(lists_, expert, chunk_, chunks_);
       if (span.pairs.count() == 0) continue;
       if (span.all_tokens) extend(span);
-      return true;
+      if (take_part(span)) return true;
     }
     return false;
   }
 
  private:
+  // Is there anything left of it?
+  __device__ bool take_part(Span& span) const {
+    if (part_.count == 1) return true;
+    const int steps = ceil_div(span.end_column - span.first_column, part_.step);
+    const int first = steps * part_.index / part_.count;
+    const int end = steps * (part_.index + 1) / part_.count;
+    span.end_column = min(span.end_column, span.first_column + end * part_.step);
+    span.first_column += first * part_.step;
+    return first < end;
+  }
   __device__ void extend(Span& span) {
     for (; expert_ < num_experts_; ++expert_) {
       const int size = expert_offsets_[expert_ + 1] - expert_offsets_[expert_];
@@ -233,6 +251,7 @@ class SpanIterator {
     }
   }
 
+  Part part_;
   const PairLists& lists_;
   const int32_t* expert_offsets_;
   const int32_t* expert_columns_;

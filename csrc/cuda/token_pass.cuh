@@ -3,8 +3,10 @@
 
 #include <algorithm>
 
+#include "cuda/activation.cuh"
 #include "cuda/gemm_tile.cuh"
 #include "cuda/scheduler.cuh"
+#include "cuda/weight_rows.cuh"
 
 namespace dsmoe::cuda {
 
@@ -13,6 +15,7 @@ constexpr int kTileM = 128;
 constexpr int kCopyRows = kThreads / kChunksPerRow;  // rows of a step that a CTA copies at once
 constexpr int kCtasPerSm = 2;
 constexpr int kExpertThreads = 512;  // of a CTA that goes through all experts
+constexpr int kMostParts = 192;      // units of `down` times parts of each, where these are several
 
 // Which of the launches that together make one sum this is: the first does not read what was there, the
 // last writes the result.
@@ -23,8 +26,8 @@ struct Turn {
 // What `down` sums over neurons: a row of the workspace times rows of a weight matrix.
 template <class T>
 struct SumSource {
-  const T* rows;     // [Tp,width]
-  const T* weights;  // [I,H]
+  const T* rows;                // [Tp,width]
+  WeightRows<const T> weights;  // [I,H]
 };
 
 // Pointers are to the pass's first token.
@@ -33,34 +36,41 @@ struct PassArgs {
   int64_t num_tokens;
   int64_t hidden_size;
   int32_t num_experts;
-  int32_t group_size = kGroupSize;  // of the schedulers
+  int32_t group_size;  // Settings', of the schedulers
   int64_t x_stride;
   const T* x;                     // [Tp,H]
   const float* gates;             // [Tp,E]
-  const T* gate_proj;             // [I,H]
-  const T* up_proj;               // [I,H]
+  WeightRows<const T> gate_proj;  // [I,H]
+  WeightRows<const T> up_proj;    // [I,H]
+  Logistic logistic;              // the activation
+  ExactActivation exact;          // the same for exact fp32
   const int32_t* expert_offsets;  // [E+1]
   PairLists lists;
   int64_t width;            // row length of the workspace's matrices: room for aligned experts
   int32_t* expert_columns;  // [E+1]  first column of an expert, a multiple of kColumnAlign
-  int32_t* row_of_column;   // [width]   row of the weights, -1 in the gaps
+  int32_t* row_of_column;   // [width]   row of the sources' weights, -1 in the gaps
   T* activations;           // [Tp,width]   the forward's result of gate_up
   int64_t intermediate_size;
   T* saved;  // [Tp,2,I]   g and u for the backward, or null: saved_activations.cuh
   int num_sources;
   SumSource<T> sources[2];
   Turn turn;  // of `down`, among passes over neurons
-  // [CTAs, 256, 128]; a strip per unit of work if there are several turns; not for fp32, summed in y
+  // [CTAs, 256, 128]; a strip per unit of work if there are several turns or parts; not for fp32, summed in y
   float* strips;
-  T* y;  // [Tp,H]   what `down` writes
+  // Of `down`: CTAs that share a sum, whose last to arrive adds their strips up in order; and how many have
+  int32_t parts = 1;
+  unsigned* arrived;  // [units / parts], where there are several
+  T* y;               // [Tp,H]   what `down` writes
 };
 
-// One CTA, 512 experts at a time: where experts' columns begin (an exclusive sum of sizes
-// rounded up), and which row of down_proj_t stands behind a column.
+// Where experts' columns begin (an exclusive sum of sizes rounded up), and which row of the sources' weights stands
+// behind a column. Every CTA sums by itself, 512 experts at a time; then a thread writes four columns, whose
+// expert it finds by halving.
 template <class T>
 __global__ void __launch_bounds__(kExpertThreads)
     place_columns_kernel(const __grid_constant__ PassArgs<T> args) {
   __shared__ int warp_totals[kExpertThreads / kWarp];
+  __shared__ int first_columns[kMaxExperts + 1];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   int before = 0;  // columns of earlier rounds
   for (int base = 0; base < args.num_experts; base += kExpertThreads) {
@@ -77,20 +87,26 @@ __global__ void __launch_bounds__(kExpertThreads)
       if (w < warp) end += warp_totals[w];
       before += warp_totals[w];
     }
-    if (exists) args.expert_columns[expert] = end - padded;
-    if (expert == args.num_experts - 1) args.expert_columns[args.num_experts] = end;
-    // a warp writes the columns of its 32 experts, one expert after the other
-    for (int other = 0; other < kWarp; ++other) {
-      const int column = __shfl_sync(kAllLanes, end - padded, other);
-      const int columns = __shfl_sync(kAllLanes, padded, other);
-      const int row = __shfl_sync(kAllLanes, first, other),
-                rows = __shfl_sync(kAllLanes, size, other);
-      for (int i = lane; i < columns; i += kWarp) {
-        args.row_of_column[column + i] = i < rows ? row + i : -1;
-      }
-    }
+    if (exists) first_columns[expert] = end - padded;
+    if (expert == args.num_experts - 1) first_columns[args.num_experts] = end;
     __syncthreads();  // warp_totals are free again
   }
+  const int index = blockIdx.x * kExpertThreads + threadIdx.x;
+  if (index <= args.num_experts) args.expert_columns[index] = first_columns[index];
+  if (args.parts > 1 && index < kMostParts) args.arrived[index] = 0;
+  const int column = index * 4;
+  if (column >= first_columns[args.num_experts]) return;
+  int expert = 0;  // the last one that begins here or before
+  for (int beyond = args.num_experts; beyond - expert > 1;) {
+    const int middle = (expert + beyond) / 2;
+    (first_columns[middle] <= column ? expert : beyond) = middle;
+  }
+  const int neuron = args.expert_offsets[expert] + column - first_columns[expert];
+  const int left = args.expert_offsets[expert + 1] - neuron;
+  const int row = static_cast<int>(args.sources[0].weights.row(expert, neuron));
+  const int4 rows{left > 0 ? row : -1, left > 1 ? row + 1 : -1, left > 2 ? row + 2 : -1,
+                  left > 3 ? row + 3 : -1};
+  *reinterpret_cast<int4*>(args.row_of_column + column) = rows;
 }
 
 // Zeros in a matrix [Tp,width] at inactive pairs of small experts, which `down` reads. A thread per 16
@@ -114,13 +130,16 @@ __global__ void clear_inactive_kernel(const __grid_constant__ PassArgs<T> args, 
 
 // ---------------------------------------------------------------------------------------- the host
 
-#ifndef DSMOE_CUDA_WORKSPACE_MIB  // tests make it small
-#define DSMOE_CUDA_WORKSPACE_MIB 256
-#endif
-constexpr auto kWorkspaceLimit = static_cast<int64_t>(DSMOE_CUDA_WORKSPACE_MIB * (1 << 20));
-
 inline bool aligned_16(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
+// For at most so many columns.
+template <class T>
+void place_columns(const PassArgs<T>& args, int64_t columns, cudaStream_t on) {
+  const int64_t threads = std::max<int64_t>(args.num_experts + 1, ceil_div<int64_t>(columns, 4));
+  const auto ctas = static_cast<unsigned>(ceil_div<int64_t>(threads, kExpertThreads));
+  place_columns_kernel<<<ctas, kExpertThreads, 0, on>>>(args);
 }
 
 // Hands out places in the workspace, one after the other.

@@ -105,7 +105,9 @@ def short(name):
     if fp32 := re.match(r"(\w+)_ffma_kernel<float(?:,(\w+))?>", name):
         tile = {"gate_up": "gate_up<64>", "neurons": "neurons<64>"}.get(fp32[1], fp32[1])
         return f"fp32 {tile}{saved[fp32[2]] if fp32[2] else ''}"
-    plain = re.match(r"(down|neurons|outputs|weights)_kernel<(bfloat16|float)", name)
+    plain = re.match(
+        r"(down|neurons|outputs|weights)_kernel<(bfloat16|float)(,StepOfRows<bfloat16>)?>", name
+    )
     return LOOPS[plain[2]] + plain[1] if plain else None
 
 
@@ -147,7 +149,7 @@ def run(kernel, steps, rows, experts=1):
     dtype = torch.float32 if "32 " in kernel else torch.bfloat16
     case = random_case(0, rows, hidden, [size] * experts, active=1.0, dtype=dtype)
     arch = "90a" if kernel.startswith("sm90a") else "80"
-    ops = CountingInterpreter(multiprocessors=1, arch=arch)
+    ops = CountingInterpreter(multiprocessors=1, arch=arch, parts=1)
     ops.allow_tf32 = kernel.startswith("tf32")
     if any(name in kernel for name in BACKWARD):  # of gate_proj's gradient alone
         others = ("dx", "dgates", "dup_proj", "ddown_proj_t")

@@ -89,12 +89,25 @@ def inputs_of(tokens, hidden, sizes, active, dtype=torch.bfloat16, exact_ste=Fal
     return inputs
 
 
-def expert_mlp(*shape, multiprocessors=1, arch="80", **options):
-    inputs = functools.cache(lambda: inputs_of(*shape, **options))
-    bounds = functools.cache(lambda: error_bounds(inputs()))
-    return lambda make: test_expert_mlp.check(
-        inputs(), make(multiprocessors=multiprocessors, arch=arch), bounds()
-    )
+# Its formula has every term, exactly and as a polynomial, but for gelu_tanh's part of exact fp32.
+ACTIVATION = "gelu"
+
+
+def exact(activation=ACTIVATION):
+    return functools.partial(reference.sparse_ffn, activation=activation)
+
+
+def expert_mlp(*shape, activation=ACTIVATION, dtype=torch.bfloat16, **settings):
+    """settings: of the ops, and which kernels."""
+    inputs = functools.cache(lambda: inputs_of(*shape, dtype=dtype))
+    bounds = functools.cache(lambda: error_bounds(inputs(), exact(activation)))
+
+    def case(make):
+        ops = make(**{"multiprocessors": 1, "parts": 1} | settings)
+        ops.activation = activation
+        test_expert_mlp.check(inputs(), ops, bounds())
+
+    return case
 
 
 def saved_on_hopper(*shape):
@@ -109,26 +122,34 @@ def saved_on_hopper(*shape):
     return case
 
 
-def expert_mlp_backward(*shape, save_activations=False, multiprocessors=1, arch="80", **options):
-    inputs = functools.cache(lambda: inputs_of(*shape, **options))
-    bounds = functools.cache(lambda: error_bounds(inputs()))
-    return lambda make: test_expert_mlp_backward.check(
-        inputs(),
-        make(multiprocessors=multiprocessors, arch=arch),
-        bounds(),
-        save_activations=save_activations,
-    )
+def expert_mlp_backward(
+    *shape,
+    save_activations=False,
+    activation=ACTIVATION,
+    dtype=torch.bfloat16,
+    exact_ste=False,
+    **settings,
+):
+    inputs = functools.cache(lambda: inputs_of(*shape, dtype=dtype, exact_ste=exact_ste))
+    bounds = functools.cache(lambda: error_bounds(inputs(), exact(activation)))
+
+    def case(make):
+        ops = make(**{"multiprocessors": 1} | settings)
+        ops.activation = activation
+        test_expert_mlp_backward.check(inputs(), ops, bounds(), save_activations=save_activations)
+
+    return case
 
 
 def tf32(*shape, results):
     """float32 on tensor cores, to the bounds of test_tf32.py. results: what to check of a case, by
     ops."""
     inputs = functools.cache(lambda: inputs_of(*shape, exact_ste=True, dtype=torch.float32))
-    expected = functools.cache(lambda: test_tf32.expect(inputs()))
+    expected = functools.cache(lambda: test_tf32.expect(inputs(), exact()))
 
     def case(make):
         ops = make()
-        ops.allow_tf32 = True
+        ops.allow_tf32, ops.activation = True, ACTIVATION
         test_tf32.check(results(inputs(), ops), expected())
 
     return case
@@ -164,6 +185,18 @@ def decode_beside_nan(make):
     y = make().sparse_ffn(*case.inputs())
     case.down_proj_t[idle] = 0
     assert torch.equal(y, make().sparse_ffn(*case.inputs()))
+
+
+def decode_of_a_linear(tokens, hidden, sizes, multiprocessors=1):
+    """Wd as [H,I]: of some experts every neuron lies at 16 bytes, of others none."""
+    inputs = functools.cache(lambda: inputs_of(tokens, hidden, sizes, 0.5))
+    bounds = functools.cache(lambda: error_bounds(inputs()))
+
+    def case(make):
+        case = replace(inputs(), down_proj_t=inputs().down_proj_t.t().contiguous().t())
+        test_expert_mlp.check(case, make(multiprocessors=multiprocessors), bounds())
+
+    return case
 
 
 def cuts_change_nothing(tokens, size, dtype=torch.bfloat16):
@@ -230,6 +263,46 @@ CASES = {
         if name != "many"
     },
     **{f"sm_90a, {name}": expert_mlp(*shape, arch="90a") for name, shape in HOPPER.items()},
+    **{
+        f"{'sm_90a' if arch == '90a' else 'forward'}, sums in {parts} parts": expert_mlp(
+            200, 136, [13, 200, 16, 29, 72], 0.5, arch=arch, parts=parts, multiprocessors=3
+        )
+        for arch in ("80", "90a")
+        for parts in (2, 8)
+    },
+    "forward, gelu_tanh, float32": expert_mlp(
+        *SHAPES["whole"], dtype=torch.float32, activation="gelu_tanh"
+    ),
+    **{
+        f"backward, gelu_tanh{', saved' * save}, float32": expert_mlp_backward(
+            *SHAPES["whole"],
+            exact_ste=True,
+            dtype=torch.float32,
+            activation="gelu_tanh",
+            save_activations=save,
+        )
+        for save in (False, True)
+    },
+    # of four row tiles, on Hopper two, where the other cases' groups have one
+    **{
+        f"{name}, larger groups": expert_mlp(1100, 8, [16, 24, 40, 72, 136], 1.0, group=512, **how)
+        for name, how in (
+            ("forward", {}),
+            ("forward, float32", {"dtype": torch.float32}),
+            ("sm_90a", {"arch": "90a"}),
+        )
+    },
+    **{
+        f"{name} backward, larger groups{', saved' * save}": expert_mlp_backward(
+            1100, 8, [16, 40, 136], 1.0, group=512, save_activations=save, **how
+        )
+        for name, how in (
+            ("sm_80", {}),
+            ("float32", {"dtype": torch.float32}),
+            ("sm_90a", {"arch": "90a"}),
+        )
+        for save in (False, True)
+    },
     "sm_90a, small units": expert_mlp(
         530, 136, [64, 8, 8, 128], 0.3, arch="90a", multiprocessors=3
     ),
@@ -299,6 +372,9 @@ CASES = {
         for save in (False, True)
     },
     "decode beside NaN": decode_beside_nan,
+    "decode of a Linear": decode_of_a_linear(9, 136, [8, 13, 27, 0, 40, 3, 5]),
+    "decode of a Linear, parts": decode_of_a_linear(16, 72, [64, 200, 37, 19], 4),
+    "decode of a Linear, rows apart": decode_of_a_linear(3, 72, [13, 72, 8]),
     "decode, cuts": cuts_change_nothing(16, 8),
     "forward, cuts": cuts_change_nothing(40, 16),
     "forward, cuts, float32": cuts_change_nothing(40, 16, torch.float32),

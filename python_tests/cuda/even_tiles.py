@@ -66,7 +66,7 @@ def check_forward(make, multiprocessors):
 
 
 def check_backward(make, multiprocessors, saved):
-    ops = make(arch="90a", multiprocessors=multiprocessors, macros=())  # in one pass
+    ops = make(arch="90a", multiprocessors=multiprocessors, workspace_mib=256)  # in one pass
     test_expert_mlp_backward.check(setting(), ops, bounds(), save_activations=saved)
     kinds = ("neurons",) if saved else ("recompute", "neurons")
     check_boxes(ops, *(kernel for kernel in TILES if kernel.startswith(kinds)))

@@ -132,11 +132,14 @@ cudaError_t cudaGetLastError() {
   last_error = cudaSuccess;
   return error;
 }
+const char* cudaGetErrorName(cudaError_t error) {
+  return error == cudaErrorInvalidValue ? "cudaErrorInvalidValue" : "another cudaError_t";
+}
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   callbacks.call("cudaFuncSetAttribute", nullptr);
   const int most = (callbacks.capability == 90 ? 227 : 99) << 10;  // 99 of 8.6, 8.9 and 12.0
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value > most) {
-    return cudaErrorInvalidValue;
+    return last_error = cudaErrorInvalidValue;
   }
   allowed()[kernel] = value;
   return cudaSuccess;
@@ -179,6 +182,12 @@ cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t
 
 // -- the entry points of kernels.h, by C names --
 using namespace dsmoe;
+void set_settings(const cuda::Settings* given) {
+  cuda::settings() = *given;
+}
+const char* error_name() {
+  return cuda::error_name();
+}
 int run_router(const RouterParams* p, void*) {
   return static_cast<int>(cuda::router(*p, callbacks.stream));
 }

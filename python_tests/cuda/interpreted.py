@@ -15,16 +15,17 @@ import numpy as np
 import pytest
 import torch
 from nvcc import ROOT, alone, cache_folder, nvcc, sources_digest
-from params import DTYPE, METHOD, STATUS, STRUCTS
+from params import DTYPE, METHOD, STATUS, STRUCTS, Settings
 from ptx import Device, Program
+from tensors import ACTIVATION, KIND, NUMPY, to_numpy, to_torch
+
+from dsmoe_ext.cuda_settings import PATHS, CudaSettings
 
 HERE = pathlib.Path(__file__).parent
-NUMPY = {torch.bfloat16: np.uint16, torch.float16: np.uint16, torch.float32: np.float32}
-KIND = {torch.bfloat16: "kBFloat16", torch.float16: "kFloat16", torch.float32: "kFloat32"}
 
 
 # few tokens and tiles are already many: they go in several passes, or a warp each
-SMALL = ("DSMOE_CUDA_WORKSPACE_MIB=1", "DSMOE_CUDA_MANY_TILES=16", "DSMOE_CUDA_GROUP=128")
+SMALL = dict(workspace_mib=1, router_tiles=16, group=128)
 STREAM = 0x57AE  # what the launchers are told to use; never dereferenced
 
 
@@ -53,21 +54,20 @@ class Callbacks(ctypes.Structure):
 
 
 @functools.cache
-def build(arch, *macros):
+def build(arch):
     """(shared library of the launchers, {kernel name: Program}) for one compute capability."""
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     if arch == "90a":
         sources += sorted((ROOT / "csrc" / "cuda" / "sm90a").glob("*.cu"))
-        macros += ("DSMOE_SM90A",)
-    folder = cache_folder() / f"kernels_{arch}_{sources_digest(arch, *macros)}"
+    folder = cache_folder() / f"kernels_{arch}_{sources_digest(arch)}"
     with alone(folder.name):
         if not (folder / "done").exists():
-            compile_launchers(sources, arch, macros, folder)
+            compile_launchers(sources, arch, folder)
     programs = [Program((folder / f"{s.stem}.ptx").read_text()) for s in sources]
     return ctypes.CDLL(str(folder / "launchers.so")), {k: p for p in programs for k in p.kernels}
 
 
-def compile_launchers(sources, arch, macros, folder):
+def compile_launchers(sources, arch, folder):
     """Into folder: launchers.so, the PTX of every source, and a file "done"."""
     folder.mkdir(exist_ok=True)
     flags = [
@@ -79,7 +79,7 @@ def compile_launchers(sources, arch, macros, folder):
         f"-code=compute_{arch}",
     ]
     flags += ["-Xcompiler", "-fPIC", "-cudart", "none", "--keep", "--keep-dir", str(folder)]
-    flags += [f"-D{macro}" for macro in macros]
+    flags += ["-DDSMOE_SM90A"] if arch == "90a" else []
     command = [nvcc(), "-shared", *flags, "-o", str(folder / "launchers.so"), *map(str, sources)]
     command += [str(HERE / "fake_runtime.cpp"), str(ROOT / "csrc" / "common" / "status.cpp")]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -89,12 +89,14 @@ def compile_launchers(sources, arch, macros, folder):
 
 
 class Interpreter:
-    """dsmoe_ext's CUDA ops, interpreted. seed: a wild schedule; counters: see ptx.Counters."""
+    """dsmoe_ext's CUDA ops, interpreted. seed: a wild schedule; counters: see ptx.Counters;
+    settings: those of dsmoe_ext.cuda_settings."""
 
-    def __init__(self, seed=None, counters=None, arch="80", multiprocessors=2, macros=()):
-        self.library, self.programs = build(arch, *macros)
+    def __init__(self, seed=None, counters=None, arch="80", multiprocessors=2, **settings):
+        self.library, self.programs = build(arch)
+        self.settings = CudaSettings(**settings)
         self.seed, self.counters, self.multiprocessors = seed, counters, multiprocessors
-        self.arch = arch
+        self.arch, self.activation = arch, "silu"
         self.capability = int(arch.rstrip("a"))
         self.launches = []  # (kernel, grid, block, shared bytes, bytes of the parameters)
         self.boxes = collections.Counter()  # of the copy engine, by kernel, if there are counters
@@ -114,6 +116,10 @@ class Interpreter:
             STREAM,
         )
         self.library.set_callbacks(ctypes.byref(self._callbacks))
+        s = self.settings
+        workspace = int(s.workspace_mib * 2**20)
+        given = Settings(workspace, s.group, s.router_tiles, s.sms, PATHS.index(s.path), s.parts)
+        self.library.set_settings(ctypes.byref(given))
 
     def _noting_problems(self, function):
         """Exceptions cannot pass through C: _run raises them again."""
@@ -298,9 +304,14 @@ class Interpreter:
         p.intermediate_size, p.num_experts = len(gate_proj), gates.shape[1]
         (p.x, p.x_stride), p.gates = self._rows(x), self._in(gates)
         p.gate_proj, p.up_proj = self._in(gate_proj), self._in(up_proj)
-        p.down_proj_t, p.expert_offsets = self._in(down_proj_t), self._in(expert_offsets)
+        p.expert_offsets = self._in(expert_offsets)
         p.gate_up = p.down = STRUCTS["WeightStrides"](0, x.shape[1], 1)
-        p.allow_tf32 = self.allow_tf32
+        if down_proj_t.is_contiguous():
+            p.down_proj_t = self._in(down_proj_t)
+        else:  # a view of [H,I]
+            p.down_proj_t = self._in(down_proj_t.t())
+            p.down = STRUCTS["WeightStrides"](0, 1, len(down_proj_t))
+        p.allow_tf32, p.activation = self.allow_tf32, ACTIVATION[self.activation]
         return p
 
     def sparse_ffn(self, *inputs, save_activations=False):
@@ -374,6 +385,8 @@ class Interpreter:
             DTYPE[KIND[dtype]], tokens, hidden, intermediate, experts, hidden
         )
         p.dy_stride = hidden
+        p.dgate_up = p.ddown = STRUCTS["WeightStrides"](0, hidden, 1)
+        p.forward.gate_up = p.forward.down = p.dgate_up
         for params, names in (
             (p.forward, ("x", "gates", "gate_proj", "up_proj", "down_proj_t", "expert_offsets")),
             (p, ("dy", "dx", "dgates", "dgate_proj", "dup_proj", "ddown_proj_t")),
@@ -387,15 +400,3 @@ class Interpreter:
         function = getattr(self.library, entry)
         function.restype = ctypes.c_int64
         return function(ctypes.byref(params))
-
-
-def to_numpy(tensor):
-    tensor = tensor.detach().contiguous()
-    if tensor.dtype in (torch.bfloat16, torch.float16):
-        return tensor.view(torch.int16).numpy().view(np.uint16)
-    return tensor.numpy()
-
-
-def to_torch(array, dtype):
-    tensor = torch.from_numpy(array.copy())
-    return tensor if dtype == torch.float32 else tensor.view(torch.int16).view(dtype)

@@ -9,7 +9,8 @@ SASS instructions in all. Then, of the main loop, that around the most tensor-co
 (sass.py), its instructions, and how many are HMMA (mma), LDSM (ldmatrix), LDGSTS (cp.async), BAR
 and DEPBAR (waits for copies). A kernel without tensor-core instructions has zeros there. In kernels
 of sm_90a one warpgroup copies and others multiply: hmma counts the HGMMA of their loop, ldgsts and
-utmaldg (the copy engine, UTMALDG) those of all the kernel; fetch and multiply are the registers
+utmaldg (the copy engine, UTMALDG) those of all the kernel; step counts the instructions of the loop
+that a fetching warp runs for a step; fetch and multiply are the registers
 that either role uses, of those that setmaxnreg leaves it.
 """
 
@@ -25,16 +26,17 @@ from nvcc import ROOT, alone, cache_folder, nvcc, sources_digest, version
 from sass import read_sass
 
 TABLE = pathlib.Path(__file__).with_suffix(".txt")
-ARCHITECTURES = ("80", "86", "89", "90", "90a", "120")
+ARCHITECTURES = ("80", "86", "89", "90", "90a", "100", "120")
 WHEEL = "nvidia-cuda-nvdisasm==13.5.37"
 COLUMNS = (
     "arch", "registers", "shared", "ctas", "stack", "spills", "sass",
     "loop", "hmma", "ldsm", "ldgsts", "bar", "depbar",
 )  # fmt: skip
-HOPPER_COLUMNS = ("utmaldg", "fetch", "multiply")
+HOPPER_COLUMNS = ("utmaldg", "step", "fetch", "multiply")
 # registers, threads and shared bytes of one SM; a CTA's shared memory costs 1 KiB more
 SM = {"80": (65536, 2048, 164), "86": (65536, 1536, 100), "89": (65536, 1536, 100),
-      "90": (65536, 2048, 228), "90a": (65536, 2048, 228), "120": (65536, 1536, 100)}  # fmt: skip
+      "90": (65536, 2048, 228), "90a": (65536, 2048, 228), "100": (65536, 2048, 228),
+      "120": (65536, 1536, 100)}  # fmt: skip
 
 
 @functools.cache
@@ -151,6 +153,7 @@ def measure(architectures=ARCHITECTURES):
                 row = {"arch": arch, **report[mangled], **code.counts()}
                 if roles := code.roles():
                     row["is_serialised"] = code.is_serialised()
+                    row["step"] = code.fetch_step()
                     row["fetch"], row["multiply"] = (f"{used}/{left}" for left, used in roles)
                 limit = threads.get(_without_hash(mangled))
                 row["ctas"] = (

@@ -29,7 +29,7 @@ import functools
 import re
 
 import numpy as np
-from interpreted import SMALL, build
+from interpreted import build
 from machine_code import readable
 from nvcc import ROOT
 from ptx.machine import COMPILERS, compile_kernel, write
@@ -219,7 +219,7 @@ def mutants():
     there, all others as compiled for sm_80."""
     found = []
     for arch in ("80", "90a"):
-        _, programs = build(arch, *SMALL)
+        _, programs = build(arch)
         names = readable(sorted(programs))
         for mangled in sorted(programs, key=names.get):
             name, is_own = names[mangled], names[mangled].startswith("sm90a::")

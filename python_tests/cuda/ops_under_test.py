@@ -5,22 +5,30 @@ import pytest
 import torch
 from interpreted import Interpreter
 
+from dsmoe_ext.cuda_settings import cuda_settings
+
 
 class Gpu:
-    """dsmoe_ext.ops on CUDA tensors, with CPU tensors in and out. Takes what Interpreter takes."""
+    """dsmoe_ext.ops on CUDA tensors, with CPU tensors in and out. Takes what Interpreter takes: an
+    arch other than 90a asks for the kernels of any GPU."""
 
-    def __init__(self, seed=None, **_):
+    def __init__(self, seed=None, counters=None, arch=None, multiprocessors=None, **settings):
         from dsmoe_ext import ops
 
         self.ops = ops
+        self.activation = "silu"
+        self.settings = ({} if arch in (None, "90a") else {"path": "sm80"}) | settings
 
     def router(self, *inputs):
-        return self.ops.router_logits(*(None if t is None else t.cuda() for t in inputs)).cpu()
+        given = (None if t is None else t.cuda() for t in inputs)
+        with cuda_settings(**self.settings):
+            return self.ops.router_logits(*given).cpu()
 
     def router_backward(self, dlogits, x, weight, wants_dx=True, wants_dweight=True):
         wanted = (wants_dx, wants_dweight)
         given = (dlogits.cuda(), x.cuda(), weight.cuda())
-        gradients = torch.ops.dsmoe.router_backward(*given, *wanted)
+        with cuda_settings(**self.settings):
+            gradients = torch.ops.dsmoe.router_backward(*given, *wanted)
         return tuple(g.cpu() if w else None for g, w in zip(gradients, wanted, strict=True))
 
     def permute(self, gates, capacity=None):
@@ -56,7 +64,9 @@ class Gpu:
         return torch.ops.dsmoe.route_backward(*given, *options).cpu()
 
     def sparse_ffn(self, *inputs):
-        return self.ops.sparse_ffn(*(t.cuda() for t in inputs)).cpu()
+        with cuda_settings(**self.settings):
+            given = (t.cuda() for t in inputs)
+            return self.ops.sparse_ffn(*given, activation=self.activation).cpu()
 
     def sparse_ffn_backward(
         self, *inputs, dy, grad_weight=None, without=(), save_activations=False
@@ -66,8 +76,10 @@ class Gpu:
         wanted = [t.requires_grad_() for n, t in leaves.items() if f"d{n}" not in without]
         weight = None if grad_weight is None else grad_weight.cuda()
         options = dict(grad_weight=weight, save_activations=save_activations)
-        y = self.ops.sparse_ffn(*leaves.values(), inputs[5].cuda(), **options)
-        gradients = torch.autograd.grad(y, wanted, dy.cuda())
+        options["activation"] = self.activation
+        with cuda_settings(**self.settings):
+            y = self.ops.sparse_ffn(*leaves.values(), inputs[5].cuda(), **options)
+            gradients = torch.autograd.grad(y, wanted, dy.cuda())
         left = [f"d{n}" for n in names if f"d{n}" not in without]
         return {n: g.cpu() for n, g in zip(left, gradients, strict=True)}
 

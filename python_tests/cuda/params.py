@@ -19,13 +19,16 @@ def enum(header, name):
     return {n: i for i, n in enumerate(names)}
 
 
+STRUCT = r"struct (?!Pack)(\w+Params|WeightStrides|QuantFormat) \{(.*?)\n\};"
+
+
 def structs(header):
-    """name -> ctypes.Structure for every struct whose fields are scalars, enums and pointers."""
+    """name -> ctypes.Structure for every struct that CUDA's entry points take, whose fields are
+    scalars, enums, pointers and such structs."""
     enums = ("Dtype", "RouteMethod", "Activation", "Status")
     known = dict(SCALARS) | {e: ctypes.c_int32 for e in enums}
     found = {}
-    kinds = r"\w+Params|WeightStrides|QuantFormat|QuantizedMatrix"
-    for name, body in re.findall(rf"struct ({kinds}) \{{(.*?)\n\}};", header, re.S):
+    for name, body in re.findall(STRUCT, header, re.S):
         fields = []
         for line in re.sub(r"//[^\n]*", "", body).split(";"):
             if declaration := re.match(r"\s*(?:const\s+)?(\w+)(\s*\*)?\s+(\w+)$", line.rstrip()):
@@ -40,3 +43,12 @@ def structs(header):
 _HEADER = (ROOT / "csrc" / "kernels.h").read_text()
 STRUCTS = structs(_HEADER)
 DTYPE, METHOD, STATUS = (enum(_HEADER, n) for n in ("Dtype", "RouteMethod", "Status"))
+
+
+class Settings(ctypes.Structure):
+    """cuda::Settings."""
+
+    _fields_ = [
+        ("workspace_bytes", ctypes.c_int64),
+        *((n, ctypes.c_int32) for n in ("group", "router_tiles", "sms", "path", "parts")),
+    ]

@@ -12,7 +12,7 @@ import numpy as np
 from interpreted import SMALL, Interpreter
 from ptx import Trap
 
-OPTIONS = dict(multiprocessors=1, macros=SMALL)  # no instruction of a kernel depends on them
+OPTIONS = dict(multiprocessors=1, parts=1, **SMALL)
 PATIENCE = 20  # a changed kernel may execute so many times the instructions of the right one
 
 

@@ -41,16 +41,25 @@ class Code:
     def main_loops(self):
         """Slices: the innermost loops around tensor-core instructions, that which multiplies most
         last: kernels have others for tiles of fewer rows."""
-        jumps = [
-            (t, i + 1) for i, op in enumerate(self.ops) if op == "BRA" for t in self.targets(i)
-        ]
-        loops = [(a, b) for a, b in jumps if a < b and self._products(a, b)]
+        loops = [(a, b) for a, b in self._loops() if self._products(a, b)]
         inner = []
         for a, b in sorted(loops, key=lambda r: r[1] - r[0]):
             # not what holds another, nor a way back into one from code that stands far behind
             if all(b <= c or d <= a for c, d in inner):
                 inner.append((a, b))
         return [slice(*r) for r in sorted(inner, key=lambda r: (self._products(*r), r[0] - r[1]))]
+
+    def _loops(self):
+        jumps = (
+            (t, i + 1) for i, op in enumerate(self.ops) if op == "BRA" for t in self.targets(i)
+        )
+        return [(a, b) for a, b in jumps if a < b]
+
+    def fetch_step(self):
+        """Instructions of the smallest loop around so many copies as one step takes (sm_90a): what
+        a fetching warp goes through at most."""
+        around = [b - a for a, b in self._loops() if self.ops[a:b].count("LDGSTS") >= 16]
+        return min(around, default=0)
 
     def _products(self, begin, end):
         return sum(op in COUNTED["hmma"] for op in self.ops[begin:end])

@@ -106,9 +106,40 @@ def test_divergent_lanes_meet_at_the_collective():
         assert out.tolist() == moved[LANES ^ 16].tolist()
 
 
+def test_barriers_that_ask():
+    """Of two barriers and two registers, each after its own kind; both answers, in any order."""
+    snippet = """mov.u32 %d, 7; setp.ge.u32 %q, %tid32, 64; @%q bra OTHER;
+      barrier.cta.red.or.pred %any, 1, 64, %vote; selp.u32 %d, 1, 0, %any; bra OUT;
+      OTHER: bar.red.or.pred %other, 2, 32, %vote; selp.u32 %d, 3, 2, %other;
+      OUT: bar.red.or.pred %all, 0, %vote;"""
+    for voters in ([], [5], [40, 70], [95]):
+        vote = np.isin(np.arange(96), voters)
+        for seed in (None, 0, 1):
+            out = snippets.run(
+                snippet,
+                {"vote": ("pred", vote)},
+                {"d": "u32", "q": "pred", "any": "pred", "other": "pred", "all": "pred"},
+                threads=96,
+                seed=seed,
+            )
+            assert out["d"].tolist() == [vote[:64].any()] * 64 + [2 + vote[64:].any()] * 32
+            assert (out["all"] == vote.any()).all()
+
+
+def test_registers_of_a_block_hide_those_of_the_function():
+    """As nvcc writes __syncthreads_or."""
+    snippet = """setp.lt.u32 %p1, %tid32, 8; selp.u32 %d, 1, 0, %p1;
+      { .reg .pred %p1; setp.ne.u32 %p1, %d, 0; bar.red.or.pred %p1, 0, %p1; selp.u32 %d, 1, 0, %p1;
+      }
+      selp.u32 %word, 2, 0, %p1; add.u32 %d, %d, %word;"""
+    out = snippets.run(snippet, {}, {"d": "u32"}, declare=".reg .pred %p1;")
+    assert out["d"].tolist() == [3] * 8 + [1] * 24
+
+
 @pytest.mark.parametrize(
     "snippet",
     [
+        "setp.lt.u32 %q, %tid32, 32; @%q bar.red.or.pred %q, 0, %q; @!%q bar.sync 0;",
         "setp.lt.u32 %q, %tid32, 16; @%q shfl.sync.bfly.b32 %d, %x, 1, 31, -1;",  # half never comes
         "setp.lt.u32 %q, %tid32, 16; @%q bar.warp.sync -1;",
         "setp.lt.u32 %q, %tid32, 16; @%q bar.sync 0;",

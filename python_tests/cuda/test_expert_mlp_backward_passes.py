@@ -3,7 +3,7 @@
 import pytest
 import torch
 from interpreted import Interpreter
-from ops_under_test import interpreter_only
+from ops_under_test import Ops, interpreter_only
 from test_expert_mlp import SIZES
 from test_expert_mlp_backward import (
     check,
@@ -17,7 +17,7 @@ from dsmoe_ext.benchmarks.gpu_backward import cut
 from dsmoe_ext.benchmarks.gpu_load import Load
 from dsmoe_ext.testing import random_case
 
-SMALL_WORKSPACE = ("DSMOE_CUDA_WORKSPACE_MIB=0.375",)
+SMALL_WORKSPACE = dict(workspace_mib=0.375)
 
 
 def terms_of_dgates(case):
@@ -29,19 +29,19 @@ def terms_of_dgates(case):
     return torch.zeros_like(c.gates).index_add_(1, experts, terms)
 
 
-@interpreter_only
 @types_in_their_loops
 def test_passes_over_tokens_and_neurons(dtype, arch):
     """A small workspace: sums over several passes stay fp32 until the last one. In bfloat16 nearly
     every result is then the same number; had passes been rounded, half of them would not be.
     dgates, which is fp32, sums at most five parts of 32 neurons in another order: (5 - 1) eps."""
     case = random_case(8, 300, 16, [136, 40], dtype=dtype, exact_ste=True)
-    passes = Interpreter(arch=arch, multiprocessors=1, macros=SMALL_WORKSPACE)
-    want, got = gradients(case, Interpreter(arch=arch)), check(case, passes)
-    assert passes.workspace_bytes <= 0.375 * 2**20
-    launches = [name for name, *_ in passes.launches]
-    assert sum("neurons" in name for name in launches) >= 4
-    assert sum("weights" in name for name in launches) >= (4 if arch == "90a" else 12)
+    passes = Ops(arch=arch, multiprocessors=1, **SMALL_WORKSPACE)
+    want, got = gradients(case, Ops(arch=arch)), check(case, passes)
+    if hasattr(passes, "launches"):
+        assert passes.workspace_bytes <= 0.375 * 2**20
+        launches = [name for name, *_ in passes.launches]
+        assert sum("neurons" in name for name in launches) >= 4
+        assert sum("weights" in name for name in launches) >= (4 if arch == "90a" else 12)
     allowed = 4 * torch.finfo(torch.float32).eps * terms_of_dgates(case)
     assert ((got["dgates"] - want["dgates"]).abs() <= allowed).all()
     if dtype == torch.bfloat16:
@@ -49,12 +49,11 @@ def test_passes_over_tokens_and_neurons(dtype, arch):
             assert (got[name] != want[name]).float().mean() < 0.02, name
 
 
-@interpreter_only
 @in_both_loops
 @pytest.mark.parametrize("without", [("dx",), ("dgate_proj", "dup_proj", "ddown_proj_t")])
 def test_passes_for_what_is_wanted(without, arch):
     case = random_case(9, 270, 16, [40, 72], dtype=torch.bfloat16)
-    passes = Interpreter(arch=arch, multiprocessors=1, macros=SMALL_WORKSPACE)
+    passes = Ops(arch=arch, multiprocessors=1, **SMALL_WORKSPACE)
     check(case, passes, without=without, save_activations=True)
 
 
@@ -70,17 +69,17 @@ def test_workspace_is_bounded(dtype, with_grad_weight):
             assert ops.backward_workspace(tokens, 0, *sizes[2:], with_grad_weight) <= 256 << 20
 
 
-@interpreter_only
 @types_in_their_loops
 def test_passes_over_fine_experts(dtype, arch):
     """Passes begin and end within experts and between them; the last are empty, because the host
     allows for more gaps than there are."""
     case = random_case(15, 70, 16, [16, 29, 0, 100, 3] + [16] * 30, dtype=dtype, exact_ste=True)
-    passes = Interpreter(arch=arch, macros=SMALL_WORKSPACE)
+    passes = Ops(arch=arch, **SMALL_WORKSPACE)
     check(case, passes)
-    assert passes.workspace_bytes <= 0.375 * 2**20
-    launches = [name for name, *_ in passes.launches]
-    assert sum("clip_experts" in name for name in launches) >= 3
+    if hasattr(passes, "launches"):
+        assert passes.workspace_bytes <= 0.375 * 2**20
+        launches = [name for name, *_ in passes.launches]
+        assert sum("clip_experts" in name for name in launches) >= 3
 
 
 @interpreter_only

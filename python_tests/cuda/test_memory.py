@@ -75,6 +75,26 @@ def test_float_atomic_in_shared_memory():
     assert out.array[0] == 64 * 63 / 2
 
 
+def test_vectors_of_floats_are_added_in_place():
+    rng = np.random.default_rng(3)
+    before, x = (rng.normal(size=64).astype(np.float32) for _ in range(2))
+    before[:4], x[:4] = [1e-39, 2e-38, -1e-39, 0], [0, -1.5e-38, -1e-38, -1e-39]
+    device = Device()
+    out, added = device.copy(np.tile(before, 2)), device.copy(x)
+    body = """mad.wide.u32 %a0, %t, 8, %p0; mad.wide.u32 %a1, %t, 8, %p1;
+      ld.global.v2.f32 {%f0, %f1}, [%a1]; red.global.add.v2.f32 [%a0], {%f0, %f1};
+      add.s64 %a0, %a0, 256; atom.global.add.v2.f32 {%f2, %f3}, [%a0], {%f0, %f1};
+      st.global.v2.f32 [%a1], {%f2, %f3};"""
+    kernel(body, (device, [out, added]))
+    red, atom = out.array.reshape(2, 64)
+    assert not red[:4].any()  # of subnormals, and where the sum is one
+    np.testing.assert_array_equal(red[4:], before[4:] + x[4:])
+    np.testing.assert_array_equal(atom, red)
+    np.testing.assert_array_equal(added.array, before)
+    with pytest.raises(Trap, match="order"):
+        kernel("red.global.add.v2.f32 [%p0], {%f0, %f0};", (device, [out]))
+
+
 def test_vector_and_narrow_accesses():
     device = Device()
     x = device.array(np.arange(128, dtype=np.uint32))

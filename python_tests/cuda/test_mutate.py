@@ -13,9 +13,7 @@ import uuid
 import mutate
 import mutations
 import pytest
-import replay
 from decisive_cases import CASES
-from interpreted import build
 from ops_under_test import ON_GPU, Ops, interpreter_only
 from ptx import Device, Program
 from ptx.machine import Machine, compile_kernel
@@ -173,17 +171,6 @@ def test_nothing_is_noticed_where_nothing_changed(name, first_run):
     executed = {launch.kernel: min(launch.executed) for ops in run.ops for launch in ops}
     for kernel, at in [*executed.items(), (next(iter(executed)), -1)]:
         run.again(Unchanged(*kernel, at, "none", "", ""))
-
-
-@interpreter_only
-def test_options_of_replays_change_no_instruction():
-    """A mutant's place is the same in every build."""
-    _, small = build("90a", *replay.OPTIONS["macros"])
-    _, plain = build("90a")
-    for name, program in small.items():
-        codes = [p.kernels[name].code for p in (program, plain[name])]
-        ours, theirs = ([(x.name, x.operands) for x in code] for code in codes)
-        assert ours == theirs, name
 
 
 @interpreter_only

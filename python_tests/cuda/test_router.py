@@ -63,7 +63,7 @@ def test_without_bias(shape):
 @pytest.mark.parametrize("shape", [(130, 17, 264), (70, 8, 136), (260, 1, 24)], ids=str)
 def test_many_tiles(shape, dtype):
     """A warp each, where chips are small; the sum over tokens is cut into few parts."""
-    check(*setting(*shape, dtype), lambda: Interpreter(macros=SMALL))
+    check(*setting(*shape, dtype), lambda: Interpreter(**SMALL))
 
 
 def test_many_tiles_on_a_large_chip():
@@ -127,12 +127,12 @@ def test_nan_and_infinity_stay_where_they_belong(value):
 
 
 @interpreter_only
-@pytest.mark.parametrize("macros", [(), SMALL], ids=["large chip", "small"])
-def test_any_schedule(macros):
+@pytest.mark.parametrize("settings", [{}, SMALL], ids=["large chip", "small"])
+def test_any_schedule(settings):
     x, weight, bias, dlogits = setting(130, 9, 136, torch.bfloat16)
     results = []
     for seed in (None, 0, 1):
-        ops = Interpreter(seed=seed, macros=macros)
+        ops = Interpreter(seed=seed, **settings)
         results.append((ops.router(x, weight, bias), *ops.router_backward(dlogits, x, weight)))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
@@ -151,13 +151,13 @@ def test_other_architectures(arch):
 
 @interpreter_only
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("macros", [(), SMALL], ids=["large chip", "small"])
-def test_traffic(macros, dtype):
+@pytest.mark.parametrize("settings", [{}, SMALL], ids=["large chip", "small"])
+def test_traffic(settings, dtype):
     """No bank conflicts; x and W come, and gradients go, in whole sectors, as often as a tile needs
     them. Logits go two at a time, dz comes four rows at a time: half sectors, of small matrices."""
     x, weight, bias, dlogits = setting(128, 16, 256, dtype)
     counters = Counters()
-    ops = Interpreter(counters=counters, macros=macros)
+    ops = Interpreter(counters=counters, **settings)
     ops.router(x, weight, bias)
     of_bias = 128 // 8 * 16 // 8 * 2
     x_and_weight = 16 // 8 * x.nbytes + 128 // 8 * weight.nbytes
@@ -165,7 +165,7 @@ def test_traffic(macros, dtype):
     assert moved(counters, "st").units == 2 * 128 * 16 * 4 // 32
 
     counters = Counters()
-    ops = Interpreter(counters=counters, macros=macros)
+    ops = Interpreter(counters=counters, **settings)
     dx, _ = ops.router_backward(dlogits, x, weight, True, False)
     assert moved(counters, "ld", "router.cuh").units == 128 // 16 * weight.nbytes // 32
     assert moved(counters, "st").units == dx.nbytes // 32

@@ -23,8 +23,7 @@ bool launch_neurons(const NeuronsArgs<T>& args, int min_size, int max_size, int 
   const bool is_saved = args.saved != nullptr;
   const auto kernel = is_saved ? neurons_kernel<T, kRest, true> : neurons_kernel<T, kRest, false>;
   CUtensorMap down;
-  if (!map_matrix(down, args.down_proj_t, pass.intermediate_size, pass.hidden_size, kRest) ||
-      !may_use_shared_memory(kernel) ||
+  if (!map_matrix(down, args.down_proj_t, pass, kRest) || !may_use_shared_memory(kernel) ||
       !(is_saved || launch_gates_and_ups(recompute_kernel<T, kGateUp>, args, pass, kGateUp,
                                          min_size, max_size, ctas, on))) {
     return false;
@@ -40,14 +39,17 @@ Status neurons(const NeuronsArgs<T>& args, int multiprocessors, cudaStream_t on)
   const bool is_launched = launch_neurons<32, 16>(args, 1, 32, multiprocessors, on) &&
                            launch_neurons<64, 64>(args, 33, 128, multiprocessors, on) &&
                            launch_neurons<96, 80>(args, 129, INT32_MAX, multiprocessors, on);
-  return is_launched ? launch_status() : Status::kCudaError;
+  return is_launched ? launch_status() : failed(kNoMap);
 }
 
 template <class T>
 Status weights(const AllWeights<T>& all, int multiprocessors, cudaStream_t on) {
   const auto kernel = weights_kernel<T>;
-  if (!may_use_shared_memory(kernel)) return Status::kCudaError;
-  kernel<<<multiprocessors, kThreads, kSharedBytes, on>>>(all);
+  if (!may_use_shared_memory(kernel)) return failed();
+  GradientTiles::ColumnTiles columns(all.of[0].pass.group_size, all.of[0].pass.hidden_size);
+  const int width = columns.all * kGradientColumns;
+  columns.all *= all.count;
+  kernel<<<multiprocessors, kThreads, kSharedBytes, on>>>(all, columns, width);
   return launch_status();
 }
 

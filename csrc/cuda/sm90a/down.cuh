@@ -39,12 +39,11 @@ __device__ __forceinline__ void fetch_rows(Producer& producer, const PassArgs<T>
   constexpr int kPanels = kColumns / kPanelColumns;
   const int t = threadIdx.x % kGroup, chunk = t % kChunks;
   const int rows = blocks_of(min(span.pairs.count() - first_row, kMaxRows)) * kBlockRows;
-  constexpr uint32_t kNone = UINT32_MAX;
-  uint32_t from[kRowCopies];  // in chunks: there are no registers for as many addresses
+  GatheredRows from;
 #pragma unroll
   for (int i = 0; i < kRowCopies; ++i) {
     const int token = token_of_row(args, unit, span, first_row + t / kChunks + i * kRowsAtOnce);
-    from[i] = token < 0 ? kNone : token * static_cast<uint32_t>(args.width / kChunk);
+    from.set(i, token >= 0, token, args.width);
   }
   auto row_at = [&](int column) {
     return column < span.end_column ? args.row_of_column[column] : -1;
@@ -68,9 +67,7 @@ __device__ __forceinline__ void fetch_rows(Producer& producer, const PassArgs<T>
         }
       }
       const T* base = source.rows + unit.chunk * kTokensPerChunk * args.width + column;
-      copy_rows(producer.stage(), rows, now.mine >= 0, source.rows, [&](int i) {
-        return from[i] == kNone ? nullptr : base + uint64_t{from[i]} * kChunk;
-      });
+      copy_rows(producer.stage(), rows, now.mine >= 0, base, from);
       if (!together) {
 #pragma unroll 1
         for (int term = t / kChunks; term < kTerms; term += kRowsAtOnce) {
@@ -82,7 +79,7 @@ __device__ __forceinline__ void fetch_rows(Producer& producer, const PassArgs<T>
             const int y_column = unit.first_column + panel * kPanelColumns + chunk * kChunk;
             const bool exists = row >= 0 && y_column < args.hidden_size;
             cp_async_16(to + panel * kPanelBytes,
-                        source.weights + (exists ? row * args.hidden_size + y_column : 0), exists);
+                        source.weights.first + row * source.weights.stride + y_column, exists);
           }
         }
       }
@@ -101,6 +98,7 @@ struct StripSums {
   float* sums;
   int64_t stride;
   int tokens, columns;  // columns: as far as y goes
+  int part, parts;      // of the unit's strips, kStripFloats apart
 
   __device__ int first_token() const { return threadIdx.x / kQuads; }
   __device__ int column(int panel) const {
@@ -108,6 +106,9 @@ struct StripSums {
   }
   __device__ float4& at(int token, int panel) const {
     return *reinterpret_cast<float4*>(sums + token * stride + column(panel));
+  }
+  __device__ const float4& of_part(int index, int token, int panel) const {
+    return *(&at(token, panel) + (index - part) * (kStripFloats / 4));
   }
   __device__ void clear() const {
 #pragma unroll 1
@@ -130,7 +131,19 @@ struct StripSums {
       for (int i = 0; i < kAhead; ++i) {
 #pragma unroll
         for (int panel = 0; panel < kPanels; ++panel) {
-          ahead[i][panel] = exists(i, panel) ? at(first + i * kTokensAtOnce, panel) : float4{};
+          ahead[i][panel] =
+              exists(i, panel) ? of_part(0, first + i * kTokensAtOnce, panel) : float4{};
+        }
+      }
+#pragma unroll 1
+      for (int other = 1; other < parts; ++other) {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+#pragma unroll
+          for (int panel = 0; panel < kPanels; ++panel) {
+            if (!exists(i, panel)) continue;
+            add(ahead[i][panel], of_part(other, first + i * kTokensAtOnce, panel));
+          }
         }
       }
 #pragma unroll
@@ -154,13 +167,26 @@ __device__ __forceinline__ void consumers_meet() {
   asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory");
 }
 
-// token_at(row of the tile) -> token of the strip, or -1.
+struct AnyOfConsumers {
+  __device__ __forceinline__ bool operator()(bool holds) const {
+    unsigned any;
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %1, 0; bar.red.or.pred p, 1, %2, p; selp.u32 %0, 1, 0, p; }"
+        : "=r"(any)
+        : "r"(static_cast<unsigned>(holds)), "n"(kConsumers)
+        : "memory");
+    return any != 0;
+  }
+};
+
+// token_at(row of the tile) -> token of the strip, or -1. Sums do not start from the strip's: ptxas would make each
+// wgmma wait for the one before (C7515).
 template <class T, int kColumns, int kLive, class Token>
 __device__ __forceinline__ void add_products(Ring& ring, int num_steps,
                                              const StripSums<kColumns>& strip, Token token_at) {
   float sums[kLive][kColumns / 2]{};
   multiply<T, 0, 1>(ring, num_steps, sums);
-  consumers_meet();
+  consumers_meet();  // the tile before, or the zeros, have been written
 #pragma unroll
   for (int block = 0; block < kLive; ++block) {
 #pragma unroll
@@ -171,28 +197,38 @@ __device__ __forceinline__ void add_products(Ring& ring, int num_steps,
 #pragma unroll
       for (int panel = 0; panel < kColumns / kPanelColumns; ++panel) {
         if (panel * kPanelColumns >= strip.columns) break;
+        float2 before[8];  // all read before any is written: one round trip
 #pragma unroll
-        for (int j = panel * 8; j < panel * 8 + 8; ++j) {
-          float2* sum = reinterpret_cast<float2*>(out + j * 8);
-          const float2 before = *sum;
-          *sum = float2{before.x + sums[block][j * 4 + half * 2],
-                        before.y + sums[block][j * 4 + half * 2 + 1]};
+        for (int j = 0; j < 8; ++j) {
+          before[j] = __ldcg(reinterpret_cast<const float2*>(out + (panel * 8 + j) * 8));
+        }
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const float* two = &sums[block][(panel * 8 + j) * 4 + half * 2];
+          __stcg(reinterpret_cast<float2*>(out + (panel * 8 + j) * 8),
+                 float2{before[j].x + two[0], before[j].y + two[1]});
         }
       }
     }
   }
 }
 
+// Several CTAs share a sum of narrow strips only.
+template <int kColumns, class T>
+__device__ __forceinline__ int parts_of(const PassArgs<T>& args) {
+  return kColumns == kPanelColumns ? args.parts : 1;
+}
+
 // This CTA's units; of each, tile(unit, span, first row) for every 256 rows of every span.
 template <int kColumns, class T, class Begin, class Tile, class End>
 __device__ __forceinline__ void for_each_unit(const PassArgs<T>& args, int chunks, Begin begin,
                                               Tile tile, End end) {
-  DownUnits<kColumns> units(args, chunks);
+  DownUnits<kColumns, kColumns == kPanelColumns> units(args, chunks);
   DownUnit unit;
   while (units.next(unit)) {
     begin(unit);
     SpanIterator spans(args.lists, args.expert_offsets, args.expert_columns, args.num_experts,
-                       unit.chunk, chunks);
+                       {unit.part, parts_of<kColumns>(args), kTerms}, unit.chunk, chunks);
     SpanIterator::Span span;
     while (spans.next(span, unit.tokens)) {
       for (int row = 0; row < span.pairs.count(); row += kMaxRows) tile(unit, span, row);
@@ -227,8 +263,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   Ring ring(base);
   auto strip_of = [&](const DownUnit& unit) {
     const int left = static_cast<int>(args.hidden_size) - unit.first_column;
-    StripSums<kColumns> strip{args.strips + blockIdx.x * int64_t{kStripFloats}, kColumns,
-                              unit.tokens, left};
+    const int parts = parts_of<kColumns>(args);
+    const int64_t index = parts == 1 ? blockIdx.x : unit.index;
+    StripSums<kColumns> strip{
+        args.strips + index * kStripFloats, kColumns, unit.tokens, left, unit.part, parts};
     if (sums_of_all) {
       strip.stride = ceil_div<int64_t>(args.hidden_size, kPanelColumns) * kPanelColumns;
       strip.sums = args.strips + unit.chunk * kTokensPerChunk * strip.stride + unit.first_column;
@@ -259,6 +297,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       [&](const DownUnit& unit) {
         consumers_meet();
         if (!args.turn.is_last) return;
+        if (parts_of<kColumns>(args) > 1 && !is_last_part(args, unit, AnyOfConsumers())) return;
         strip_of(unit).write(
             args.y + unit.chunk * kTokensPerChunk * args.hidden_size + unit.first_column,
             args.hidden_size);

@@ -48,7 +48,7 @@ Strip choose_strip(int64_t num_chunks, int64_t hidden_size, int multiprocessors)
 
 bool is_available() {
   int device = 0, major = 0, minor = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
+  return settings().path != Path::kSm80 && cudaGetDevice(&device) == cudaSuccess &&
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
          cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
          major == 9 && minor == 0 && encoder() != nullptr;
@@ -56,17 +56,18 @@ bool is_available() {
 
 template <class T>
 Status down(const PassArgs<T>& args, bool sums_of_all, int multiprocessors, cudaStream_t on) {
-  const Strip strip = choose_strip(args.lists.tables.num_chunks, args.hidden_size, multiprocessors);
+  const Strip strip = args.parts > 1 ? Strip{64, 1}
+                                     : choose_strip(args.lists.tables.num_chunks, args.hidden_size,
+                                                    multiprocessors);
   const auto kernel = strip.columns == 64    ? down_kernel<T, 64>
                       : strip.columns == 128 ? down_kernel<T, 128>
                                              : down_kernel<T, 192>;
   // Zeros where there is no second source: a launch with the same sizes has the same bytes.
   SourceMaps weights{};
-  if (!may_use_shared_memory(kernel)) return Status::kCudaError;
+  if (!may_use_shared_memory(kernel)) return failed();
   for (int s = 0; s < args.num_sources; ++s) {
-    if (!map_matrix(weights.of[s], args.sources[s].weights, args.intermediate_size,
-                    args.hidden_size, kTerms)) {
-      return Status::kCudaError;
+    if (!map_matrix(weights.of[s], args.sources[s].weights, args, kTerms)) {
+      return failed(kNoMap);
     }
   }
   kernel<<<multiprocessors, kThreads, kSharedBytes, on>>>(args, weights, strip.chunks, sums_of_all);
@@ -80,7 +81,7 @@ Status forward(const PassArgs<T>& args, int multiprocessors, cudaStream_t on) {
                      launch_gate_up<32>(args, 17, 32, multiprocessors, on) &&
                      launch_gate_up<64>(args, 33, saves ? INT32_MAX : 128, multiprocessors, on) &&
                      (saves || launch_gate_up<96>(args, 129, INT32_MAX, multiprocessors, on));
-  return is_up ? down(args, false, multiprocessors, on) : Status::kCudaError;
+  return is_up ? down(args, false, multiprocessors, on) : failed(kNoMap);
 }
 
 template Status down(const PassArgs<__nv_bfloat16>&, bool, int, cudaStream_t);

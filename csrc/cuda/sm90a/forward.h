@@ -8,7 +8,7 @@ namespace dsmoe::cuda::sm90a {
 constexpr int kStripFloats = 2 * kTokensPerChunk * 192;  // of an SM's strip in `down`, at most
 
 #ifdef DSMOE_SM90A
-// Is the current device one of compute capability 9.0?
+// Is the current device one of compute capability 9.0, and do the settings want its own path?
 bool is_available();
 // Sums of each token over its experts, as args.sources say. sums_of_all: args.strips are one matrix for all
 // tokens, [Tp, H up to a multiple of 64], not just what the CTAs are at.

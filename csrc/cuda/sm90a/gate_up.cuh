@@ -1,4 +1,4 @@
-// gate_up on sm_90a: a[t, e's columns] = G[t,e] * silu(x_t Wg_e) * (x_t Wu_e)                see sm90a/forward.cu
+// gate_up on sm_90a: a[t, e's columns] = G[t,e] * act(x_t Wg_e) * (x_t Wu_e)                 see sm90a/forward.cu
 //
 //   rows     pairs of one expert, x gathered by token_idx      [256, H]
 //   columns  neurons of the expert, rows of Wg and of Wu       [96, H] each, one below the other
@@ -10,7 +10,7 @@
 // weights beyond the expert's end belong to the next expert: what they give is never stored.
 #pragma once
 
-#include "cuda/gemm_gate_up.cuh"  // swiglu
+#include "cuda/saved_activations.cuh"
 #include "cuda/sm90a/gathered.cuh"
 
 namespace dsmoe::cuda::sm90a {
@@ -39,8 +39,10 @@ __device__ __forceinline__ void store_activations(const PassArgs<T>& args, const
           const float* gate = &sums[block][(j + i) * 4 + half * 2];
           const float* up = &sums[block][(N::kBlocks + j + i) * 4 + half * 2];
           const int column = (j + i) * 8 + lane % 4 * 2;
-          packed[i] = pack(column < tile.columns ? weight * swiglu(gate[0], up[0]) : 0.f,
-                           column + 1 < tile.columns ? weight * swiglu(gate[1], up[1]) : 0.f, T());
+          packed[i] = pack(
+              column < tile.columns ? weight * (args.logistic.value(gate[0]) * up[0]) : 0.f,
+              column + 1 < tile.columns ? weight * (args.logistic.value(gate[1]) * up[1]) : 0.f,
+              T());
         }
         const int column = j * 8 + make_neighbours(packed);
         if (pair.exists && column < columns) {
@@ -72,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                    const __grid_constant__ CUtensorMap gate_proj,
                    const __grid_constant__ CUtensorMap up_proj, int min_size, int max_size) {
   multiply_gathered<T, kColumns, kColumns>(args, args.lists, args.x, args.x_stride, gate_proj,
-                                           up_proj, min_size, max_size,
+                                           up_proj, args.gate_proj.gap, min_size, max_size,
                                            [&](const auto& tile, const auto& sums) {
                                              store_activations<T, kColumns>(args, tile, sums);
                                            });

@@ -74,52 +74,54 @@ __device__ __forceinline__ void multiply_tile(const Tile& tile, Ring& ring, int 
 }
 
 // All tiles of this CTA, of experts of min_size to max_size neurons. x: the matrix whose rows are
-// gathered by the lists.
+// gathered by the lists; gap: of the weights' WeightRows.
 template <class T, int kColumns, int kTileColumns, class Finish>
 __device__ __forceinline__ void multiply_gathered(const PassArgs<T>& args, const PairLists& lists,
                                                   const T* x, int64_t x_stride,
                                                   const CUtensorMap& upper,
-                                                  const CUtensorMap& lower, int min_size,
+                                                  const CUtensorMap& lower, int gap, int min_size,
                                                   int max_size, Finish finish) {
   static_assert(kTileColumns == kColumns || kTileColumns == 2 * kColumns);
+  // the end of a tile of 160 neurons is the longest
+  constexpr bool kLong = kTileColumns == 160;
+  using Split = Registers<kLong ? 40 : 56, kLong ? 232 : 224>;
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t base = shared_address(shared);
   make_mbarriers(base);
-  const int num_steps = static_cast<int>(ceil_div<int64_t>(args.hidden_size, kTerms));
   using Scheduler = EvenTiles<kTileColumns>;
   Scheduler scheduler(lists, args.expert_offsets, args.num_experts, args.group_size, min_size,
                       max_size);
   typename Scheduler::Tile tile;
 
   if (threadIdx.x >= kConsumers) {
-    Registers<56, 224>::fetch();
+    Split::fetch();
     Producer producer(base);
     const int first = threadIdx.x % kGroup / kChunks, chunk = threadIdx.x % kChunks;
     while (scheduler.next(tile)) {
       const int rows = blocks_of(tile.pairs.count()) * kBlockRows;
-      const T* from[kRowCopies];
+      GatheredRows from;
 #pragma unroll
       for (int i = 0; i < kRowCopies; ++i) {
         const int pair = tile.pairs.begin + first + i * kRowsAtOnce;
-        from[i] = pair < tile.pairs.end ? x + lists.token_idx[pair] * x_stride : nullptr;
+        const bool exists = pair < tile.pairs.end;
+        from.set(i, exists, exists ? lists.token_idx[pair] : 0, x_stride);
       }
-      for (int step = 0; step < num_steps; ++step) {
-        const int k = step * kTerms;
+      for (int k = 0; k < args.hidden_size; k += kTerms) {
         if (producer.begin(Neurons<kColumns>::kBytes)) {
           const uint32_t to = producer.stage() + kRowsBytes;
-          copy_box(to, upper, tile.first_row, k, producer.full());
-          copy_box(to + kColumns * kLine, lower, tile.first_row + kTileColumns - kColumns, k,
-                   producer.full());
+          const int row = tile.first_row + tile.expert * gap;
+          copy_box(to, upper, row, k, producer.full());
+          copy_box(to + kColumns * kLine, lower, row + kTileColumns - kColumns, k, producer.full());
         }
-        copy_rows(producer.stage(), rows, k + chunk * kChunk < args.hidden_size, x,
-                  [&](int i) { return from[i] == nullptr ? nullptr : from[i] + k; });
+        copy_rows(producer.stage(), rows, k + chunk * kChunk < args.hidden_size, x + k, from);
         producer.end();
       }
     }
     producer.finish();
   } else {
-    Registers<56, 224>::multiply();
+    Split::multiply();
     Ring ring(base);
+    const int num_steps = static_cast<int>(ceil_div<int64_t>(args.hidden_size, kTerms));
     while (scheduler.next(tile)) {
       const int live = live_blocks(tile.pairs.count(), threadIdx.x / kGroup);
       if (live == 2) {

@@ -89,11 +89,12 @@ __device__ __forceinline__ void finish_neurons(const NeuronsArgs<T>& args, const
 #pragma unroll
       for (int j = 0; j < kColumns / 4; j += 4) {
         if (j * 8 >= tile.columns) break;
-        float gates[kChunk], ups[kChunk], das[kChunk], parts[2][4];
+        T gates[kChunk], ups[kChunk];  // as they are kept: half as many registers
+        float das[kChunk], parts[2][4];
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) {
-          gates[i] = to_float(g_ahead[i]);
-          ups[i] = to_float(u_ahead[i]);
+          gates[i] = g_ahead[i];
+          ups[i] = u_ahead[i];
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -117,7 +118,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                      const __grid_constant__ CUtensorMap up_proj, int min_size, int max_size) {
   const PassArgs<T>& pass = args.pass;
   multiply_gathered<T, kColumns, kColumns>(
-      pass, args.listed, pass.x, pass.x_stride, gate_proj, up_proj, min_size, max_size,
+      pass, args.listed, pass.x, pass.x_stride, gate_proj, up_proj, pass.gate_proj.gap, min_size,
+      max_size,
       [&](const auto& tile, const auto& sums) { store_gate_up<T, kColumns>(args, tile, sums); });
 }
 
@@ -126,8 +128,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     neurons_kernel(const __grid_constant__ NeuronsArgs<T> args,
                    const __grid_constant__ CUtensorMap down_proj_t, int min_size, int max_size) {
   multiply_gathered<T, kColumns, 2 * kColumns>(
-      args.pass, args.listed, args.dy, args.dy_stride, down_proj_t, down_proj_t, min_size, max_size,
-      [&](const auto& tile, const auto& sums) {
+      args.pass, args.listed, args.dy, args.dy_stride, down_proj_t, down_proj_t,
+      args.down_proj_t.gap, min_size, max_size, [&](const auto& tile, const auto& sums) {
         finish_neurons<T, kColumns, kSaved>(args, tile, sums);
       });
 }

@@ -192,20 +192,32 @@ constexpr int kChunks = kLine / 16;
 constexpr int kRowsAtOnce = kGroup / kChunks;
 constexpr int kRowCopies = kMaxRows / kRowsAtOnce;
 
-// row(i) -> pointer to 64 numbers of row i, or null; valid: whether this thread's chunk exists.
-template <class T, class Row>
-__device__ __forceinline__ void copy_rows(uint32_t to, int rows, bool valid, const T* readable,
-                                          Row row) {
+// Where the rows that this thread copies begin, from some matrix's start on. In 16 bytes: 32 bits reach 64
+// GiB, and an address is one instruction.
+struct GatheredRows {
+  static constexpr uint32_t kNone = UINT32_MAX;
+  uint32_t from[kRowCopies];
+  __device__ __forceinline__ void set(int i, bool exists, int64_t row, int64_t stride) {
+    const auto chunks = static_cast<uint32_t>(stride / kChunk);
+    from[i] = exists ? static_cast<uint32_t>(row) * chunks : kNone;
+  }
+};
+
+// 64 numbers of every row, from `matrix` on; valid: whether this thread's chunk exists. What does not becomes
+// zeros.
+template <class T>
+__device__ __forceinline__ void copy_rows(uint32_t to, int rows, bool valid, const T* matrix,
+                                          const GatheredRows& gathered) {
   const int t = threadIdx.x % kGroup, chunk = t % kChunks, first = t / kChunks;
+  const T* mine = matrix + chunk * kChunk;
+  to += first * kLine + (chunk ^ first % 8) * 16;
 #pragma unroll
   for (int i = 0; i < kRowCopies; ++i) {
-    if (i * kRowsAtOnce >= rows) break;
-    const int line = first + i * kRowsAtOnce;
-    const T* from = row(i);
-    const bool exists = valid && from != nullptr;
-    cp_async_16(to + line * kLine + (chunk ^ line % 8) * 16,
-                exists ? from + chunk * kChunk : readable, exists);
+    if (i * kRowsAtOnce % kBlockRows == 0 && i * kRowsAtOnce >= rows) break;
+    cp_async_16(to + i * kRowsAtOnce * kLine, mine + uint64_t{gathered.from[i]} * kChunk,
+                valid && gathered.from[i] != GatheredRows::kNone);
   }
 }
+static_assert(kRowsAtOnce % 8 == 0, "a thread's rows have the same exchange of chunks");
 
 }  // namespace dsmoe::cuda::sm90a

@@ -24,18 +24,22 @@ inline Encode encoder() {
   return found;
 }
 
-// Boxes of `box_rows` rows by 64 columns of a matrix [rows, columns].
+constexpr const char* kNoMap = "an error of cuTensorMapEncodeTiled";
+// Boxes of `box_rows` rows by 64 columns of the pass's weights [I,H].
 template <class T>
-bool map_matrix(CUtensorMap& map, const T* matrix, int64_t rows, int64_t columns, int box_rows) {
+bool map_matrix(CUtensorMap& map, const WeightRows<const T>& matrix, const PassArgs<T>& pass,
+                int box_rows) {
+  const int64_t columns = pass.hidden_size;
+  const int64_t rows = matrix.row(pass.num_experts - 1, pass.intermediate_size);
   const bool is_bf16 = std::is_same_v<T, __nv_bfloat16>;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[] = {sizes[0] * sizeof(T)};
+  const cuuint64_t strides[] = {matrix.stride * sizeof(T)};
   const cuuint32_t box[] = {kTerms, static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
   return encoder()(
              &map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
-             const_cast<T*>(matrix), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+             const_cast<T*>(matrix.first), sizes, strides, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 template <class Kernel>
@@ -52,9 +56,8 @@ bool launch_gates_and_ups(void (*kernel)(Args, CUtensorMap, CUtensorMap, int, in
                           const Args& args, const PassArgs<T>& pass, int box_rows, int min_size,
                           int max_size, int ctas, cudaStream_t on) {
   CUtensorMap gate, up;
-  if (!map_matrix(gate, pass.gate_proj, pass.intermediate_size, pass.hidden_size, box_rows) ||
-      !map_matrix(up, pass.up_proj, pass.intermediate_size, pass.hidden_size, box_rows) ||
-      !may_use_shared_memory(kernel)) {
+  if (!map_matrix(gate, pass.gate_proj, pass, box_rows) ||
+      !map_matrix(up, pass.up_proj, pass, box_rows) || !may_use_shared_memory(kernel)) {
     return false;
   }
   kernel<<<ctas, kThreads, kSharedBytes, on>>>(args, gate, up, min_size, max_size);

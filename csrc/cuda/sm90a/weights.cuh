@@ -23,6 +23,16 @@ constexpr int kPanels = kGradientColumns / kTerms;  // of q
 constexpr int kTermCopies = kTerms / kRowsAtOnce;   // terms of a step that a thread copies
 static_assert(kPanels * kBlockBytes == kWeightsBytes);
 
+// All gradients' columns stand side by side in the tiles: which gradient is one of them of? Asked anew where it is
+// needed, since it would take a register.
+template <class T>
+__device__ __forceinline__ const WeightsArgs<T>& gradient_at(const AllWeights<T>& all, int width,
+                                                             int& column) {
+  int which = 0;
+  for (; column >= width; column -= width) ++which;
+  return all.of[which];
+}
+
 template <class T>
 __device__ __forceinline__ void fetch_terms(Producer& producer, const WeightsArgs<T>& args,
                                             const GradientTiles::Tile& tile,
@@ -50,89 +60,129 @@ __device__ __forceinline__ void fetch_terms(Producer& producer, const WeightsArg
       const int term = first_term + i * kRowsAtOnce;
       const uint32_t to = producer.stage() + term * kLine + (chunk ^ term % 8) * 16;
       const bool is_term = ahead[i] >= 0;
-      const int64_t token = is_term ? ahead[i] : 0;
-      const T *p_row = p + token * pass.width, *q_row = q + token * args.q_stride;
-      auto copy = [&](uint32_t at, const T* row, int panel, int columns) {
-        const bool exists = is_term && panel * kTerms < columns;
-        cp_async_16(at + panel * kBlockBytes, exists ? row + panel * kTerms : args.q, exists);
-      };
+      const int of_p = is_term ? p_columns : 0, of_q = is_term ? q_columns : 0;
+      const uint32_t token = ahead[i];
+      const T* p_row = p + uint64_t{token} * static_cast<uint32_t>(pass.width);
+      const T* q_row = q + uint64_t{token} * args.q_stride;
 #pragma unroll
       for (int panel = 0; panel < kMaxRows / kBlockRows; ++panel) {
-        if (panel < p_panels) copy(to, p_row, panel, p_columns);
+        if (panel >= p_panels) break;
+        cp_async_16(to + panel * kBlockBytes, p_row + panel * kTerms, panel * kTerms < of_p);
       }
 #pragma unroll
-      for (int panel = 0; panel < kPanels; ++panel) copy(to + kRowsBytes, q_row, panel, q_columns);
+      for (int panel = 0; panel < kPanels; ++panel) {
+        cp_async_16(to + kRowsBytes + panel * kBlockBytes, q_row + panel * kTerms,
+                    panel * kTerms < of_q);
+      }
     }
     look_up(first + kTerms);
     producer.end();
   }
 }
 
+template <int kBlocks, class T, class Sum>
+__device__ __forceinline__ void store_row(const GradientRow<T>& row, Sum sum) {
+#pragma unroll
+  for (int j = 0; j < kBlocks; j += 4) {
+    float quad[4][2];
+#pragma unroll
+    for (int b = 0; b < 4; ++b) {
+      quad[b][0] = sum(j + b, 0);
+      quad[b][1] = sum(j + b, 1);
+    }
+    row.store(j, quad);
+  }
+}
+
+// Sums of the passes before can neither be what these begin with, as in other main loops, nor be read at the end: 192
+// sums leave no registers. So a later pass adds to them where they wait, and the last one then reads rows of results,
+// by when its sums are gone.
 template <class T, int kLive>
-__device__ __forceinline__ void make_gradient(const WeightsArgs<T>& args,
+__device__ __forceinline__ void make_gradient(const AllWeights<T>& all, int width,
                                               const GradientTiles::Tile& tile, Ring& ring,
                                               int num_steps) {
+  constexpr int kBlocks = kGradientColumns / 8;
   float sums[kLive][kGradientColumns / 2]{};
   multiply<T, 1, 1>(ring, num_steps, sums);
+  int column = tile.column;
+  const WeightsArgs<T>& args = gradient_at(all, width, column);
+  auto row_of = [&](int block, int half) {
+    const int neuron = row_of_sums(block, half);
+    return GradientRow<T>(args, tile.first_row + neuron, column, neuron < tile.neurons);
+  };
+  // act(row, its sum i of the lane's two in block j) for every row that the lane has sums of
+  auto for_each_row = [&](auto act) {
 #pragma unroll
-  for (int block = 0; block < kLive; ++block) {
+    for (int block = 0; block < kLive; ++block) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int neuron = row_of_sums(block, half);
-      const GradientRow<T> row(args, tile.first_row + neuron, tile.column, neuron < tile.neurons);
-#pragma unroll
-      for (int j = 0; j < kGradientColumns / 8; j += 4) {
-        float quad[4][2];
-#pragma unroll
-        for (int b = 0; b < 4; ++b) {
-          quad[b][0] = sums[block][(j + b) * 4 + half * 2];
-          quad[b][1] = sums[block][(j + b) * 4 + half * 2 + 1];
-        }
-        row.store(j, quad);
+      for (int half = 0; half < 2; ++half) {
+        act(row_of(block, half), [&](int j, int i) { return sums[block][j * 4 + half * 2 + i]; });
       }
     }
+  };
+  if (args.turn.is_first) {
+    for_each_row([](const GradientRow<T>& row, auto sum) { store_row<kBlocks>(row, sum); });
+    return;
   }
-}
-
-// This CTA's tiles of all the gradients: act(args, tile, the expert's pairs).
-template <class T, class Act>
-__device__ __forceinline__ void for_each_gradient(const AllWeights<T>& all, Act act) {
-  const PassArgs<T>& pass = all.of[0].pass;
-  GradientTiles tiles(pass.expert_offsets, pass.num_experts, pass.group_size, pass.hidden_size);
-  for (int i = 0; i < all.count; ++i, tiles.restart()) {
-    GradientTiles::Tile tile;
-    while (tiles.next(tile)) {
-      const int32_t* offsets = pass.lists.pair_offsets + tile.expert;
-      act(all.of[i], tile, PairRange{offsets[0], offsets[1]});
+  for_each_row([](const GradientRow<T>& row, auto sum) {
+#pragma unroll
+    for (int j = 0; j < kBlocks; ++j) {
+      if (j * 8 < row.columns) {
+        atomicAdd(reinterpret_cast<float2*>(row.waiting + j * 8), float2{sum(j, 0), sum(j, 1)});
+      }
     }
+  });
+  if (!args.turn.is_last) return;
+#pragma unroll 1
+  for (int i = 0; i < kLive * 2; ++i) {
+    const GradientRow<T> row = row_of(i / 2, i % 2);
+    float2 whole[kBlocks];
+#pragma unroll
+    for (int j = 0; j < kBlocks; ++j) whole[j] = row.load(j);
+    store_row<kBlocks>(row, [&](int j, int i) { return i == 0 ? whole[j].x : whole[j].y; });
   }
 }
 
+// This CTA's tiles of all the gradients: act(tile, the expert's pairs).
+template <class T, class Act>
+__device__ __forceinline__ void for_each_tile(const AllWeights<T>& all,
+                                              const GradientTiles::ColumnTiles& columns, Act act) {
+  const PassArgs<T>& pass = all.of[0].pass;
+  GradientTiles tiles(pass.expert_offsets, pass.num_experts, columns);
+  GradientTiles::Tile tile;
+  while (tiles.next(tile)) {
+    const int32_t* offsets = pass.lists.pair_offsets + tile.expert;
+    act(tile, PairRange{offsets[0], offsets[1]});
+  }
+}
+
+// columns: of all gradients; width: of one of them, in whole tiles.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
-    weights_kernel(const __grid_constant__ AllWeights<T> all) {
+    weights_kernel(const __grid_constant__ AllWeights<T> all,
+                   const __grid_constant__ GradientTiles::ColumnTiles columns, int width) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t base = shared_address(shared);
   make_mbarriers(base);
   if (threadIdx.x >= kConsumers) {
     Registers<40, 232>::fetch();
     Producer producer(base);
-    for_each_gradient(all,
-                      [&](const WeightsArgs<T>& args, const GradientTiles::Tile& tile,
-                          const PairRange& pairs) { fetch_terms(producer, args, tile, pairs); });
+    for_each_tile(all, columns, [&](GradientTiles::Tile tile, const PairRange& pairs) {
+      const WeightsArgs<T>& args = gradient_at(all, width, tile.column);
+      fetch_terms(producer, args, tile, pairs);
+    });
     producer.finish();
     return;
   }
   Registers<40, 232>::multiply();
   Ring ring(base);
-  for_each_gradient(all, [&](const WeightsArgs<T>& args, const GradientTiles::Tile& tile,
-                             const PairRange& pairs) {
+  for_each_tile(all, columns, [&](const GradientTiles::Tile& tile, const PairRange& pairs) {
     const int num_steps = ceil_div(pairs.count(), kTerms);
     const int live = live_blocks(tile.neurons, threadIdx.x / kGroup);
     if (live == 2) {
-      make_gradient<T, 2>(args, tile, ring, num_steps);
+      make_gradient<T, 2>(all, width, tile, ring, num_steps);
     } else if (live == 1) {
-      make_gradient<T, 1>(args, tile, ring, num_steps);
+      make_gradient<T, 1>(all, width, tile, ring, num_steps);
     } else {
       pass_by(ring, num_steps);
     }

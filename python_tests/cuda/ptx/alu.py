@@ -4,7 +4,7 @@ time."""
 import numpy as np
 
 from .machine import Trap, opcode, read, write
-from .numbers import TYPES, fma_exact, fma_f32, perturb, round_f32
+from .numbers import TYPES, flush, fma_exact, fma_f32, perturb, round_f32
 
 SIGNED_OR_BITS = ("s16", "u16", "b16", "s32", "u32", "b32", "s64", "u64", "b64")
 
@@ -36,11 +36,6 @@ def flushed(ins, function):
     """.ftz: subnormal inputs and results become zeros of their sign."""
     if "ftz" not in ins.op:
         return function
-    tiny = np.float32(2.0**-126)
-
-    def flush(x):
-        return np.where(np.abs(x) < tiny, np.copysign(np.float32(0), x), x)
-
     return lambda *xs: flush(np.asarray(function(*(flush(x) for x in xs)), np.float32))
 
 

@@ -109,6 +109,8 @@ class Machine:
         )  # at a warp-wide instruction whose other lanes are missing
         self.barrier = np.full(self.n, -1)  # the barrier a thread stands at
         self.for_all = np.zeros(self.n, bool)  # and that is for all threads of the CTA
+        self.asks, self.votes = np.zeros((2, self.n), bool)  # it asks whether any of them votes
+        self.answers = []  # (where the answer goes, threads that it goes to) of such barriers
         self.copies = {}  # cp.async: see transfer.py
         self.groups = []
         self.mbarriers, self.made = {}, {}  # see mbarrier.py; how many each CTA made

@@ -98,3 +98,8 @@ def perturb(x, relative):
     unit = (hashed >> np.uint64(40)).astype(np.float64) / 2.0**23 - 1.0  # in [-1, 1)
     # the rounding to float32 itself takes up to 2^-24 of the allowance
     return (x * (1.0 + unit * (relative - 2.0**-24))).astype(np.float32)
+
+
+def flush(x):
+    """fp32 whose subnormals are zeros of their sign."""
+    return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)

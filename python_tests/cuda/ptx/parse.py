@@ -102,7 +102,7 @@ class Program:
         if re.search(r"\.local\s", body):
             # a register array that is indexed at run time, or a spill: slow on the device as well
             raise ValueError(f"{kernel.name} uses local memory")
-        # asm blocks may declare registers of their own: give each block's names a prefix
+        # blocks may declare registers of their own: give each block's names a prefix
         body = self._rename_scoped(body)
         for kind, names in re.findall(r"\.reg\s+\.(\w+)\s+([^;]+);", body):
             dtype = TYPES[kind] if kind == "pred" else TYPES[f"b{TYPES[kind].itemsize * 8}"]
@@ -150,9 +150,9 @@ class Program:
             else:
                 scope = next((s for s in reversed(stack) if s), None)
                 if scope:
-                    for name in re.findall(r"\.reg\s+\.\w+\s+(\w+)\s*;", part):
-                        scope[1][name] = f"%scope{scope[0]}_{name}"
-                    for name, new in scope[1].items():
+                    for name in re.findall(r"\.reg\s+\.\w+\s+(%?\w+)\s*;", part):
+                        scope[1][name] = f"%scope{scope[0]}_{name.lstrip('%')}"
+                    for name, new in scope[1].items():  # of which %p1 may hide the function's
                         part = re.sub(rf"(?<![\w.%$]){name}(?!\w)", new, part)
                 out.append(part)
         return "".join(out)

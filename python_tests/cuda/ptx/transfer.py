@@ -4,7 +4,7 @@ import numpy as np
 
 from .machine import Trap, opcode, read, write
 from .memory import SHARED_WINDOW
-from .numbers import TYPES
+from .numbers import TYPES, flush
 
 # hints that change speed, not meaning
 HINTS = {
@@ -139,7 +139,9 @@ ATOMICS = {
 
 @opcode("atom", "red")
 def atomic(ins, kernel):
-    space, _, kind, _, acquire, release = modifiers(ins)
+    space, vector, kind, _, acquire, release = modifiers(ins)
+    if vector > 1:
+        return vector_add(ins, kernel, vector)
     unknown = (
         set(ins.op[1:-1])
         - SPACES
@@ -178,6 +180,34 @@ def atomic(ins, kernel):
             memory.store(one, np.array([[new]], dtype).view(np.uint8), t, atomic=True)
             out[t[0]] = old
         put(m, out, mask)
+
+    return run
+
+
+def vector_add(ins, kernel, vector):
+    """{atom,red}.global.add.v2.f32 of sm_90: floats are added one by one, subnormals flushed."""
+    if ins.op[1:] != ["global", "add", f"v{vector}", "f32"]:
+        raise Trap("vector atomic")
+    wants, where, added = ins.operands if ins.op[0] == "atom" else ["", *ins.operands]
+    puts = [write(kernel, t, "f32") for t in wants.strip("{}").split(",") if t]
+    reads = [read(kernel, t, "f32") for t in added.strip("{}").split(",")]
+    address, size = address_of(kernel, where, "global"), 4 * vector
+
+    def run(m, mask):
+        _, a, threads = resolve(m, "global", address(m), mask)
+        if len(np.unique(a)) < len(a):
+            raise Trap("lanes add to the same place: the sum depends on their order")
+        if m.counters:
+            m.counters.access(ins, m, mask, "global", a, size)
+        values = np.stack([np.broadcast_to(r(m), m.n)[mask] for r in reads], 1)
+        before = np.ascontiguousarray(m.memory.load(a, size, threads, atomic=True))
+        before = before.view(np.float32)
+        sums = flush(flush(before) + flush(values))
+        m.memory.store(a, np.ascontiguousarray(sums).view(np.uint8), threads, atomic=True)
+        for i, put in enumerate(puts):
+            old = np.zeros(m.n, np.float32)
+            old[mask] = before[:, i]
+            put(m, old, mask)
 
     return run
 

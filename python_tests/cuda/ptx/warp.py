@@ -41,32 +41,53 @@ def barrier(ins, kernel):
             return waiting
 
         return sync_warp
-    if [p for p in ins.op[1:] if p not in ("sync", "cta", "aligned")]:
+    kind = [p for p in ins.op[1:] if p not in ("cta", "aligned")]
+    if kind not in (["sync"], ["red", "or", "pred"]):
         raise Trap("kind of barrier")
-    identity = read(kernel, ins.operands[0], "u32")
-    count = read(kernel, ins.operands[1], "u32") if len(ins.operands) > 1 else None
+    operands = list(ins.operands)
+    asks = kind != ["sync"]  # whether any thread's predicate holds
+    put = write(kernel, operands.pop(0), "pred") if asks else None
+    vote = read(kernel, operands.pop(), "pred") if asks else None
+    identity = read(kernel, operands[0], "u32")
+    count = read(kernel, operands[1], "u32") if len(operands) > 1 else None
 
     def sync(m, mask):
         mask, waiting = members(m, mask, FULL)
         m.barrier[mask] = np.broadcast_to(identity(m), m.n)[mask]
         m.for_all[mask] = count is None
+        m.asks[mask] = asks
+        if asks:
+            m.votes[mask] = np.broadcast_to(vote(m), m.n)[mask]
+            m.answers.append((put, mask.copy()))
         for cta in np.unique(m.cta[mask]):
             part = slice(cta * m.per, (cta + 1) * m.per)
             for name in np.unique(m.barrier[part][mask[part]]):
-                standing = m.barrier[part] == name
+                standing = (m.barrier == name) & (m.cta == cta)
+                if len(set(m.asks[standing])) > 1:
+                    raise Trap("some threads ask at the barrier, others only wait")
                 need = (
                     m.per
                     if count is None
-                    else int(np.broadcast_to(count(m), m.n)[part][standing & mask[part]][0])
+                    else int(np.broadcast_to(count(m), m.n)[standing & mask][0])
                 )
                 if count is None and m.done[part].any():
                     raise Trap("a thread of the CTA has exited before the barrier")
                 if standing.sum() == need:
-                    m.barrier[part][standing] = -1
-                    m.clocks.synchronise(cta * m.per + np.flatnonzero(standing))
+                    m.barrier[standing] = -1
+                    m.clocks.synchronise(np.flatnonzero(standing))
+                    if asks:
+                        answer_all(m, standing, m.votes[standing].any())
         return waiting
 
     return sync
+
+
+def answer_all(m, standing, answer):
+    """Writes what a barrier was asked for where every one of its threads wants it."""
+    for put, asking in m.answers:
+        put(m, np.full(m.n, answer), asking & standing)
+        asking &= ~standing
+    m.answers = [(put, asking) for put, asking in m.answers if asking.any()]
 
 
 @opcode("shfl", warp_wide=True)
