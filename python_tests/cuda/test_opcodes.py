@@ -193,17 +193,18 @@ def test_bit_field_extract():
     assert out.tolist() == [v >> a & (1 << c) - 1 for v, a, c in zip(x, at, count, strict=True)]
 
 
-def test_bit_field_insert():
-    x, y = integers("b32", 1), integers("b32", 4)
-    at, count = [v % 40 for v in integers("b32", 2)], [v % 34 for v in integers("b32", 3)]
-    inputs = {
-        n: ("b32", as_array(v, "b32")) for n, v in zip("xyzw", (x, y, at, count), strict=True)
-    }
-    out = snippets.run("bfi.b32 %d, %x, %y, %z, %w;", inputs, {"d": "b32"}, threads=96)["d"]
+@pytest.mark.parametrize("kind", ["b32", "b64"])
+def test_bit_field_insert(kind):
+    bits = BITS[kind]
+    x, y = integers(kind, 1), integers(kind, 4)
+    at, count = [v % (bits + 8) for v in integers("b32", 2)], [v % 66 for v in integers("b32", 3)]
+    inputs = {n: (kind, as_array(v, kind)) for n, v in (("x", x), ("y", y))}
+    inputs |= {n: ("b32", as_array(v, "b32")) for n, v in (("z", at), ("w", count))}
+    out = snippets.run(f"bfi.{kind} %d, %x, %y, %z, %w;", inputs, {"d": kind}, threads=96)["d"]
 
     def model(value, base, at, count):
         for i in range(count):
-            if at + i < 32:
+            if at + i < bits:
                 base = base & ~(1 << at + i) | (value >> i & 1) << at + i
         return base
 

@@ -253,16 +253,23 @@ def bit_field_extract(ins, kernel):
 
 @opcode("bfi")
 def bit_field_insert(ins, kernel):
-    if ins.op[-1] != "b32":
-        raise Trap("bfi other than b32")
+    kind = ins.op[-1]
+    value, base = (read(kernel, t, kind) for t in ins.operands[1:3])
+    at, count = (read(kernel, t, "u32") for t in ins.operands[3:])
+    put = write(kernel, ins.operands[0], kind)
 
-    def function(value, base, at, count):
-        at, count = (np.minimum(v & 255, 32).astype(np.uint64) for v in (at, count))
-        field = ((np.uint64(1) << count) - np.uint64(1)) << at
-        value, base = (np.asarray(v).astype(np.uint64) for v in (value, base))
-        return (base & ~field | value << at & field) & np.uint64(0xFFFFFFFF)
+    def ones(n):  # the n lowest bits
+        below = (np.uint64(1) << np.minimum(n, 63)) - np.uint64(1)
+        return np.where(n < 64, below, ~np.uint64(0))
 
-    return lanewise(ins, kernel, function)
+    def run(m, mask):
+        x, old = (np.asarray(v(m)).astype(np.uint64) for v in (value, base))
+        first, n = ((np.asarray(v(m)) & 255).astype(np.uint64) for v in (at, count))
+        field = ones(first + n) & ~ones(first)
+        new = old & ~field | x << np.minimum(first, 63) & field
+        put(m, new.astype(TYPES[kind]), mask)  # which cuts what lies beyond 32 bits
+
+    return run
 
 
 @opcode("prmt")
