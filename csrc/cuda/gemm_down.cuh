@@ -236,8 +236,9 @@ __device__ void down_tile(const PassArgs<T>& args, const DownUnit& unit,
     down_step<T>(sums, base + stage * C::kStageBytes, warp_m, warp_n, live);
   });
   for_each_pair([](float2* sum, float first, float second) {
-    *reinterpret_cast<uint64_t*>(sum) =
-        uint64_t{__float_as_uint(second)} << 32 | __float_as_uint(first);
+    uint64_t both;  // put together where the compiler cannot carry it through the loop
+    asm("mov.b64 %0, {%1, %2};" : "=l"(both) : "f"(first), "f"(second));
+    *reinterpret_cast<uint64_t*>(sum) = both;
   });
 }
 

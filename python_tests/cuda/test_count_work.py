@@ -32,11 +32,12 @@ def test_decode_moves_nothing_but_weights_and_x(tokens):
 
 
 def test_down_reads_the_strip_and_writes_it():
-    """Per tile of 128 rows: the fp32 sums are zeroed, read, written and read, then y is written."""
+    """Per tile of 128 rows: the fp32 sums are zeroed, read, written and read, then y is written.
+    Which tokens the rows are is read by several threads, 32 bytes a row at most."""
     table = json.loads(count_work.TABLE.read_text())
     tile, sums = table["down"]["rows"]["128"]["tile"], 128 * 128 * 4
     assert tile["store_bytes"] == 2 * sums + sums // 2
-    assert 2 * sums <= tile["load_bytes"] <= 1.02 * 2 * sums
+    assert 2 * sums <= tile["load_bytes"] <= 2 * sums + 128 * 32
 
 
 @pytest.mark.parametrize("kernel, neurons, columns", [("weights", 128, 128),
