@@ -20,7 +20,13 @@ from dsmoe_ext.gated_mlp import SPLIT, describe
 from dsmoe_ext.layout import expert_layout
 from dsmoe_ext.ops import Routing
 from dsmoe_ext.reference import ACTIVATIONS, GATES, METHODS
-from dsmoe_ext.routers import LinearRouter, make_router, router_class, router_names
+from dsmoe_ext.routers import (
+    LinearRouter,
+    default_balance,
+    make_router,
+    router_class,
+    router_names,
+)
 from dsmoe_ext.routers.interface import without_half_casts
 from dsmoe_ext.sampling import MIN_PROB, draw_weights, mix_key
 from dsmoe_ext.sliced_ffn import SlicedFFN
@@ -142,8 +148,7 @@ class DSMoEFFN(SlicedFFN):
             dtype=dtype,
         )
         self.gates = self.router.options.get("gates", gates)
-        # The rules of `ops.route` train with the sparsity loss unless told otherwise.
-        self.balance = balance or (None if method in METHODS else self.router.balance_form)
+        self.balance = balance or default_balance(method)
         if self.balance is not None:
             check_choice("balance", self.balance, BALANCE_FORMS)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dsmoe_ext
-from dsmoe_ext.training.controller import QuantileController, score_above_which
+from dsmoe_ext.training.controller import QuantileController, controller_for, score_above_which
 
 pytestmark = pytest.mark.quick
 
@@ -57,6 +57,11 @@ def test_holds_the_target_while_the_scores_move(seed):
     ffn.train()(x)
     controller.step()
     assert torch.equal(ffn.threshold, before)
+
+
+def test_remoe_is_held_by_its_own_controller(make_llama):
+    model = dsmoe_ext.sparsify(make_llama(), 4, method="relu", balance="load_l1")
+    assert type(controller_for(model, 0.5)) is dsmoe_ext.LambdaController
 
 
 def test_other_methods_are_refused():

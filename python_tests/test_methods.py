@@ -153,3 +153,13 @@ def test_commands(tmp_path):
     )
     assert result.exit_code == 1 and "there is no router 'best'" in result.stderr
     assert not (tmp_path / "other").exists()
+
+
+def test_balance_counts_as_in_the_papers(make_llama):
+    """Whether the loss was asked for or comes with the method."""
+    for options in ({"method": "modse"}, {"method": "top_p", "balance": "switch"}):
+        model = dsmoe_ext.sparsify(make_llama(), 4, **options)
+        assert model.config.dsmoe["sparsity_weight"] == 0.01
+    model = dsmoe_ext.sparsify(make_llama(), 4, method="modse", sparsity_weight=0.5)
+    assert model.config.dsmoe["sparsity_weight"] == 0.5
+    assert dsmoe_ext.sparsify(make_llama(), 4, method="relu").config.dsmoe["sparsity_weight"] == 1.0

@@ -1,5 +1,6 @@
 """What all experiments share: the dense model, the text it says itself, the texts to measure on."""
 
+import copy
 import math
 import time
 from functools import cached_property
@@ -74,19 +75,26 @@ class Bench:
         sparse = calibrate(self.dense, text, target_active, seed=self.seed, **options)
         return sparse, time.perf_counter() - start
 
-    def tune(self, model: "PreTrainedModel", steps: int, distill: float) -> list[dict[str, Any]]:
+    def dense_copy(self) -> "PreTrainedModel":
+        """The dense model with weights of its own, for training."""
+        return copy.deepcopy(self.dense)
+
+    def tune(
+        self, model: "PreTrainedModel", steps: int, distill: float, **settings: Any
+    ) -> list[dict[str, Any]]:
         """Trains the FFNs in place on the own text, by the recipe of `dsmoe demo` -> its log.
 
         distill: 1 learns from the dense model alone, 0 from the text alone, as a model that has no
-        teacher would.
+        teacher would. settings: others than the recipe's.
         """
-        target = options_of(model)["target_active"] if find_ffns(model) else None
-        if target is not None:
-            options_of(model)["sparsity_weight"] = 0.0  # the thresholds hold the target
-        settings = recovery(steps, distill=distill, target_active=target, seed=self.seed)
+        options = options_of(model) if find_ffns(model) else {}
+        target = options.get("target_active")
+        if target is not None and options["method"] == "threshold":
+            options["sparsity_weight"] = 0.0  # the thresholds hold the target
+        chosen = {"distill": distill, "target_active": target, "seed": self.seed} | settings
         rows = self.own_text.view(-1, min(self.window, OWN_LENGTH))  # as they were drawn
         text = TextWindows(rows, rows[:1])
-        return fine_tune(model, text, settings, teacher=inference_copy(self.dense))
+        return fine_tune(model, text, recovery(steps, **chosen), teacher=inference_copy(self.dense))
 
     def losses(self, model: "PreTrainedModel") -> dict[str, Any]:
         """{"loss": nats per token by text, "active": share of the FFN by text}, of the model as it

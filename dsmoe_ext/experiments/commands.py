@@ -1,6 +1,5 @@
 """The commands of `dsmoe experiment`."""
 
-import copy
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -218,7 +217,7 @@ def tuned(
         def after(distill: float, shared: float | None, bench: "Bench" = bench) -> dict[str, Any]:
             """Losses of the dense model (shared None) or a calibrated one behind the steps."""
             if shared is None:
-                start = copy.deepcopy(bench.dense)
+                start = bench.dense_copy()
             else:
                 start, _ = bench.calibrate(target_active, shared=shared)
             log = bench.tune(start, steps, distill)
@@ -238,3 +237,55 @@ def tuned(
             table.add(bench, name, measurement, steps=steps, **what)
     table.show(f"perplexity / dense @ active share, target {target_active:g}, {steps} steps")
     table.show("the same / the dense model trained on the same tokens", "dense, CE")
+
+
+@app.command()
+def methods(
+    model: Model = "smollm2",
+    target_active: Target = 0.5,
+    only: Annotated[
+        str | None, typer.Option(help="Methods whose names hold one of these, by commas.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Of two windows each.")] = 80,
+    tokens: Tokens = 65536,
+    windows: Windows = 8,
+    wikitext: WikiText = None,
+    seeds: Seeds = "0",
+    out: Out = Path("experiments"),
+) -> None:
+    """DSMoE, XMoE, MoDSE and their neighbours: the same start, tokens and steps.
+
+    FFNs and routers learn from the dense model's predictions and the text in equal parts; then the
+    method's knob is turned. For comparison: the dense model after the same training, and the
+    calibrated one before and after it.
+    """
+    from .methods import METHODS, SHARE, Trained
+
+    table = Rows(out, "methods")
+    words = only.split(",") if only else [""]
+    chosen = {name: m for name, m in METHODS.items() if any(word in name for word in words)}
+    if not chosen:
+        raise typer.BadParameter(f"no method's name holds {only}: {'; '.join(METHODS)}")
+    for bench in _benches(model, tokens, windows, wikitext, seeds):
+        what = {"target": target_active, "steps": steps}
+
+        def tuned_dense(bench: "Bench" = bench) -> dict[str, Any]:
+            start = bench.dense_copy()
+            bench.tune(start, steps, SHARE)
+            return bench.losses(start)
+
+        def tuned_calibrated(bench: "Bench" = bench) -> dict[str, Any]:
+            start, _ = bench.calibrate(target_active)
+            bench.tune(start, steps, SHARE)
+            return bench.losses(start)
+
+        table.add_dense(bench, target=target_active)
+        table.add(bench, "dense, trained", tuned_dense, **what)
+        table.add_calibrated(bench, "calibrated", target_active)
+        table.add(bench, "calibrated, trained", tuned_calibrated, **what)
+        for name, method in chosen.items():
+            trained = Trained(method, bench, target_active, steps)
+            for knob in method.at or (None,):
+                row = name if knob is None else f"{name} @ {knob:g}"
+                table.add(bench, row, functools.partial(trained.losses, knob), **what)
+    table.show(f"perplexity / dense @ active share, {steps} steps")

@@ -6,6 +6,7 @@ from torch import nn
 
 from dsmoe_ext.layout import expert_layout
 from dsmoe_ext.models import KEY
+from dsmoe_ext.routers import default_balance
 
 # Of each layer's FFN; see DSMoEFFN. rescale and gate_scale None: what the method and the dense
 # start need, noted once made, so that they stay as they are when thresholds move.
@@ -49,8 +50,9 @@ def complete(given: dict[str, Any], intermediate_size: int) -> dict[str, Any]:
     if unknown := sorted(set(given) - set(DEFAULTS)):
         raise TypeError(f"there is no option {unknown[0]!r}; there are {', '.join(DEFAULTS)}")
     options = DEFAULTS | given
-    if "sparsity_weight" not in given and options["balance"]:
-        options["sparsity_weight"] = BALANCE_WEIGHTS.get(options["balance"], 1.0)
+    form = options["balance"] or default_balance(options["method"])
+    if "sparsity_weight" not in given and form:
+        options["sparsity_weight"] = BALANCE_WEIGHTS.get(form, 1.0)
     sizes = expert_layout(
         intermediate_size, options["num_experts"], options["expert_sizes"], options["shared_size"]
     )

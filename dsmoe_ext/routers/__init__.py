@@ -6,7 +6,14 @@ interface.py.
     gates, scores = router.route(x)
 """
 
-from dsmoe_ext.routers.interface import Router, make_router, register, router_class, router_names
+from dsmoe_ext.routers.interface import (
+    Router,
+    default_balance,
+    make_router,
+    register,
+    router_class,
+    router_names,
+)
 from dsmoe_ext.routers.linear import LinearRouter
 from dsmoe_ext.routers.mean_score import MeanScoreRouter
 from dsmoe_ext.routers.modse import MoDSERouter
@@ -28,6 +35,7 @@ __all__ = [
     "ThresholdRouter",
     "TopKRouter",
     "TopPRouter",
+    "default_balance",
     "make_router",
     "register",
     "router_class",

@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from dsmoe_ext.balance import balance_loss
 from dsmoe_ext.ops import Routing
+from dsmoe_ext.reference import METHODS
 
 
 def at_least_float32(dtype: torch.dtype | None) -> torch.dtype:
@@ -177,6 +178,12 @@ def router_class(name: str) -> type[Router]:
     if name not in _BY_NAME:
         raise ValueError(f"there is no router {name!r}; there are {', '.join(router_names())}")
     return _BY_NAME[name]
+
+
+def default_balance(method: str) -> str | None:
+    """The form of balance loss that an FFN of this method trains with if nothing else is said; the
+    rules of `ops.route` train with the sparsity loss. None also for a name that nobody knows."""
+    return None if method in METHODS else getattr(_BY_NAME.get(method), "balance_form", None)
 
 
 def make_router(

@@ -208,7 +208,7 @@ def _adapt(
         options["target_active"] = settings.target_active
     if sparsity_weight is not None:
         options["sparsity_weight"] = sparsity_weight
-    elif options["target_active"] is not None:
+    elif options["target_active"] is not None and options["method"] != "relu":
         # The thresholds hold the target. A loss that pushes the scores down all the time would only
         # make them follow, and switch experts for nothing.
         options["sparsity_weight"] = 0.0

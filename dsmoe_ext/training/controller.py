@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import ffn_layers
-from ..losses import ThresholdController
+from ..losses import LambdaController, ThresholdController
 
 RATE = 0.5
 
@@ -70,11 +70,15 @@ class QuantileController(ThresholdController):
 
 def controller_for(
     model: torch.nn.Module, target_active: float, rate: float = RATE
-) -> ThresholdController:
+) -> ThresholdController | LambdaController:
     """The controller of fine-tuning: by the quantile where gates are 0 or 1, as calibration makes
-    them. Scores as gates start dense, all alike: there the integral opens the gap step by step."""
-    if {(ffn.method, ffn.gates) for ffn in ffn_layers(model)} == {("threshold", "binary")}:
+    them. Scores as gates start dense, all alike: there the integral opens the gap step by step.
+    ReMoE has no threshold: its loss is weighed."""
+    kinds = {(ffn.method, ffn.gates) for ffn in ffn_layers(model)}
+    if kinds == {("threshold", "binary")}:
         return QuantileController(model, target_active, rate)
+    if {method for method, _ in kinds} == {"relu"}:
+        return LambdaController(model, target_active)
     return ThresholdController(model, target_active, rate / 10)
 
 
