@@ -31,6 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--shape", default="2048/5632", help="H/I")
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--active", type=float, default=0.5, help="experts a token uses, of all")
     parser.add_argument("--rounds", type=int, default=30)
     options = parser.parse_args()
@@ -41,8 +42,9 @@ def main() -> None:
 
     hidden, intermediate = map(int, options.shape.split("/"))
     torch.manual_seed(0)  # the same numbers on every rank
-    weights = [torch.randn(intermediate, hidden).mul_(0.02).bfloat16() for _ in range(3)]
-    x = torch.randn(options.tokens, hidden).bfloat16()
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
+    weights = [torch.randn(intermediate, hidden).mul_(0.02).to(dtype) for _ in range(3)]
+    x = torch.randn(options.tokens, hidden).to(dtype)
     scores = torch.rand(options.tokens, EXPERTS)
     gates = (scores.argsort().argsort() < options.active * EXPERTS).float()
     sizes = [intermediate // EXPERTS] * EXPERTS
@@ -65,7 +67,8 @@ def main() -> None:
         times["ranks"].append(seconds(lambda: experts(x[own], gates[own])))
     if rank == 0:
         one, ranks = (sorted(times[name]) for name in ("one", "ranks"))
-        print(f"{processor_name()}, {options.shape}, bf16, {options.tokens} tokens, {world} ranks")
+        kind = f"{options.shape}, {options.dtype}, {options.tokens} tokens, {world} ranks"
+        print(f"{processor_name()}, {kind}")
         for what, i in ("best", 0), ("median", len(one) // 2):
             print(
                 f"{what}: one {one[i] * 1e3:.2f} ms, ranks {ranks[i] * 1e3:.2f} ms, "
