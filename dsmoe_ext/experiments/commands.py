@@ -283,6 +283,8 @@ def methods(
         table.add(bench, "dense, trained", tuned_dense, **what)
         table.add_calibrated(bench, "calibrated", target_active)
         table.add(bench, "calibrated, trained", tuned_calibrated, **what)
+        for router in ("top_k", "top_p", "mean_score"):
+            table.add_calibrated(bench, f"calibrated, {router}", target_active, method=router)
         for name, method in chosen.items():
             trained = Trained(method, bench, target_active, steps)
             for knob in method.at or (None,):
