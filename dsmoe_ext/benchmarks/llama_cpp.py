@@ -6,12 +6,16 @@ into 8 experts of which 4 are active.
 
     pip install llama-cpp-python      builds llama.cpp for this processor, some ten minutes
     python -m dsmoe_ext.benchmarks.llama_cpp Q4_0 --threads 1
+
+--as-stored: llama.cpp computes with the weights as the file holds them. Without, it lays them out
+anew where it has code for the processor; that for AMX ends in a segmentation fault on some.
 """
 
 import argparse
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -85,12 +89,15 @@ def write_model(path: Path, kind: str, intermediate_size: int) -> None:
 class LlamaCpp:
     """A model in llama.cpp; seconds() of a token that is decoded."""
 
-    def __init__(self, path: Path, threads: int):
-        from llama_cpp import Llama
+    def __init__(self, path: Path, threads: int, as_stored: bool):
+        from llama_cpp import Llama, llama_cpp
 
-        self.model = Llama(
-            str(path), n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False
-        )
+        params = llama_cpp.llama_model_default_params()
+        params.use_extra_bufts = not as_stored  # which Llama does not ask for
+        with mock.patch.object(llama_cpp, "llama_model_default_params", lambda: params):
+            self.model = Llama(
+                str(path), n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False
+            )
 
     def seconds(self) -> float:
         self.model.reset()
@@ -126,6 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("kind", choices=("Q8_0", "Q4_0"))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--as-stored", action="store_true", help="llama.cpp without repacking")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -133,7 +141,7 @@ def main() -> None:
         write_model(whole, options.kind, SHAPE["intermediate_size"])
         write_model(small, options.kind, 32)
         layers = our_layers(whole)
-        peers = [LlamaCpp(path, options.threads) for path in (whole, small)]
+        peers = [LlamaCpp(path, options.threads, options.as_stored) for path in (whole, small)]
         rounds = []
         for _ in range(ROUNDS):
             times = [peer.seconds() for peer in peers]
