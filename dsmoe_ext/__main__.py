@@ -9,6 +9,7 @@ PACKAGES = ("torch", "transformers", "safetensors", "numpy", "typer", "rich", "g
 VARIABLES = (
     *("DSMOE_ISA", "DSMOE_KEPT_BYTES", "DSMOE_CUDA", "DSMOE_TORCH_DIR"),
     *("DSMOE_CUDA_WORKSPACE_MIB", "DSMOE_CUDA_GROUP", "DSMOE_CUDA_SMS", "DSMOE_CUDA_PATH"),
+    *("DSMOE_CUDA_PARTS", "DSMOE_CUDA_ROUTER_TILES"),
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS"),
 )
 

@@ -1,7 +1,9 @@
 """How the CUDA kernels cut their work, for the whole process: docs/gpu.md has a table of them.
 
 The defaults are right unless something else needs the GPU too. Results stay within the tolerances
-of the tests whatever is set; a path of its own may give other bits.
+of the tests whatever is set, but another path, other parts, another number of multiprocessors or
+less workspace may give other bits. Change them while no call runs: a call in another thread reads
+them more than once.
 """
 
 import contextlib
@@ -19,14 +21,20 @@ PATHS = ("best", "sm80", "sm90a")
 class CudaSettings:
     """Raises ValueError, naming the variable, for what the kernels cannot do."""
 
-    workspace_mib: float = 256.0  # of expert_mlp and its backward at most; they go in passes
+    # Of expert_mlp and its backward, which go in passes; a sum for every multiprocessor, 0.25 MiB
+    # each (Hopper: 0.375), is wanted at least.
+    workspace_mib: float = 256.0
     group: int = 1024  # pairs of every expert, or columns of H, before the next ones: what L2 holds
-    sms: int = 0  # multiprocessors that expert_mlp may fill, 0: all; fewer leave room for NCCL
+    sms: int = 0  # whose work expert_mlp is cut for, 0: all; by wgmma the others stay free (NCCL)
     path: str = "best"  # of half types: "sm80" is mma.sync on any GPU, "sm90a" wgmma or an error
     parts: int = 8  # CTAs that may share a sum of `down` where tokens are few; other bits for each
     router_tiles: int = 1024  # so many of the router's 8 x 8 tiles fill the GPU
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value, default = getattr(self, field.name), field.default
+            if isinstance(default, int) and (not isinstance(value, int) or value is True):
+                _expect(field.name, False, f"a whole number, but is {value!r}")
         # below 1/4 MiB tables alone would not fit; beyond 64 GiB 32-bit indices would not do
         _expect("workspace_mib", 0.25 <= self.workspace_mib <= 2**16, "0.25 to 65536")
         _expect("group", 1 <= self.group < 2**30, "1 or more")
@@ -68,7 +76,6 @@ _current = CudaSettings()
 def apply(settings: CudaSettings) -> None:
     """For calls from now on. Without effect where the build has no CUDA."""
     global _current
-    _current = settings
     if _C.build_info()["cuda"]:
         _C.set_cuda_settings(
             int(settings.workspace_mib * 2**20),
@@ -78,6 +85,7 @@ def apply(settings: CudaSettings) -> None:
             PATHS.index(settings.path),
             settings.parts,
         )
+    _current = settings
 
 
 @contextlib.contextmanager

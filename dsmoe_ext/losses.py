@@ -139,6 +139,11 @@ class LambdaController(_Controller):
         self.options = options_of(model)
         if start is not None:  # ReMoE starts at 1e-8
             self.options["sparsity_weight"] = start
+        if not self.options["sparsity_weight"] > 0:
+            raise ValueError(
+                f"the sparsity weight is {self.options['sparsity_weight']:g}, and a factor never "
+                "moves it from there: start above 0, say at 1e-8"
+            )
 
     @torch.no_grad()
     def step(self) -> None:

@@ -36,3 +36,14 @@ def test_settings_hold_inside_only():
     with cuda_settings.cuda_settings(group=64) as inside:
         assert inside.group == 64
     assert cuda_settings._current == before
+
+
+@pytest.mark.parametrize("value", [8.5, "8", True, None])
+def test_whole_numbers_are_whole(value):
+    before = cuda_settings._current
+    with (
+        pytest.raises(ValueError, match="DSMOE_CUDA_PARTS must be a whole number"),
+        cuda_settings.cuda_settings(parts=value),
+    ):
+        pass
+    assert cuda_settings._current == before

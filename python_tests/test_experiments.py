@@ -90,3 +90,8 @@ def test_commands_go_on_where_they_stopped(tmp_path, name, options, rows, tables
     assert "| python | prose | WikiText-2 |" in result.stdout
     again = CliRunner().invoke(app, arguments)
     assert again.stdout == result.stdout and file.read_text() == before
+
+
+def test_methods_are_named(tmp_path):
+    result = CliRunner().invoke(app, ["experiment", "methods", "--only", "XMoE, Remoe"])
+    assert result.exit_code == 2 and "'Remoe'" in result.output

@@ -171,6 +171,10 @@ def test_lambda_controller(seed):
 
 
 def test_controller_errors():
+    with pytest.raises(ValueError, match="never moves it"):
+        layers = stack_of(1, method="relu")
+        layers.config = type("Config", (), {"dsmoe": {"sparsity_weight": 0.0}})()
+        LambdaController(layers, 0.5)
     with pytest.raises(ValueError, match="target_active"):
         ThresholdController(stack_of(1), 0.0)
     with pytest.raises(ValueError, match="no threshold"):

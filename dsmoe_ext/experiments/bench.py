@@ -14,6 +14,7 @@ from ..command_line.text import OWN_LENGTH, Text, own_windows, texts_to_measure
 from ..layers import find_ffns
 from ..loading import load_model, need_tokenizer
 from ..models.options import options_of
+from ..training.controller import thresholds_suffice
 from ..training.data import TextWindows, prose_text, second_domain_text, windows_of
 from ..training.evaluate import evaluate, supports_bf16
 from ..training.fine_tune import fine_tune, recovery
@@ -89,8 +90,8 @@ class Bench:
         """
         options = options_of(model) if find_ffns(model) else {}
         target = options.get("target_active")
-        if target is not None and options["method"] == "threshold":
-            options["sparsity_weight"] = 0.0  # the thresholds hold the target
+        if target is not None and thresholds_suffice(options):
+            options["sparsity_weight"] = 0.0
         chosen = {"distill": distill, "target_active": target, "seed": self.seed} | settings
         rows = self.own_text.view(-1, min(self.window, OWN_LENGTH))  # as they were drawn
         text = TextWindows(rows, rows[:1])

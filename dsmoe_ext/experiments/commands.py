@@ -262,10 +262,11 @@ def methods(
     from .methods import METHODS, SHARE, Trained
 
     table = Rows(out, "methods")
-    words = only.split(",") if only else [""]
-    chosen = {name: m for name, m in METHODS.items() if any(word in name for word in words)}
-    if not chosen:
-        raise typer.BadParameter(f"no method's name holds {only}: {'; '.join(METHODS)}")
+    words = [word.strip() for word in (only or "").split(",") if word.strip()]
+    for word in words:
+        if not any(word in name for name in METHODS):
+            raise typer.BadParameter(f"no method's name holds {word!r}: {', '.join(METHODS)}")
+    chosen = {n: m for n, m in METHODS.items() if not words or any(word in n for word in words)}
     for bench in _benches(model, tokens, windows, wikitext, seeds):
         what = {"target": target_active, "steps": steps}
 
@@ -289,5 +290,7 @@ def methods(
             trained = Trained(method, bench, target_active, steps)
             for knob in method.at or (None,):
                 row = name if knob is None else f"{name} @ {knob:g}"
-                table.add(bench, row, functools.partial(trained.losses, knob), **what)
+                table.add(
+                    bench, row, functools.partial(trained.losses, knob), **what, **trained.what
+                )
     table.show(f"perplexity / dense @ active share, {steps} steps")

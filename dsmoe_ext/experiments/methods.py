@@ -1,9 +1,9 @@
 """The methods of docs/methods.md, each as its paper would start from a dense model."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..calibration.orders import neuron_orders
 from ..convert import sparsify
@@ -53,13 +53,17 @@ class Trained:
     weights, and thresholds follow fast.
     """
 
+    settings: ClassVar[dict[str, Any]] = {"router_lr": 1e-3, "controller_rate": 0.5}
+
     def __init__(self, method: Method, bench: "Bench", target: float, steps: int):
         self.method, self.bench, self.target, self.steps = method, bench, target, steps
+        recorded = asdict(method) | {"at": list(method.at)}  # as JSON gives it back
+        self.what = {"method": recorded, "distill": SHARE, **self.settings}  # names a row
 
     @cached_property
     def model(self) -> "PreTrainedModel":
         model = self.method.start(self.bench, self.target)
-        self.bench.tune(model, self.steps, SHARE, router_lr=1e-3, controller_rate=0.5)
+        self.bench.tune(model, self.steps, SHARE, **self.settings)
         return model
 
     def losses(self, knob: float | None) -> dict[str, Any]:

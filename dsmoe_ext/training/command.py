@@ -26,6 +26,7 @@ from ..layers import find_ffns
 from ..models.options import options_of
 from .callbacks import read_log
 from .checkpoint import find_checkpoints, remove_checkpoint
+from .controller import thresholds_suffice
 from .data import TextWindows
 from .fine_tune import TrainSettings, computes_in_bf16, fine_tune, run_checks
 from .record import check_same
@@ -208,9 +209,7 @@ def _adapt(
         options["target_active"] = settings.target_active
     if sparsity_weight is not None:
         options["sparsity_weight"] = sparsity_weight
-    elif options["target_active"] is not None and options["method"] != "relu":
-        # The thresholds hold the target. A loss that pushes the scores down all the time would only
-        # make them follow, and switch experts for nothing.
+    elif options["target_active"] is not None and thresholds_suffice(options):
         options["sparsity_weight"] = 0.0
     return dataclasses.replace(settings, target_active=options["target_active"])
 

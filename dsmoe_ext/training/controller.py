@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..layers import ffn_layers
 from ..losses import LambdaController, ThresholdController
+from ..routers import default_balance
 
 RATE = 0.5
 
@@ -80,6 +81,14 @@ def controller_for(
     if {method for method, _ in kinds} == {"relu"}:
         return LambdaController(model, target_active)
     return ThresholdController(model, target_active, rate / 10)
+
+
+def thresholds_suffice(options: dict[str, Any]) -> bool:
+    """Whether thresholds alone hold a model's target. A loss that pushes the scores down all the
+    time would only make them follow, and switch experts for nothing; a balance loss has its own
+    purpose, and ReMoE has no threshold."""
+    has_balance = options["balance"] or default_balance(options["method"])
+    return options["method"] != "relu" and not has_balance
 
 
 def score_above_which(logits: Tensor, sizes: list[int], share: float) -> Tensor:
