@@ -20,14 +20,8 @@ from dsmoe_ext.gated_mlp import SPLIT, describe
 from dsmoe_ext.layout import expert_layout
 from dsmoe_ext.ops import Routing
 from dsmoe_ext.reference import ACTIVATIONS, GATES, METHODS
-from dsmoe_ext.routers import (
-    LinearRouter,
-    default_balance,
-    make_router,
-    router_class,
-    router_names,
-)
-from dsmoe_ext.routers.interface import without_half_casts
+from dsmoe_ext.routers import LinearRouter, make_router, router_class, router_names
+from dsmoe_ext.routers.interface import default_balance, without_half_casts
 from dsmoe_ext.sampling import MIN_PROB, draw_weights, mix_key
 from dsmoe_ext.sliced_ffn import SlicedFFN
 from dsmoe_ext.statistics import ActivityCounter

@@ -2,8 +2,8 @@
 //
 //   silu        w = g
 //   gelu_tanh   w = 2 sqrt(2/pi) (g + 0.044715 g^3), since 1 + tanh(w/2) = 2 s
-//   gelu        w = g (a + b g^2 + c g^4), fitted to Phi(g): act is off by 3.1e-5 at most, act' by 9.4e-5, less
-//               than half types and tf32 can tell
+//   gelu        w = g (a + b g^2 + c g^4), fitted to Phi(g): act is off by 3.1e-5 at most, act' by 9.4e-5: near
+//               0 less than half types and tf32 can tell, far below it not
 //
 // so that kernels, whose ends are long and unrolled, have no branch and no copy for each; what differs are numbers
 // among their arguments.

@@ -97,6 +97,18 @@ class Bench:
         text = TextWindows(rows, rows[:1])
         return fine_tune(model, text, recovery(steps, **chosen), teacher=inference_copy(self.dense))
 
+    def losses_tuned(
+        self, steps: int, distill: float, target_active: float | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """Losses behind `tune`, and the active share of every step: of a model calibrated to
+        target_active with options, or of the dense one."""
+        if target_active is None:
+            start = self.dense_copy()
+        else:
+            start, _ = self.calibrate(target_active, **options)
+        log = self.tune(start, steps, distill)
+        return self.losses(start) | {"held": [row.get("active") for row in log]}
+
     def losses(self, model: "PreTrainedModel") -> dict[str, Any]:
         """{"loss": nats per token by text, "active": share of the FFN by text}, of the model as it
         would be used."""

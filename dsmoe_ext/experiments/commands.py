@@ -213,28 +213,17 @@ def tuned(
     """
     table = Rows(out, "tuned")
     for bench in _benches(model, tokens, windows, wikitext, seeds):
-
-        def after(distill: float, shared: float | None, bench: "Bench" = bench) -> dict[str, Any]:
-            """Losses of the dense model (shared None) or a calibrated one behind the steps."""
-            if shared is None:
-                start = bench.dense_copy()
-            else:
-                start, _ = bench.calibrate(target_active, shared=shared)
-            log = bench.tune(start, steps, distill)
-            trained = {"held": [row.get("active") for row in log]}
-            return bench.losses(start) | trained
-
-        what = {"target": target_active}
-        table.add_dense(bench, **what)
+        calibrated = {"target_active": target_active}
+        table.add_dense(bench, target=target_active)
         table.add_calibrated(bench, "calibrated", target_active)
-        for name, distill, shared in (
-            ("dense, CE", 0.0, None),
-            ("static, KL", 1.0, target_active),
-            ("calibrated, CE", 0.0, 0.25),
-            ("calibrated, KL", 1.0, 0.25),
+        for name, distill, options in (
+            ("dense, CE", 0.0, {}),
+            ("static, KL", 1.0, calibrated | {"shared": target_active}),
+            ("calibrated, CE", 0.0, calibrated),
+            ("calibrated, KL", 1.0, calibrated),
         ):
-            measurement = functools.partial(after, distill, shared)
-            table.add(bench, name, measurement, steps=steps, **what)
+            measurement = functools.partial(bench.losses_tuned, steps, distill, **options)
+            table.add(bench, name, measurement, steps=steps, target=target_active)
     table.show(f"perplexity / dense @ active share, target {target_active:g}, {steps} steps")
     table.show("the same / the dense model trained on the same tokens", "dense, CE")
 
@@ -269,21 +258,12 @@ def methods(
     chosen = {n: m for n, m in METHODS.items() if not words or any(word in n for word in words)}
     for bench in _benches(model, tokens, windows, wikitext, seeds):
         what = {"target": target_active, "steps": steps}
-
-        def tuned_dense(bench: "Bench" = bench) -> dict[str, Any]:
-            start = bench.dense_copy()
-            bench.tune(start, steps, SHARE)
-            return bench.losses(start)
-
-        def tuned_calibrated(bench: "Bench" = bench) -> dict[str, Any]:
-            start, _ = bench.calibrate(target_active)
-            bench.tune(start, steps, SHARE)
-            return bench.losses(start)
-
         table.add_dense(bench, target=target_active)
-        table.add(bench, "dense, trained", tuned_dense, **what)
+        trained_alike = functools.partial(bench.losses_tuned, steps, SHARE)
+        table.add(bench, "dense, trained", trained_alike, **what)
         table.add_calibrated(bench, "calibrated", target_active)
-        table.add(bench, "calibrated, trained", tuned_calibrated, **what)
+        measurement = functools.partial(trained_alike, target_active)
+        table.add(bench, "calibrated, trained", measurement, **what)
         for router in ("top_k", "top_p", "mean_score"):
             table.add_calibrated(bench, f"calibrated, {router}", target_active, method=router)
         for name, method in chosen.items():

@@ -70,14 +70,8 @@ def build(arch):
 def compile_launchers(sources, arch, folder):
     """Into folder: launchers.so, the PTX of every source, and a file "done"."""
     folder.mkdir(exist_ok=True)
-    flags = [
-        "-std=c++17",
-        "-lineinfo",
-        "-I",
-        str(ROOT / "csrc"),
-        f"-arch=compute_{arch}",
-        f"-code=compute_{arch}",
-    ]
+    flags = ["-std=c++17", "-lineinfo", "-I", str(ROOT / "csrc")]
+    flags += [f"-arch=compute_{arch}", f"-code=compute_{arch}"]
     flags += ["-Xcompiler", "-fPIC", "-cudart", "none", "--keep", "--keep-dir", str(folder)]
     flags += ["-DDSMOE_SM90A"] if arch == "90a" else []
     command = [nvcc(), "-shared", *flags, "-o", str(folder / "launchers.so"), *map(str, sources)]
