@@ -269,16 +269,19 @@ enum class Path : int32_t {
   kSm90a,  // wgmma, and kNoSuchPath where the GPU or the build has none
 };
 
-// Of the process. A workspace sized under other settings does not fit.
+// Of the process.
 struct Settings {
   int64_t workspace_bytes = 256 << 20;  // of expert_mlp and its backward, which go in passes
   int32_t group_size = 1024;    // pairs of every expert, or columns of H, before the next ones
   int32_t router_tiles = 1024;  // so many of the router's 8 x 8 tiles fill the GPU
   int32_t multiprocessors = 0;  // that expert_mlp may fill; 0: all. Others run NCCL beside it
-  Path path = Path::kBest;      // of half types
+  Path path = Path::kBest;      // of half types; fp32 has one
   int32_t parts = 8;            // CTAs that may share a sum of `down` where tokens are few
 };
-DSMOE_VISIBLE Settings& settings();
+DSMOE_VISIBLE void set_settings(const Settings& wanted);
+// What the calls below go by in this thread from here on, whatever another thread sets meanwhile: a
+// workspace that was sized by other settings would be too small.
+DSMOE_VISIBLE void take_settings();
 
 // What CUDA called the failure that this thread last got kCudaError for, "cudaErrorNotSupported".
 DSMOE_VISIBLE const char* error_name();

@@ -2,8 +2,7 @@
 
 The defaults are right unless something else needs the GPU too. Results stay within the tolerances
 of the tests whatever is set, but another path, other parts, another number of multiprocessors or
-less workspace may give other bits. Change them while no call runs: a call in another thread reads
-them more than once.
+less workspace may give other bits. A call takes them once, at its start.
 """
 
 import contextlib

@@ -21,6 +21,7 @@ void run(const Tensor& where, const OnCpu& on_cpu, const OnCuda& on_cuda) {
   check(where.is_cuda(), "dsmoe_ext runs on CPU and CUDA tensors only.");
 #ifdef DSMOE_WITH_CUDA
   torch::stable::accelerator::DeviceGuard guard(where.get_device_index());
+  cuda::take_settings();
   on_cuda(current_cuda_stream(where.get_device_index()));
 #else
   (void)on_cuda;

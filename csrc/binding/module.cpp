@@ -54,12 +54,8 @@ pybind11::dict measure_peaks(int threads) {
 #ifdef DSMOE_WITH_CUDA
 void set_cuda_settings(int64_t workspace_bytes, int32_t group_size, int32_t router_tiles,
                        int32_t multiprocessors, int32_t path, int32_t parts) {
-  dsmoe::cuda::settings() = {workspace_bytes,
-                             group_size,
-                             router_tiles,
-                             multiprocessors,
-                             static_cast<dsmoe::cuda::Path>(path),
-                             parts};
+  dsmoe::cuda::set_settings({workspace_bytes, group_size, router_tiles, multiprocessors,
+                             static_cast<dsmoe::cuda::Path>(path), parts});
 }
 #endif
 

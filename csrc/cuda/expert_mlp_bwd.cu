@@ -388,10 +388,10 @@ Status expert_mlp_backward(const ExpertMlpBackwardParams& p, void* workspace, St
   if (f.dtype == Dtype::kFloat64 || !copies_fit || f.num_experts > kMaxExperts) {
     return Status::kUnsupported;
   }
-  if (settings().path == Path::kSm90a && !sm90a::is_available()) return Status::kNoSuchPath;
   auto* bytes = static_cast<unsigned char*>(workspace);
   const auto on = static_cast<cudaStream_t>(stream);
   if (f.dtype == Dtype::kFloat32) return backward<float>(p, bytes, on);
+  if (!sm90a::has_wanted_path()) return Status::kNoSuchPath;
   return f.dtype == Dtype::kBFloat16 ? backward<__nv_bfloat16>(p, bytes, on)
                                      : backward<__half>(p, bytes, on);
 }

@@ -164,11 +164,6 @@ Status forward(const ExpertMlpParams& p, unsigned char* workspace, cudaStream_t 
   return launch_status();
 }
 
-// Is the one there that the settings want?
-bool has_path() {
-  return settings().path != Path::kSm90a || sm90a::is_available();
-}
-
 bool is_decode(const ExpertMlpParams& p) {
   return decodes(p.dtype, p.num_tokens, p.activations != nullptr);
 }
@@ -202,9 +197,9 @@ Status expert_mlp(const ExpertMlpParams& p, void* workspace, Stream stream) {
   }
   const bool has_results = p.hidden_size > 0 || p.activations != nullptr;  // then zeros are saved
   if (p.num_tokens == 0 || !has_results) return Status::kOk;
-  if (!has_path()) return Status::kNoSuchPath;
   auto* bytes = static_cast<unsigned char*>(workspace);
   if (p.dtype == Dtype::kFloat32) return forward<float>(p, bytes, on);
+  if (!sm90a::has_wanted_path()) return Status::kNoSuchPath;
   if (is_decode(p)) return decode(p, workspace, stream);
   return p.dtype == Dtype::kBFloat16 ? forward<__nv_bfloat16>(p, bytes, on)
                                      : forward<__half>(p, bytes, on);

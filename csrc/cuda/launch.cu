@@ -1,18 +1,31 @@
 // The host's side of all launches: the settings of the process, and what CUDA says of a failure.
 #include <algorithm>
+#include <mutex>
 
 #include "cuda/launch.cuh"
 
 namespace dsmoe::cuda {
 namespace {
 
+std::mutex settings_mutex;
+Settings settings_of_process;
+thread_local Settings settings_taken;
 thread_local const char* failure = "no error";
 
 }  // namespace
 
-Settings& settings() {
-  static Settings current;
-  return current;
+void set_settings(const Settings& wanted) {
+  const std::lock_guard lock(settings_mutex);
+  settings_of_process = wanted;
+}
+
+void take_settings() {
+  const std::lock_guard lock(settings_mutex);
+  settings_taken = settings_of_process;
+}
+
+const Settings& settings() {
+  return settings_taken;
 }
 
 const char* error_name() {

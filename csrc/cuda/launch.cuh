@@ -17,6 +17,9 @@ __host__ __device__ constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
+// As this thread took them last.
+const Settings& settings();
+
 // Of all launches before; keeps the name of what failed.
 Status launch_status();
 // After a call that failed, which the runtime does not know of if it was another library's.

@@ -183,7 +183,10 @@ cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t
 // -- the entry points of kernels.h, by C names --
 using namespace dsmoe;
 void set_settings(const cuda::Settings* given) {
-  cuda::settings() = *given;
+  cuda::set_settings(*given);
+}
+void take_settings() {
+  cuda::take_settings();
 }
 const char* error_name() {
   return cuda::error_name();

@@ -110,7 +110,10 @@ class Interpreter:
             STREAM,
         )
         self.library.set_callbacks(ctypes.byref(self._callbacks))
-        s = self.settings
+        self._set_settings(self.settings)
+        self.library.take_settings()
+
+    def _set_settings(self, s):
         workspace = int(s.workspace_mib * 2**20)
         given = Settings(workspace, s.group, s.router_tiles, s.sms, PATHS.index(s.path), s.parts)
         self.library.set_settings(ctypes.byref(given))

@@ -9,6 +9,7 @@ from ops_under_test import Ops, interpreter_only
 from ptx import Counters
 
 from dsmoe_ext import reference
+from dsmoe_ext.cuda_settings import CudaSettings
 from dsmoe_ext.testing import error_bounds, random_case
 
 EDGES = {  # name: (T, H, sizes, active)
@@ -258,6 +259,25 @@ def test_tokens_in_passes():
         assert passes.workspace_bytes < whole.workspace_bytes
 
 
+@interpreter_only
+def test_settings_of_another_thread_wait_for_the_next_call(monkeypatch):
+    """A call goes by the settings that its workspace was sized with."""
+    case = random_case(5, 520, 16, [400, 40], dtype=torch.bfloat16)
+    ops = Interpreter(**SMALL)
+    want, passes = ops.sparse_ffn(*case.inputs()), ops.launches.copy()
+    size = ops._workspace
+
+    def set_while_sizing(entry, params):
+        address = size(entry, params)
+        ops._set_settings(CudaSettings())
+        return address
+
+    monkeypatch.setattr(ops, "_workspace", set_while_sizing)
+    ops.launches.clear()
+    assert torch.equal(ops.sparse_ffn(*case.inputs()), want)
+    assert [name for name, *_ in ops.launches] == [name for name, *_ in passes]
+
+
 def test_fewer_multiprocessors_change_no_bit():
     case = random_case(5, 300, 64, [72, 16], dtype=torch.bfloat16)
     want = Ops(multiprocessors=4).sparse_ffn(*case.inputs())
@@ -287,6 +307,8 @@ def test_a_path_that_is_not_there_says_so():
     case = random_case(5, 20, 16, [16], dtype=torch.bfloat16)
     with pytest.raises(Failed, match="kNoSuchPath"):
         Interpreter(path="sm90a").sparse_ffn(*case.inputs())
+    fp32 = random_case(5, 20, 16, [16])  # of which there is one path
+    Interpreter(path="sm90a").sparse_ffn(*fp32.inputs())
     ops = Interpreter(arch="90a", path="sm80")
     ops.sparse_ffn(*case.inputs())
     assert not any("sm90a" in name for name, *_ in ops.launches)

@@ -1,6 +1,7 @@
 // expert_mlp's two GEMMs on sm_90a, behind the interface of those for every architecture.
 #pragma once
 
+#include "cuda/launch.cuh"
 #include "cuda/token_pass.cuh"
 
 namespace dsmoe::cuda::sm90a {
@@ -30,5 +31,10 @@ Status forward(const PassArgs<T>&, int, cudaStream_t) {
   return Status::kUnsupported;
 }
 #endif
+
+// Do the settings ask for nothing that is not there?
+inline bool has_wanted_path() {
+  return settings().path != Path::kSm90a || is_available();
+}
 
 }  // namespace dsmoe::cuda::sm90a
