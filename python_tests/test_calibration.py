@@ -83,6 +83,29 @@ def test_sizes_that_do_not_divide(size, shared, seed):
         assert ffn.permutation.sort().values.tolist() == list(range(size))
 
 
+@pytest.mark.parametrize("method", ["threshold", "top_p", "top_k", "mean_score"])
+@pytest.mark.parametrize(
+    ("sizes", "shared", "want"),
+    [
+        ("pairs:5,1;4,2", 0.25, [30, 6, 24, 12]),
+        ([24, 8, 16, 24], 0.25, [24, 8, 16, 24]),
+        ([2.0, 1, 1], 0.0, [48, 24, 24]),
+    ],
+)
+def test_unequal_experts(method, sizes, shared, want, seed):
+    text = some_text(24)
+    options = {"expert_sizes": sizes, "shared": shared, "method": method}
+    sparse = calibrate(tiny_llama(), text, **options)
+    ffn = ffn_layers(sparse)[0]
+    assert ffn.expert_offsets.diff()[ffn.num_shared :].tolist() == want
+    assert ffn.shared_size == round(96 * shared)
+    if method in ("threshold", "top_p"):  # to top_k experts of any size count alike
+        assert abs(measured_active(sparse, text).mean - 0.5) <= 0.05
+    merged = dsmoe_ext.merge(calibrate(tiny_llama(), text, refit=False, **options))
+    with torch.no_grad():
+        assert merged(text[:2]).logits.isfinite().all()
+
+
 def test_deterministic_and_leaves_the_model_alone(seed):
     model, text = tiny_llama(), some_text()
     before = copy.deepcopy(model.state_dict())
@@ -273,6 +296,9 @@ def test_training_mode_is_kept(seed):
         (None, {"target_active": 1.1}, "1 at most"),
         (None, {"shared": 0.99}, "less than one expert"),
         (None, {"expert_size": 97}, "expert_size"),
+        (None, {"expert_sizes": [64, 16]}, "sum to 80, but 72 neurons are routed"),
+        (None, {"expert_sizes": "pairs:3,1;2,1"}, "must be equal"),
+        (None, {"expert_sizes": [72], "shared": 1.5}, "shared_size must lie between"),
     ],
 )
 def test_clear_errors(text, options, message):

@@ -91,8 +91,9 @@ def choose(
         # An expert is on while the mass ranked before it is below t: the least are on first.
         masses = Histogram(-1.0, 0.0, energy.bias.device)
         for x in inputs():
-            ranked = energy.of(x).softmax(1).sort(dim=1, descending=True).values
-            masses.add(ranked - ranked.cumsum(1))
+            ranked, experts = energy.of(x).softmax(1).sort(dim=1, descending=True)
+            before = ranked - ranked.cumsum(1)
+            count_strength(masses, before.scatter(1, experts, before), layout.expert_sizes)
         share = layout.routed_share(target)
         return Choice(method, energy, min(max(-masses.value_above_which(share), 0.0), 1.0))
     histogram = strength_histogram(predicted, logs)

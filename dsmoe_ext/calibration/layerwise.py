@@ -33,6 +33,7 @@ from dsmoe_ext.command_line import console
 from dsmoe_ext.convert import check_dense, check_finite, merge, refuse_offloaded, sparsify
 from dsmoe_ext.gated_mlp import kind_of, mlp_activations
 from dsmoe_ext.layers import ffn_layers, find_ffns
+from dsmoe_ext.layout import expert_layout, parse_sizes
 from dsmoe_ext.models.adopt import gated_mlps, text_model
 from dsmoe_ext.models.options import options_of
 from dsmoe_ext.ops import build_info
@@ -75,6 +76,7 @@ def calibrate(
     shared: float = 0.25,
     refit: bool = True,
     *,
+    expert_sizes: Sequence[int | float] | str | None = None,
     method: str = "threshold",
     window: int = 512,
     seed: int = 0,
@@ -91,6 +93,8 @@ def calibrate(
         Where it equals `shared`, no routed expert is ever on: a pruned model, without routing.
     expert_size: neurons of a routed expert; 16 is best, 32 nearly so, and both suit the kernels.
     shared: the share of the FFN that is always on. It grows by what expert_size does not divide.
+    expert_sizes: of the routed experts, in place of expert_size: neurons that sum up, ratios, or as
+        the command line writes them ("pairs:4.5,0.5;4,1", layout.parse_sizes).
     refit: also refit down_proj to the masks. Without, merge gives the dense weights back
         bit for bit.
     method: the router, "threshold", "top_p", "top_k" or "mean_score" (choice.py); top-k ones meet
@@ -108,11 +112,10 @@ def calibrate(
     refuse_offloaded(model)
     check_finite(model)
     dense, kept = _dense_model(model)
-    sizes = partition.shared_split(_intermediate_size(dense), expert_size, shared)
-    layout = Layout(*sizes)
+    layout = _layout(_intermediate_size(dense), expert_size, expert_sizes, shared)
     windows = _check_windows(token_ids, dense, window)
     _check_target(target_active, layout)
-    _warn_of_many_experts(len(sizes[1]) + (sizes[0] > 0))
+    _warn_of_many_experts(len(layout.expert_sizes) + (layout.shared_size > 0))
     training = dense.training
     dense.eval()
     fits = []
@@ -295,6 +298,21 @@ def _intermediate_size(dense: "PreTrainedModel") -> int:
         names = " and ".join(f"{name} ({size})" for size, name in list(sizes.items())[:2])
         raise ValueError(f"calibrate() needs MLPs of one size, but {names} differ")
     return next(iter(sizes))
+
+
+def _layout(
+    intermediate_size: int,
+    expert_size: int,
+    expert_sizes: Sequence[int | float] | str | None,
+    shared: float,
+) -> Layout:
+    if expert_sizes is None:
+        return Layout(*partition.shared_split(intermediate_size, expert_size, shared))
+    shared_size = round(shared * intermediate_size)
+    if isinstance(expert_sizes, str):
+        expert_sizes = parse_sizes(expert_sizes, intermediate_size - shared_size)
+    sizes = expert_layout(intermediate_size, expert_sizes=expert_sizes, shared_size=shared_size)
+    return Layout(shared_size, sizes[1:] if shared_size else sizes)
 
 
 def _check_windows(token_ids: Any, dense: "PreTrainedModel", window: int) -> Tensor:

@@ -70,7 +70,7 @@ def strength_histogram(strength: Strength, sums: Moments) -> Histogram:
 
 
 def count_strength(histogram: Histogram, predicted: Tensor, sizes: list[int]) -> None:
-    """Adds predictions [T,R] to the histogram; every expert counts by its size."""
+    """Adds values [T,R] to the histogram; every expert counts by its size."""
     of_size = torch.tensor(sizes, device=predicted.device)
     for size in set(sizes):
         histogram.add(predicted[:, of_size == size], size)

@@ -12,6 +12,7 @@ from .options import (
     DeviceOption,
     Dtype,
     DtypeOption,
+    ExpertSizesOption,
     MixtureOption,
     ModelArgument,
     OutArgument,
@@ -23,7 +24,6 @@ from .options import (
     decoded,
     finite,
     standard_input,
-    written_sizes,
 )
 from .placing import place
 from .report import report
@@ -71,15 +71,7 @@ def convert(
     model: ModelArgument,
     out: OutArgument,
     experts: Annotated[int, typer.Option(min=1, help="Number of routed experts.")] = 8,
-    expert_sizes: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZES",
-            callback=written_sizes,
-            help="Sizes of the routed experts, instead of --experts: neurons (512,256,...), ratios "
-            "(2.0,1,...), pairs:4.5,0.5;4,1 (MoDSE) or nested (MatFormer).",
-        ),
-    ] = None,
+    expert_sizes: ExpertSizesOption = None,
     method: Annotated[
         str, typer.Option(help="The router by name: threshold, top_p, top_k, relu, modse, ...")
     ] = "threshold",
@@ -164,6 +156,7 @@ def calibrate(
     data: MixtureOption = None,
     target_active: TargetOption = 0.5,
     expert_size: Annotated[int, typer.Option(min=1, help="Neurons of a routed expert.")] = 16,
+    expert_sizes: ExpertSizesOption = None,
     shared: Annotated[
         float,
         typer.Option(callback=finite, min=0.0, max=1.0, help="Share of the FFN that is always on."),
@@ -211,6 +204,7 @@ def calibrate(
                 tokens=tokens,
                 target_active=target_active,
                 expert_size=expert_size,
+                expert_sizes=expert_sizes,
                 shared=shared,
                 refit=refit,
                 method=method,

@@ -76,6 +76,30 @@ TargetOption = Annotated[
 ]
 
 
+def written_sizes(text: str | None) -> str | None:
+    """Callback of --expert-sizes: refuses what no FFN of any size could have."""
+    if text:
+        from ..layout import parse_sizes
+
+        try:
+            parse_sizes(text, 2**30)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+    return text
+
+
+ExpertSizesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--expert-sizes",
+        metavar="SIZES",
+        callback=written_sizes,
+        help="Sizes of the routed experts, if they differ: neurons (512,256,...), ratios "
+        "(2.0,1,...), pairs:4.5,0.5;4,1 (MoDSE) or nested (MatFormer).",
+    ),
+]
+
+
 class Dtype(str, enum.Enum):
     """The dtype of weights and computation."""
 
@@ -132,18 +156,6 @@ def numbers(text: str | None, kind: type, option: str) -> list[Any]:
         raise typer.BadParameter(
             f"{text!r} is not a list like 0.3,0.5", param_hint=option
         ) from None
-
-
-def written_sizes(text: str | None) -> str | None:
-    """Callback of --expert-sizes: refuses what no FFN of any size could have."""
-    if text:
-        from ..layout import parse_sizes
-
-        try:
-            parse_sizes(text, 2**30)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-    return text
 
 
 def decoded(text: str, what: str) -> str:

@@ -169,6 +169,35 @@ def curve(
     table.show("perplexity / dense @ active share")
 
 
+@app.command()
+def cuts(
+    model: Model = "smollm2",
+    targets: Annotated[str, typer.Option(help="Active shares.")] = "0.25,0.5,0.75",
+    tokens: Tokens = 65536,
+    windows: Windows = 8,
+    wikitext: WikiText = None,
+    seeds: Seeds = "0",
+    out: Out = Path("experiments"),
+) -> None:
+    """Do finer experts keep more, as XMoE says, and do unequal ones, as MoDSE says?
+
+    FFNs are cut whole, with no shared part, and routers found in closed form.
+    """
+    table = Rows(out, "cuts")
+    pairs = "pairs:4.5,0.5;4,1;3,2;2.5,2.5"
+    for bench in _benches(model, tokens, windows, wikitext, seeds):
+        table.add_dense(bench)
+        neurons = bench.dense.config.get_text_config().intermediate_size
+        for target in numbers(targets, float, "--targets"):
+            for method, experts in (("top_p", 8), ("top_p", 64), ("top_p", 512), ("top_k", 8)):
+                cut = {"expert_size": max(1, neurons // experts), "shared": 0.0, "method": method}
+                name = f"{method}, experts of {cut['expert_size']}, {target:g}"
+                table.add_calibrated(bench, name, target, **cut)
+            cut = {"expert_sizes": pairs, "shared": 0.0, "method": "top_k"}
+            table.add_calibrated(bench, f"top_k, 4 pairs, {target:g}", target, **cut)
+    table.show("perplexity / dense @ active share")
+
+
 @app.command("tokens")
 def tokens_by_domain(
     model: Model = "smollm2",
