@@ -91,6 +91,10 @@ def test_commands_go_on_where_they_stopped(tmp_path, name, options, rows, tables
     assert "| python | prose | WikiText-2 |" in result.stdout
     again = CliRunner().invoke(app, arguments)
     assert again.stdout == result.stdout and file.read_text() == before
+    drawn = (tmp_path / "own_text.jsonl").read_text()
+    file.write_text(before.splitlines(keepends=True)[0])
+    again = CliRunner().invoke(app, arguments)
+    assert again.exit_code == 0 and (tmp_path / "own_text.jsonl").read_text() == drawn
 
 
 def test_methods_are_named(tmp_path):

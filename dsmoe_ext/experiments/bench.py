@@ -20,6 +20,7 @@ from ..training.evaluate import evaluate, supports_bf16
 from ..training.fine_tune import fine_tune, recovery
 from ..training.measure import inference_copy
 from ..training.sources import SELF, Source, read_windows
+from .record import Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,10 +30,18 @@ class Bench:
     """One dense model under test, and the measurements that every row of a table is made of."""
 
     def __init__(
-        self, model: str, tokens: int, window: int, windows: int, wikitext: Path | None, seed: int
+        self,
+        model: str,
+        tokens: int,
+        window: int,
+        windows: int,
+        wikitext: Path | None,
+        seed: int,
+        drawn: Record,
     ):
         self.name, self.tokens, self.window = model, tokens, window
         self.windows, self.wikitext, self.seed = windows, wikitext, seed
+        self.drawn = drawn
         self.dense, tokenizer = load_model(model, dtype="fp32")
         self.tokenizer = need_tokenizer(tokenizer, model)
 
@@ -52,8 +61,14 @@ class Bench:
 
     @cached_property
     def own_text(self) -> torch.Tensor:
-        """Windows [N,L] that the dense model says itself, `tokens` in all."""
-        return own_windows(self.dense, self.tokens, self.window, self.seed)
+        """Windows [N,L] that the dense model says itself, `tokens` in all: drawn once for all
+        tables, which so compare the same."""
+        what = {"tokens": self.tokens, "window": self.window, "seed": self.seed}
+
+        def draw() -> dict[str, Any]:
+            return {"ids": own_windows(self.dense, **what).tolist()}
+
+        return torch.tensor(self.drawn.measure({"model": self.name, **what}, draw)["ids"])
 
     @cached_property
     def texts(self) -> list[Text]:

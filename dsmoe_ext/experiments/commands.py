@@ -33,12 +33,13 @@ Out = Annotated[Path, typer.Option("--out", help="The folder of the results.")]
 
 
 def _benches(
-    model: str, tokens: int, windows: int, wikitext: Path | None, seeds: str
+    model: str, tokens: int, windows: int, wikitext: Path | None, seeds: str, out: Path
 ) -> Iterator["Bench"]:
     from .bench import Bench
 
+    drawn = Record(out / "own_text.jsonl")
     for seed in numbers(seeds, int, "--seeds"):
-        yield Bench(model, tokens, 512, windows, wikitext, seed)
+        yield Bench(model, tokens, 512, windows, wikitext, seed, drawn)
 
 
 class Rows:
@@ -106,7 +107,7 @@ def ladder(
     from .oracle import masked_ffns, strongest_experts, strongest_neurons
 
     table = Rows(out, "ladder")
-    for bench in _benches(model, tokens, windows, wikitext, seeds):
+    for bench in _benches(model, tokens, windows, wikitext, seeds, out):
 
         def oracle(masks: Any, bench: "Bench" = bench) -> dict[str, Any]:
             with masked_ffns(bench.dense, masks):
@@ -141,7 +142,7 @@ def static(
     """Does routing earn its keep? Against the strongest neurons alone, refitted the same way."""
     table = Rows(out, "static")
     shares = [*numbers(shared, float, "--shared"), target_active]
-    for bench in _benches(model, tokens, windows, wikitext, seeds):
+    for bench in _benches(model, tokens, windows, wikitext, seeds, out):
         table.add_dense(bench, target=target_active)
         for share in shares:
             name = f"shared {share:g}" if share < target_active else "static: strongest + refit"
@@ -161,7 +162,7 @@ def curve(
 ) -> None:
     """Perplexity over the active share, routed (half of it always on) and static."""
     table = Rows(out, "curve")
-    for bench in _benches(model, tokens, windows, wikitext, seeds):
+    for bench in _benches(model, tokens, windows, wikitext, seeds, out):
         table.add_dense(bench)
         for target in numbers(targets, float, "--targets"):
             for kind, share in (("routed", target / 2), ("static", target)):
@@ -185,7 +186,7 @@ def cuts(
     """
     table = Rows(out, "cuts")
     pairs = "pairs:4.5,0.5;4,1;3,2;2.5,2.5"
-    for bench in _benches(model, tokens, windows, wikitext, seeds):
+    for bench in _benches(model, tokens, windows, wikitext, seeds, out):
         table.add_dense(bench)
         neurons = bench.dense.config.get_text_config().intermediate_size
         for target in numbers(targets, float, "--targets"):
@@ -214,7 +215,7 @@ def tokens_by_domain(
     """How much text, and which? Calibrated on each source at each size, measured on every text."""
     table = Rows(out, "tokens")
     sizes = numbers(counts, int, "--counts")
-    for bench in _benches(model, max(sizes), windows, wikitext, seeds):
+    for bench in _benches(model, max(sizes), windows, wikitext, seeds, out):
         table.add_dense(bench)
         for source in sources.split(","):
             for size in sizes:
@@ -241,7 +242,7 @@ def tuned(
     the dense model's predictions (KL).
     """
     table = Rows(out, "tuned")
-    for bench in _benches(model, tokens, windows, wikitext, seeds):
+    for bench in _benches(model, tokens, windows, wikitext, seeds, out):
         calibrated = {"target_active": target_active}
         table.add_dense(bench, target=target_active)
         table.add_calibrated(bench, "calibrated", target_active)
@@ -285,7 +286,7 @@ def methods(
         if not any(word in name for name in METHODS):
             raise typer.BadParameter(f"no method's name holds {word!r}: {', '.join(METHODS)}")
     chosen = {n: m for n, m in METHODS.items() if not words or any(word in n for word in words)}
-    for bench in _benches(model, tokens, windows, wikitext, seeds):
+    for bench in _benches(model, tokens, windows, wikitext, seeds, out):
         what = {"target": target_active, "steps": steps}
         table.add_dense(bench, target=target_active)
         trained_alike = functools.partial(bench.losses_tuned, steps, SHARE)
