@@ -275,9 +275,10 @@ def methods(
     """DSMoE, XMoE, MoDSE and their neighbours: the same start, tokens and steps.
 
     FFNs and routers learn from the dense model's predictions and the text in equal parts; then the
-    method's knob is turned. For comparison: the dense model after the same training, and the
-    calibrated one before and after it.
+    method's knob is turned. For comparison: the dense model after the same training, and calibrated
+    ones, with each router that is known in closed form, before and after it.
     """
+    from ..calibration.choice import METHODS as calibrated
     from .methods import METHODS, SHARE, Trained
 
     table = Rows(out, "methods")
@@ -291,11 +292,11 @@ def methods(
         table.add_dense(bench, target=target_active)
         trained_alike = functools.partial(bench.losses_tuned, steps, SHARE)
         table.add(bench, "dense, trained", trained_alike, **what)
-        table.add_calibrated(bench, "calibrated", target_active)
-        measurement = functools.partial(trained_alike, target_active)
-        table.add(bench, "calibrated, trained", measurement, **what)
-        for router in ("top_k", "top_p", "mean_score"):
+        for router in calibrated:
             table.add_calibrated(bench, f"calibrated, {router}", target_active, method=router)
+            measurement = functools.partial(trained_alike, target_active, method=router)
+            name = f"calibrated, {router}, trained"
+            table.add(bench, name, measurement, method=router, **what)
         for name, method in chosen.items():
             trained = Trained(method, bench, target_active, steps)
             for knob in method.at or (None,):
