@@ -182,20 +182,22 @@ def cuts(
 ) -> None:
     """Do finer experts keep more, as XMoE says, and do unequal ones, as MoDSE says?
 
-    FFNs are cut whole, with no shared part, and routers found in closed form.
+    FFNs are cut whole, with no shared part, and top-p routers found in closed form, which meet a
+    share with experts of any sizes.
     """
     table = Rows(out, "cuts")
-    pairs = "pairs:4.5,0.5;4,1;3,2;2.5,2.5"
     for bench in _benches(model, tokens, windows, wikitext, seeds, out):
         table.add_dense(bench)
         neurons = bench.dense.config.get_text_config().intermediate_size
+        cuts: dict[str, dict[str, Any]] = {
+            f"experts of {size}": {"expert_size": size}
+            for size in (max(1, neurons // experts) for experts in (8, 64, 512))
+        }
+        cuts["4 pairs"] = {"expert_sizes": "pairs:4.5,0.5;4,1;3,2;2.5,2.5"}
         for target in numbers(targets, float, "--targets"):
-            for method, experts in (("top_p", 8), ("top_p", 64), ("top_p", 512), ("top_k", 8)):
-                cut = {"expert_size": max(1, neurons // experts), "shared": 0.0, "method": method}
-                name = f"{method}, experts of {cut['expert_size']}, {target:g}"
-                table.add_calibrated(bench, name, target, **cut)
-            cut = {"expert_sizes": pairs, "shared": 0.0, "method": "top_k"}
-            table.add_calibrated(bench, f"top_k, 4 pairs, {target:g}", target, **cut)
+            for name, cut in cuts.items():
+                whole = cut | {"shared": 0.0, "method": "top_p"}
+                table.add_calibrated(bench, f"top_p, {name}, {target:g}", target, **whole)
     table.show("perplexity / dense @ active share")
 
 
