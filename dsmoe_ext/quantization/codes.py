@@ -49,25 +49,30 @@ class QuantizedWeights:
 
     def _dequantize(self, name: str, dtype: torch.dtype) -> Tensor:
         matrix: QuantizedMatrix = getattr(self, name)
-        wide = torch.promote_types(dtype, torch.float32)
-        codes, scales = matrix.codes.to(wide), matrix.scales.to(wide)
-        if not self.group_size:
-            return codes.mul_(scales if name == "down_proj_t" else scales[:, None]).to(dtype)
-        at: tuple[Any, ...] = (slice(None), torch.arange(codes.shape[1]) // self.group_size)
-        if name == "down_proj_t":
-            assert self.expert_offsets is not None
-            at = (neuron_groups(self.expert_offsets, self.group_size),)
-        weight = codes.mul_(scales[at])
+        wide, at = torch.promote_types(dtype, torch.float32), self.numbers_at(name)
+        weight = matrix.codes.to(wide).mul_(matrix.scales.to(wide)[at])
         return (weight if matrix.mins is None else weight.add_(matrix.mins.to(wide)[at])).to(dtype)
 
+    def numbers_at(self, name: str) -> tuple[Any, ...]:
+        """scales[numbers_at(name)] has a scale for every weight of a matrix, or fits it."""
+        codes, is_down = getattr(self, name).codes, name == "down_proj_t"
+        if not self.group_size:
+            return (None,) if is_down else (slice(None), None)
+        if not is_down:
+            columns = torch.arange(codes.shape[1], device=codes.device)
+            return slice(None), columns // self.group_size
+        assert self.expert_offsets is not None
+        return (neuron_groups(self.expert_offsets, len(codes), self.group_size),)
 
-def neuron_groups(expert_offsets: Tensor, group_size: int) -> Tensor:
-    """The group [I] of each neuron, numbered through all experts."""
-    groups, first = [torch.zeros(0, dtype=torch.long)], 0
-    for size in expert_offsets.diff().tolist():
-        groups.append(first + torch.arange(size) // group_size)
-        first += -(-size // group_size)
-    return torch.cat(groups)
+
+def neuron_groups(expert_offsets: Tensor, num_neurons: int, group_size: int) -> Tensor:
+    """The group [I] of each neuron, numbered through all experts. Nothing waits for a device."""
+    offsets = expert_offsets.long()
+    counts = (offsets.diff() + group_size - 1) // group_size
+    first = counts.cumsum(0) - counts
+    neurons = torch.arange(num_neurons, device=offsets.device)
+    experts = torch.bucketize(neurons, offsets[1:], right=True)
+    return first[experts] + (neurons - offsets[experts]) // group_size
 
 
 def quantize_weights(

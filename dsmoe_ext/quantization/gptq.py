@@ -48,7 +48,7 @@ def quantize_with_gram(
     for name, weight in zip(MATRICES, (gate_proj, up_proj, down_proj_t), strict=True):
         weight, before = weight.detach().float(), getattr(plain, name)
         if name == "down_proj_t":
-            groups = neuron_groups(expert_offsets, size) if size else None
+            groups = neuron_groups(expert_offsets, len(weight), size) if size else None
             mins = None if before.mins is None else before.mins.t()
             codes = _round(weight.t(), gram_a, before.scales.t(), mins, groups, plain.bits)
             codes = codes.t().contiguous()
