@@ -202,9 +202,10 @@ struct PackParams {
 // at its first one: [G,H], G = sum over experts of ceil(S_e / group_size). Of output channels: [I] of
 // gate_proj and up_proj; [H] of down_proj_t, for all experts.
 struct QuantizedMatrix {
-  const int8_t* codes;  // [I,H]
-  const void* scales;   // fp16 of groups, fp32 of output channels
-  const void* mins;     // fp16 of groups, or null
+  const int8_t*
+      codes;           // [I,H]; 4 bits on CUDA: [I,H/2], code + 8, of two the first in the low half
+  const void* scales;  // fp16 of groups, fp32 of output channels
+  const void* mins;    // fp16 of groups, or null
 };
 
 struct PackQuantizedParams {
@@ -217,6 +218,15 @@ struct PackQuantizedParams {
   QuantizedMatrix down_proj_t;    // groups along the neurons
   const int32_t* expert_offsets;  // [E+1]
   void* packed;                   // [quantized_bytes]  output
+};
+
+// expert_mlp of few tokens from codes, on CUDA. dtype is of x and y.
+struct ExpertMlpQuantizedParams {
+  ExpertMlpParams forward;  // weights null, nothing kept
+  QuantFormat format;
+  QuantizedMatrix gate_proj;    // groups along H
+  QuantizedMatrix up_proj;      // groups along H
+  QuantizedMatrix down_proj_t;  // groups along the neurons
 };
 
 // --------------------------------------------------------------------------------------------- CPU
@@ -292,12 +302,14 @@ DSMOE_VISIBLE const char* error_name();
 // Can the CUDA kernels read weights, or write gradients, that lie like this? Others must be copied.
 bool reads(const WeightStrides& strides, int64_t hidden_size);
 bool writes(const WeightStrides& strides, int64_t hidden_size);
-// A forward of few tokens, which reads down_proj as [H,I] and [E,H,S] too.
+// A forward of few tokens, which reads down_proj as [H,I] and [E,H,S] too, and codes (expert_mlp_quantized).
+constexpr int kDecodeTokens = 16;  // the rows of one mma
 bool decodes(Dtype dtype, int64_t num_tokens, bool keeps_activations);
 bool decode_reads(const WeightStrides& down, int64_t hidden_size);
 
 // workspace: device memory of at least *_workspace_bytes, uninitialised, used until the kernels end
 int64_t expert_mlp_workspace_bytes(const ExpertMlpParams& params);
+int64_t expert_mlp_quantized_workspace_bytes(const ExpertMlpQuantizedParams& params);
 int64_t expert_mlp_backward_workspace_bytes(const ExpertMlpBackwardParams& params);
 int64_t permute_workspace_bytes(const PermuteParams& params);
 int64_t router_backward_workspace_bytes(const RouterBackwardParams& params);
@@ -308,6 +320,7 @@ Status route(const RouteParams& params, Stream stream);
 Status route_backward(const RouteBackwardParams& params, Stream stream);
 Status permute(const PermuteParams& params, void* workspace, Stream stream);
 Status expert_mlp(const ExpertMlpParams& params, void* workspace, Stream stream);
+Status expert_mlp_quantized(const ExpertMlpQuantizedParams& params, void* workspace, Stream stream);
 Status expert_mlp_backward(const ExpertMlpBackwardParams& params, void* workspace, Stream stream);
 
 }  // namespace cuda

@@ -355,6 +355,11 @@ def _(x, gates, packed, expert_offsets, hidden_size, intermediate_size, activati
     return x.new_empty(x.shape)
 
 
+@torch.library.register_fake("dsmoe::expert_mlp_quantized")
+def _(x, gates, *weights):
+    return x.new_empty(x.shape)
+
+
 @torch.library.register_fake("dsmoe::routed_ffn")
 def _(x, router_weight, router_bias, threshold, packed, expert_offsets, *options):
     gates = router_weight.new_empty(x.shape[0], expert_offsets.shape[0] - 1)

@@ -1,4 +1,6 @@
 // dsmoe::expert_mlp and its backward: check, allocate, fill Params, call the device's kernel.
+#include "binding/expert_mlp.h"
+
 #include <limits>
 
 #include "binding/cuda_limits.h"
@@ -10,14 +12,9 @@
 #include "binding/weights.h"
 
 namespace dsmoe::binding {
-namespace {
 
-struct Inputs {
-  Tensor x, gates, offsets;
-};
-
-Inputs check_inputs(const Tensor& x, const Tensor& gates, const Tensor& offsets,
-                    int64_t hidden_size, int64_t intermediate_size) {
+MlpInputs mlp_inputs(const Tensor& x, const Tensor& gates, const Tensor& offsets,
+                     int64_t hidden_size, int64_t intermediate_size) {
   check(x.dim() == 2, "x must have shape [T, H], but has ", Shape{x}, ".");
   const Dtype dtype = kernel_dtype(x, "x");
   check(x.size(1) == hidden_size, "x has ", x.size(1),
@@ -39,9 +36,32 @@ Inputs check_inputs(const Tensor& x, const Tensor& gates, const Tensor& offsets,
           checked_offsets(offsets, gates.size(1), intermediate_size)};
 }
 
-Inputs check_inputs(const Tensor& x, const Tensor& gates, const Tensor& offsets,
-                    const Weights& weights) {
-  Inputs in = check_inputs(x, gates, offsets, weights.hidden_size(), weights.intermediate_size());
+static Activation checked_activation(int64_t activation) {
+  check(activation >= 0 && activation <= static_cast<int64_t>(Activation::kGelu),
+        "activation must be 0 (silu), 1 (gelu_tanh) or 2 (gelu).");
+  return static_cast<Activation>(activation);
+}
+
+ExpertMlpParams mlp_params(const MlpInputs& in, int64_t intermediate_size, int64_t activation) {
+  ExpertMlpParams p{};
+  p.dtype = kernel_dtype(in.x, "x");
+  p.num_tokens = in.x.size(0);
+  p.hidden_size = in.x.size(1);
+  p.intermediate_size = intermediate_size;
+  p.num_experts = static_cast<int32_t>(in.gates.size(1));
+  p.x_stride = row_stride(in.x);
+  p.activation = checked_activation(activation);
+  p.x = in.x.data_ptr();
+  p.gates = in.gates.data_ptr();
+  p.expert_offsets = static_cast<const int32_t*>(in.offsets.data_ptr());
+  return p;
+}
+
+namespace {
+
+MlpInputs check_inputs(const Tensor& x, const Tensor& gates, const Tensor& offsets,
+                       const Weights& weights) {
+  MlpInputs in = mlp_inputs(x, gates, offsets, weights.hidden_size(), weights.intermediate_size());
   weights.check_offsets(in.offsets);
   return in;
 }
@@ -63,27 +83,6 @@ bool decodes([[maybe_unused]] const Tensor& x, [[maybe_unused]] bool save_activa
   return false;
 }
 
-Activation checked_activation(int64_t activation) {
-  check(activation >= 0 && activation <= static_cast<int64_t>(Activation::kGelu),
-        "activation must be 0 (silu), 1 (gelu_tanh) or 2 (gelu).");
-  return static_cast<Activation>(activation);
-}
-
-ExpertMlpParams params(const Inputs& in, int64_t intermediate_size, int64_t activation) {
-  ExpertMlpParams p{};
-  p.dtype = kernel_dtype(in.x, "x");
-  p.num_tokens = in.x.size(0);
-  p.hidden_size = in.x.size(1);
-  p.intermediate_size = intermediate_size;
-  p.num_experts = static_cast<int32_t>(in.gates.size(1));
-  p.x_stride = row_stride(in.x);
-  p.activation = checked_activation(activation);
-  p.x = in.x.data_ptr();
-  p.gates = in.gates.data_ptr();
-  p.expert_offsets = static_cast<const int32_t*>(in.offsets.data_ptr());
-  return p;
-}
-
 void forward(const ExpertMlpParams& p, const Tensor& where) {
   run(
       where, [&](const cpu::Team& team) { check_status(cpu::expert_mlp(p, team)); },
@@ -103,8 +102,8 @@ std::tuple<Tensor, Tensor> expert_mlp(const Tensor& x, const Tensor& gates, cons
                                       bool save_activations, bool allow_tf32) {
   const Weights weights =
       checked_weights(gate_proj, up_proj, down_proj_t, x, decodes(x, save_activations));
-  const Inputs in = check_inputs(x, gates, expert_offsets, weights);
-  ExpertMlpParams p = params(in, weights.intermediate_size(), activation);
+  const MlpInputs in = check_inputs(x, gates, expert_offsets, weights);
+  ExpertMlpParams p = mlp_params(in, weights.intermediate_size(), activation);
   weights.describe(p);
   Tensor y = direct_empty(in.x, {p.num_tokens, p.hidden_size});
   const int64_t kept = save_activations ? 2 * p.num_tokens * p.intermediate_size : 0;
@@ -124,12 +123,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
     bool allow_tf32, bool want_dx, bool want_dgates, bool want_dgate_proj, bool want_dup_proj,
     bool want_ddown_proj_t) {
   const Weights weights = checked_weights(gate_proj, up_proj, down_proj_t, x, false);
-  const Inputs in = check_inputs(x, gates, expert_offsets, weights);
+  const MlpInputs in = check_inputs(x, gates, expert_offsets, weights);
   check_like(dy_in, "dy", x);
   check_shape(dy_in, "dy", {x.size(0), x.size(1)});
   const Tensor dy = with_dense_rows(dy_in);
   ExpertMlpBackwardParams p{};
-  p.forward = params(in, weights.intermediate_size(), activation);
+  p.forward = mlp_params(in, weights.intermediate_size(), activation);
   weights.describe(p.forward);
   const int64_t kept = 2 * p.forward.num_tokens * p.forward.intermediate_size;
   check(activations.numel() == 0 || activations.numel() == kept,
@@ -171,8 +170,8 @@ Tensor expert_mlp_packed(const Tensor& x, const Tensor& gates, const Tensor& pac
                          const Tensor& expert_offsets, int64_t hidden_size,
                          int64_t intermediate_size, int64_t activation) {
   check(x.is_cpu() && packed.is_cpu(), "packed weights are for the CPU.");
-  const Inputs in = check_inputs(x, gates, expert_offsets, hidden_size, intermediate_size);
-  ExpertMlpParams p = params(in, intermediate_size, activation);
+  const MlpInputs in = mlp_inputs(x, gates, expert_offsets, hidden_size, intermediate_size);
+  ExpertMlpParams p = mlp_params(in, intermediate_size, activation);
   check_packed(packed, p);
   Tensor y = direct_empty(in.x, {p.num_tokens, p.hidden_size});
   p.y = y.data_ptr();

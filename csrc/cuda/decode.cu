@@ -3,11 +3,12 @@
 // Reading the weights is the work: 6 S_e H bytes per active expert, once whatever T is. Everything
 // else must stay out of its way. So nothing goes through shared memory on its way in: a lane loads 16
 // bytes of weights, and those registers are already a fragment of mma.m16n8k16, whose 16 rows are the
-// tokens. That works because a sum has no order that mma cares about: any 16 terms may be "k 0-15", as
-// long as both operands agree, and any 8 columns may be "n 0-7".
+// tokens in `outputs`; in `neurons` they are 8 neurons of both matrices, and 8 tokens the columns. That
+// works because a sum has no order that mma cares about: any 16 terms may be "k 0-15", as long as both
+// operands agree, and any 8 columns may be "n 0-7".
 //
 //   neurons   a[t, unit] for units of 8 neurons of one active expert         sum over H
-//             lane (g, q): 8 numbers of rows g of Wg and Wu, of x_g and x_{g+8}, at 8 q: two mma
+//             lane (g, q): 8 numbers of rows g of Wg and Wu, of x_g and x_{g+8}, at 8 q: two mma for either x
 //             a CTA per unit, the sum cut into four for its warps
 //   outputs   y[t, 64 columns]                                               sum over units
 //             lane (g, q): 8 numbers of rows 2q, 2q+1 of two units at 8 g. Byte permutes pair the rows
@@ -15,10 +16,14 @@
 //             a CTA per 64 columns and part of the units, the part cut into eight for its warps
 //             Where Wd is [H,I], lane (g, q) has 8 neurons of unit q of four, of columns 8 g + j: two mma a column
 //
+// A format says how a lane gets its numbers: they are the weights (Numbers, decode_steps.cuh), or made
+// of codes of 8 or 4 bits (Codes, decode_codes.cuh), of which 16 bytes are two or four times as many.
+//
 // Sums of warps, then of parts, are added in a fixed order; the CTA that arrives last at a strip of
 // columns adds the parts. Units exist on the device only: every CTA of `neurons` counts the active
 // experts by itself, 128 columns of gates a round; for few rounds that is quicker than one more launch.
 #include "cuda/decode.cuh"
+#include "cuda/decode_codes.cuh"
 #include "cuda/decode_steps.cuh"
 #include "cuda/last_to_arrive.cuh"
 #include "cuda/launch.cuh"
@@ -28,17 +33,39 @@ namespace dsmoe::cuda {
 namespace {
 
 constexpr int kNeuronThreads = 128, kNeuronWarps = kNeuronThreads / kWarp;
+constexpr int kNeuronCtas = 5;  // on an SM: 20 warps
 constexpr int kOutputThreads = 256, kOutputWarps = kOutputThreads / kWarp;
-constexpr int kAhead = 4;  // loads in flight per lane and row: 19 warps per SM hide DRAM
 
 // -------------------------------------------------------------------------------------- neurons
 
-// first_unit[e] = units of active experts before e. All threads; ends with a barrier. First a thread asks for
-// everything that it needs of its experts, no round waiting for another; then it adds up neighbouring ones.
-template <class T>
-__device__ void count_units(const DecodeArgs<T>& args, int* first_unit) {
+// counts[0 .. n] become the sums of those before. All threads; ends with a barrier. A thread adds up neighbouring ones.
+__device__ void exclusive_sum(int* counts, int n) {
   __shared__ int warp_totals[kNeuronWarps];
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, num_experts = args.num_experts;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int run = ceil_div(n, kNeuronThreads);
+  const int begin = min(static_cast<int>(threadIdx.x) * run, n);
+  const int end = min(begin + run, n);
+  int mine = 0;
+  for (int i = begin; i < end; ++i) mine += counts[i];
+  const int through = warp_inclusive_sum(mine);
+  if (lane == kWarp - 1) warp_totals[warp] = through;
+  __syncthreads();
+  int start = through - mine;
+  for (int w = 0; w < warp; ++w) start += warp_totals[w];
+  for (int i = begin; i < end; ++i) {
+    const int own = counts[i];
+    counts[i] = start;
+    start += own;
+  }
+  if (threadIdx.x == kNeuronThreads - 1) counts[n] = start;
+  __syncthreads();
+}
+
+// first_unit[e] = units of active experts before e; first_group[e] = groups of all experts before it. All threads; ends
+// with a barrier. First a thread asks for everything that it needs of its experts, no round waiting for another.
+template <class Format>
+__device__ void count_units(const DecodeArgs<Format>& args, int* first_unit, int* first_group) {
+  const int num_experts = args.num_experts;
 #pragma unroll 2
   for (int expert = threadIdx.x; expert < num_experts; expert += kNeuronThreads) {
     const int size = __ldg(args.expert_offsets + expert + 1) - __ldg(args.expert_offsets + expert);
@@ -48,26 +75,13 @@ __device__ void count_units(const DecodeArgs<T>& args, int* first_unit) {
       const float gate = t < args.num_tokens ? __ldg(args.gates + t * num_experts + expert) : 0.f;
       is_active |= gate != 0.f;
     }
-    first_unit[expert] = is_active ? ceil_div(size, kUnit) : 0;
+    constexpr int kTogether = Format::kUnitsTogether;
+    first_unit[expert] = is_active ? ceil_div(size, kTogether * kUnit) * kTogether : 0;
+    if constexpr (Format::kGroups) first_group[expert] = args.down.groups_of(size);
   }
   __syncthreads();
-  const int run = ceil_div(num_experts, kNeuronThreads);
-  const int begin = min(static_cast<int>(threadIdx.x) * run, num_experts);
-  const int end = min(begin + run, num_experts);
-  int units = 0;
-  for (int expert = begin; expert < end; ++expert) units += first_unit[expert];
-  const int through = warp_inclusive_sum(units);
-  if (lane == kWarp - 1) warp_totals[warp] = through;
-  __syncthreads();
-  int start = through - units;
-  for (int w = 0; w < warp; ++w) start += warp_totals[w];
-  for (int expert = begin; expert < end; ++expert) {
-    const int own = first_unit[expert];
-    first_unit[expert] = start;
-    start += own;
-  }
-  if (threadIdx.x == kNeuronThreads - 1) first_unit[num_experts] = start;
-  __syncthreads();
+  exclusive_sum(first_unit, num_experts);
+  if constexpr (Format::kGroups) exclusive_sum(first_group, num_experts);
 }
 
 // The expert that owns a unit: the last one whose first unit is not beyond it.
@@ -80,13 +94,15 @@ __device__ int expert_of_unit(const int* first_unit, int num_experts, int unit) 
   return low;
 }
 
-template <class T>
+template <class Format>
 __global__ void __launch_bounds__(kNeuronThreads)
-    neurons_kernel(const __grid_constant__ DecodeArgs<T> args) {
-  extern __shared__ int first_unit[];  // [E+1]
+    neurons_kernel(const __grid_constant__ DecodeArgs<Format> args) {
+  using T = typename Format::Number;
+  extern __shared__ int first_unit[];                    // [E+1]
+  int* first_group = first_unit + args.num_experts + 1;  // [E+1]
   __shared__ float sums[2][kNeuronWarps][4][kWarp];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
-  count_units(args, first_unit);
+  count_units(args, first_unit, first_group);
   const int num_units = first_unit[args.num_experts];
   if (blockIdx.x == 0) {
     if (threadIdx.x == 0) *args.num_units = num_units;
@@ -102,40 +118,53 @@ __global__ void __launch_bounds__(kNeuronThreads)
     const int expert = expert_of_unit(first_unit, args.num_experts, unit);
     const int first_row = args.expert_offsets[expert] + (unit - first_unit[expert]) * kUnit;
     const int rows = unit < num_units ? min(kUnit, args.expert_offsets[expert + 1] - first_row) : 0;
-    const T* gate_row = g < rows ? args.gate_proj.at(expert, first_row + g) : nullptr;
-    const T* up_row = g < rows ? args.up_proj.at(expert, first_row + g) : nullptr;
-    float gate[4] = {}, up[4] = {};
-    constexpr int kStep = 4 * 8;  // terms of one warp's load
-    for (int64_t k = warp * kStep + q * 8; k - q * 8 < args.hidden_size;
+    using Row = decltype(args.gate_proj.at(expert, first_row));
+    const Row gate_row = g < rows ? args.gate_proj.at(expert, first_row + g) : Row{};
+    const Row up_row = g < rows ? args.up_proj.at(expert, first_row + g) : Row{};
+    float low_sums[4] = {},
+          high_sums[4] = {};  // gate's and up's neuron g of tokens 2q, 2q + 1 (+ 8)
+    constexpr int kAhead = Format::kAhead, kTerms = Format::kTerms;
+    constexpr int kStep = 4 * kTerms;  // terms of one warp's load
+#pragma unroll 1
+    for (int64_t k = warp * kStep + q * kTerms; k - q * kTerms < args.hidden_size;
          k += kAhead * kNeuronWarps * kStep) {
-      uint4 gates[kAhead], ups[kAhead];
+      typename Format::Chunk gates[kAhead], ups[kAhead];
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        gates[i] = row_chunk(gate_row, k + i * kNeuronWarps * kStep, args.hidden_size);
-        ups[i] = row_chunk(up_row, k + i * kNeuronWarps * kStep, args.hidden_size);
+        const int64_t column = k + i * kNeuronWarps * kStep;
+        gates[i].load(args.gate_proj, gate_row, column, args.hidden_size);
+        ups[i].load(args.up_proj, up_row, column, args.hidden_size);
       }
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        const uint4 low = row_chunk(low_row, k + i * kNeuronWarps * kStep, args.hidden_size);
-        const uint4 high = row_chunk(high_row, k + i * kNeuronWarps * kStep, args.hidden_size);
-        mma_loaded<T>(gate, low, high, gates[i]);
-        mma_loaded<T>(up, low, high, ups[i]);
+#pragma unroll
+        for (int part = 0; part < kTerms / 8; ++part) {
+          const int64_t column = k + i * kNeuronWarps * kStep + part * 8;
+          const uint4 low = row_chunk(low_row, column, args.hidden_size),
+                      high = row_chunk(high_row, column, args.hidden_size);
+          const uint4 of_gate = gates[i].terms(part), of_up = ups[i].terms(part);
+          mma_loaded<T>(low_sums, of_gate, of_up, low);
+          mma_loaded<T>(high_sums, of_gate, of_up, high);
+        }
       }
     }
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      sums[0][warp][c][lane] = gate[c];
-      sums[1][warp][c][lane] = up[c];
+      sums[0][warp][c][lane] = low_sums[c];
+      sums[1][warp][c][lane] = high_sums[c];
     }
     __syncthreads();
-    // thread c * 32 + lane finishes token g (+ 8 for c >= 2), neuron 2q + c % 2
-    const int c = warp;
+    // thread i * 32 + lane finishes token 2q + i % 2 (+ 8 for i >= 2), neuron g
+    const int token = 2 * q + warp % 2 + warp / 2 * 8, neuron = g;
     float total[2] = {};
     for (int w = 0; w < kNeuronWarps; ++w) {
-      total[0] += sums[0][w][c][lane];
-      total[1] += sums[1][w][c][lane];
+      total[0] += sums[warp / 2][w][warp % 2][lane];
+      total[1] += sums[warp / 2][w][2 + warp % 2][lane];
     }
-    const int token = g + c / 2 * 8, neuron = 2 * q + c % 2;
+    if constexpr (Format::kScalesSums) {
+      total[0] *= neuron < rows ? args.gate_proj.channel_scale(first_row + neuron) : 0.f;
+      total[1] *= neuron < rows ? args.up_proj.channel_scale(first_row + neuron) : 0.f;
+    }
     const float weight = token < args.num_tokens && neuron < rows
                              ? args.gates[token * args.num_experts + expert]
                              : 0.f;
@@ -144,7 +173,11 @@ __global__ void __launch_bounds__(kNeuronThreads)
     args.activations[(unit / 2 * kDecodeTokens + token) * 2 * kUnit + unit % 2 * kUnit + neuron] =
         T(result);
     if (threadIdx.x == 0) {
-      args.units[unit] = Unit{args.down.place(expert, first_row), rows};
+      int group = 0;
+      if constexpr (Format::kGroups) {
+        group = first_group[expert] + args.down.group(first_row - args.expert_offsets[expert]);
+      }
+      args.units[unit] = Unit{args.down.place(expert, first_row), rows, group};
     }
     __syncthreads();  // sums are free again
   }
@@ -152,9 +185,10 @@ __global__ void __launch_bounds__(kNeuronThreads)
 
 // -------------------------------------------------------------------------------------- outputs
 
-template <class T, class Step>
+template <class Format, class Step>
 __global__ void __launch_bounds__(kOutputThreads)
-    outputs_kernel(const __grid_constant__ DecodeArgs<T> args) {
+    outputs_kernel(const __grid_constant__ DecodeArgs<Format> args) {
+  using T = typename Format::Number;
   __shared__ float shared[kOutputWarps][8 * 4][kWarp];
   const int t = threadIdx.x, warp = t / kWarp, lane = t % kWarp;
   const int strip = blockIdx.x, part = blockIdx.y;
@@ -164,7 +198,7 @@ __global__ void __launch_bounds__(kOutputThreads)
   const int first = (part * kOutputWarps + warp) * per_warp;
   const int end = min(first + per_warp, steps);
   float sums[8][4] = {};
-  Step ahead[Step::kAtOnce];  // eight loads in flight per lane
+  Step ahead[Step::kAtOnce];  // whose loads are in flight
 #pragma unroll
   for (int i = 0; i < Step::kAtOnce; ++i) ahead[i].look_up(args, first + i, end, num_units);
   for (int step = first; step < end; step += Step::kAtOnce) {
@@ -212,6 +246,13 @@ __global__ void __launch_bounds__(kOutputThreads)
   const int token = lane / 4 + token_half * 8;
   const int64_t out = strip * int64_t{kStripColumns} + lane % 4 * 16 + i * 8 + j_half * 4;
   if (token < args.num_tokens && out < args.hidden_size) {
+    if constexpr (Format::kScalesSums) {
+      const float4 scales = args.down.channel_scales(out);
+      mine[0] *= scales.x;
+      mine[1] *= scales.y;
+      mine[2] *= scales.z;
+      mine[3] *= scales.w;
+    }
     __stcg(reinterpret_cast<uint2*>(args.y + token * args.hidden_size + out),
            uint2{pack(mine[0], mine[1], T()), pack(mine[2], mine[3], T())});
   }
@@ -224,9 +265,11 @@ struct DecodeLayout {
   int64_t num_units, units, activations, arrived, sums, bytes;
 };
 
-DecodeLayout decode_layout(const ExpertMlpParams& p, int multiprocessors) {
+// units_together: see Numbers
+DecodeLayout decode_layout(const ExpertMlpParams& p, int multiprocessors, int units_together = 1) {
   DecodeLayout l{};
-  l.max_units = static_cast<int>(ceil_div<int64_t>(p.intermediate_size, kUnit)) + p.num_experts;
+  l.max_units = static_cast<int>(ceil_div<int64_t>(p.intermediate_size, kUnit));
+  l.max_units += p.num_experts * units_together;
   l.max_units += l.max_units % 2;
   l.strips = static_cast<int>(ceil_div<int64_t>(p.hidden_size, kStripColumns));
   // 16 warps per SM, each with 8 loads in flight
@@ -244,39 +287,66 @@ DecodeLayout decode_layout(const ExpertMlpParams& p, int multiprocessors) {
   return l;
 }
 
-template <class T>
-Status decode_as(const ExpertMlpParams& p, unsigned char* workspace, cudaStream_t on) {
+// args: with the three matrices, to which the rest is added; outputs: its kernel for Wd.
+template <class Format>
+Status launch(const ExpertMlpParams& p, DecodeArgs<Format> args,
+              void (*outputs)(DecodeArgs<Format>), void* workspace, Stream stream) {
+  using T = typename Format::Number;
+  const auto on = static_cast<cudaStream_t>(stream);
+  auto* bytes = static_cast<unsigned char*>(workspace);
   const int multiprocessors = multiprocessor_count();
   if (multiprocessors == 0) return failed();
-  const DecodeLayout l = decode_layout(p, multiprocessors);
-  DecodeArgs<T> args{};
+  const DecodeLayout l = decode_layout(p, multiprocessors, Format::kUnitsTogether);
   args.num_tokens = static_cast<int>(p.num_tokens);
   args.num_experts = p.num_experts;
   args.hidden_size = p.hidden_size;
   args.x_stride = p.x_stride;
   args.x = static_cast<const T*>(p.x);
   args.gates = static_cast<const float*>(p.gates);
-  args.gate_proj = weight_rows<const T>(p.gate_proj, p.gate_up, p);
-  args.up_proj = weight_rows<const T>(p.up_proj, p.gate_up, p);
-  args.down = DownWeights<T>(p);
   args.logistic = Logistic::of(p.activation);
   args.expert_offsets = p.expert_offsets;
   args.y = static_cast<T*>(p.y);
   args.max_units = l.max_units;
   args.parts = l.parts;
-  args.num_units = reinterpret_cast<int*>(workspace + l.num_units);
-  args.units = reinterpret_cast<Unit*>(workspace + l.units);
-  args.activations = reinterpret_cast<T*>(workspace + l.activations);
-  args.arrived = reinterpret_cast<unsigned*>(workspace + l.arrived);
-  args.sums = reinterpret_cast<float4*>(workspace + l.sums);
-  constexpr int kCtasPerSm = 5;  // 20 warps
-  const int ctas = min(l.max_units, kCtasPerSm * multiprocessors);
-  const int shared_bytes = (p.num_experts + 1) * int{sizeof(int)};
+  args.num_units = reinterpret_cast<int*>(bytes + l.num_units);
+  args.units = reinterpret_cast<Unit*>(bytes + l.units);
+  args.activations = reinterpret_cast<T*>(bytes + l.activations);
+  args.arrived = reinterpret_cast<unsigned*>(bytes + l.arrived);
+  args.sums = reinterpret_cast<float4*>(bytes + l.sums);
+  const int ctas = min(l.max_units, kNeuronCtas * multiprocessors);
+  const int shared_bytes = (p.num_experts + 1) * (1 + Format::kGroups) * int{sizeof(int)};
   neurons_kernel<<<ctas, kNeuronThreads, shared_bytes, on>>>(args);
-  const auto outputs =
-      p.down.hidden == 1 ? outputs_kernel<T, StepOfRows<T>> : outputs_kernel<T, StepOfColumns<T>>;
   outputs<<<dim3(l.strips, l.parts), kOutputThreads, 0, on>>>(args);
   return launch_status();
+}
+
+template <class T>
+Status decode_as(const ExpertMlpParams& p, void* workspace, Stream stream) {
+  DecodeArgs<Numbers<T>> args{};
+  args.gate_proj = weight_rows<const T>(p.gate_proj, p.gate_up, p);
+  args.up_proj = weight_rows<const T>(p.up_proj, p.gate_up, p);
+  args.down = DownWeights<T>(p);
+  const auto outputs = p.down.hidden == 1 ? outputs_kernel<Numbers<T>, StepOfRows<T>>
+                                          : outputs_kernel<Numbers<T>, StepOfColumns<T>>;
+  return launch(p, args, outputs, workspace, stream);
+}
+
+template <class T, int kBits, bool kHasGroups>
+Status decode_codes_as(const ExpertMlpQuantizedParams& q, void* workspace, Stream stream) {
+  using Format = Codes<T, kBits, kHasGroups>;
+  DecodeArgs<Format> args{};
+  args.gate_proj = {q.gate_proj, q};
+  args.up_proj = {q.up_proj, q};
+  args.down = {q.down_proj_t, q};
+  const auto outputs = outputs_kernel<Format, StepOfCodes<T, kBits, kHasGroups>>;
+  return launch(q.forward, args, outputs, workspace, stream);
+}
+
+template <class T>
+Status decode_codes(const ExpertMlpQuantizedParams& q, void* workspace, Stream stream) {
+  if (q.format.bits == 4) return decode_codes_as<T, 4, true>(q, workspace, stream);
+  return q.format.group_size ? decode_codes_as<T, 8, true>(q, workspace, stream)
+                             : decode_codes_as<T, 8, false>(q, workspace, stream);
 }
 
 }  // namespace
@@ -294,10 +364,23 @@ int64_t decode_workspace_bytes(const ExpertMlpParams& p) {
 }
 
 Status decode(const ExpertMlpParams& p, void* workspace, Stream stream) {
-  const auto on = static_cast<cudaStream_t>(stream);
-  auto* bytes = static_cast<unsigned char*>(workspace);
-  return p.dtype == Dtype::kBFloat16 ? decode_as<__nv_bfloat16>(p, bytes, on)
-                                     : decode_as<__half>(p, bytes, on);
+  return p.dtype == Dtype::kBFloat16 ? decode_as<__nv_bfloat16>(p, workspace, stream)
+                                     : decode_as<__half>(p, workspace, stream);
+}
+
+int64_t expert_mlp_quantized_workspace_bytes(const ExpertMlpQuantizedParams& q) {
+  return decode_layout(q.forward, multiprocessor_count(), kUnitsOfCodes).bytes;
+}
+
+Status expert_mlp_quantized(const ExpertMlpQuantizedParams& q, void* workspace, Stream stream) {
+  const ExpertMlpParams& p = q.forward;
+  const bool is_half = p.dtype == Dtype::kBFloat16 || p.dtype == Dtype::kFloat16;
+  if (!is_half || p.num_tokens > kDecodeTokens || !reads_codes(q) || p.num_experts > kMaxExperts) {
+    return Status::kUnsupported;
+  }
+  if (p.num_tokens == 0 || p.hidden_size == 0) return Status::kOk;
+  return p.dtype == Dtype::kBFloat16 ? decode_codes<__nv_bfloat16>(q, workspace, stream)
+                                     : decode_codes<__half>(q, workspace, stream);
 }
 
 }  // namespace dsmoe::cuda

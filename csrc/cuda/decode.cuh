@@ -5,8 +5,6 @@
 
 namespace dsmoe::cuda {
 
-constexpr int kDecodeTokens = 16;  // the rows of one mma
-
 int64_t decode_workspace_bytes(const ExpertMlpParams& params);
 Status decode(const ExpertMlpParams& params, void* workspace, Stream stream);
 

@@ -1,4 +1,5 @@
-// What decode.cu's kernels work on, and a step of `outputs` for either way in which a model keeps Wd:
+// What decode.cu's kernels work on, the format Numbers: weights of x's dtype (decode_codes.cuh has another one), and a
+// step of `outputs` for either way in which a model keeps Wd:
 //
 //   StepOfRows      [I,H]             16 terms: 2 units; a lane loads 8 columns of 4 neurons
 //   StepOfColumns   [H,I], [E,H,S]    32 terms: 4 units; a lane loads 8 neurons of 8 columns
@@ -19,7 +20,8 @@ constexpr int kStripColumns = 64;
 
 struct Unit {
   int64_t place;  // of the first neuron in Wd
-  int rows;       // 1 .. 8, or 0
+  int rows;       // 1 .. 8; 0 or less: none
+  int group;      // its row of Wd's scales, where they are of groups
 };
 
 // Wd as kernels.h describes it: one of `neuron` and `hidden` is 1.
@@ -40,24 +42,25 @@ struct DownWeights {
   }
 };
 
-template <class T>
+template <class Format>
 struct DecodeArgs {
+  using T = typename Format::Number;
   int num_tokens;
   int num_experts;
   int64_t hidden_size;
   int64_t x_stride;
-  const T* x;                     // [T,H]
-  const float* gates;             // [T,E]
-  WeightRows<const T> gate_proj;  // [I,H]
-  WeightRows<const T> up_proj;    // [I,H]
-  DownWeights<T> down;            // [I,H] or [H,I]
-  Logistic logistic;              // the activation
-  const int32_t* expert_offsets;  // [E+1]
-  T* y;                           // [T,H]
-  int max_units;                  // even
-  int parts;                      // CTAs per strip of columns
-  int* num_units;                 // [1]
-  Unit* units;                    // [max_units]
+  const T* x;                         // [T,H]
+  const float* gates;                 // [T,E]
+  typename Format::Matrix gate_proj;  // [I,H]
+  typename Format::Matrix up_proj;    // [I,H]
+  typename Format::Down down;         // [I,H] or [H,I]
+  Logistic logistic;                  // the activation
+  const int32_t* expert_offsets;      // [E+1]
+  T* y;                               // [T,H]
+  int max_units;                      // even
+  int parts;                          // CTAs per strip of columns
+  int* num_units;                     // [1]
+  Unit* units;                        // [max_units]
   T* activations;     // [max_units / 2, 16, 16]  the left fragments' rows, two units each
   unsigned* arrived;  // [strips]
   float4* sums;       // [parts, strips, 256]
@@ -69,6 +72,28 @@ __device__ __forceinline__ uint4 row_chunk(const T* row, int64_t column, int64_t
   return row != nullptr && column < end ? __ldg(reinterpret_cast<const uint4*>(row + column))
                                         : uint4{};
 }
+
+// Weights as they are. A format says of gate_proj and up_proj how many terms of a row 16 bytes hold (kTerms),
+// how many such loads a lane has in flight (kAhead), and makes operands of mma of them, eight terms at a time
+// (Chunk).
+template <class T>
+struct Numbers {
+  using Number = T;
+  using Matrix = WeightRows<const T>;
+  using Down = DownWeights<T>;
+  static constexpr int kTerms = 8;
+  static constexpr int kAhead = 4;          // 19 warps per SM hide DRAM
+  static constexpr int kUnitsTogether = 1;  // an expert has a multiple of so many units
+  static constexpr bool kGroups = false, kScalesSums = false;
+
+  struct Chunk {
+    uint4 numbers;
+    __device__ __forceinline__ void load(const Matrix&, const T* row, int64_t column, int64_t end) {
+      numbers = row_chunk(row, column, end);
+    }
+    __device__ __forceinline__ uint4 terms(int) const { return numbers; }
+  };
+};
 
 // d += 16 x 32 times 32 x 8, the operands as loaded: lane (g, q) holds terms 8q .. 8q+7 of its rows.
 template <class T>
@@ -88,6 +113,18 @@ __device__ __forceinline__ uint32_t high_halves(uint32_t a, uint32_t b) {
   return __byte_perm(a, b, 0x7632);
 }
 
+// The left fragment of two units.
+template <class T>
+__device__ __forceinline__ void load_activations(uint32_t (&a)[4], const T* activations, int step) {
+  const int g = threadIdx.x % kWarp / 4, q = threadIdx.x % 4;
+  const uint32_t* rows =
+      reinterpret_cast<const uint32_t*>(activations + step * kDecodeTokens * 2 * kUnit);
+  a[0] = rows[g * 8 + q];
+  a[1] = rows[(g + 8) * 8 + q];
+  a[2] = rows[g * 8 + 4 + q];
+  a[3] = rows[(g + 8) * 8 + 4 + q];
+}
+
 // Lane (g, q) has rows 2q and 2q + 1 of both units, eight columns from 8 g.
 template <class T>
 struct StepOfRows {
@@ -95,12 +132,13 @@ struct StepOfRows {
   Unit units[kUnits];  // looked up a round before their rows; none beyond the last step
   uint4 row[4];
 
-  __device__ __forceinline__ void look_up(const DecodeArgs<T>& args, int step, int end, int) {
+  __device__ __forceinline__ void look_up(const DecodeArgs<Numbers<T>>& args, int step, int end,
+                                          int) {
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) units[i] = step < end ? args.units[2 * step + i] : Unit{};
   }
 
-  __device__ __forceinline__ void load(const DecodeArgs<T>& args, int64_t column) {
+  __device__ __forceinline__ void load(const DecodeArgs<Numbers<T>>& args, int64_t column) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const Unit unit = units[i / 2];
@@ -111,13 +149,10 @@ struct StepOfRows {
     }
   }
 
-  __device__ __forceinline__ void add(float (&sums)[8][4], const DecodeArgs<T>& args,
+  __device__ __forceinline__ void add(float (&sums)[8][4], const DecodeArgs<Numbers<T>>& args,
                                       int step) const {
-    const int g = threadIdx.x % kWarp / 4, q = threadIdx.x % 4;
-    const uint32_t* rows =
-        reinterpret_cast<const uint32_t*>(args.activations + step * kDecodeTokens * 2 * kUnit);
-    const uint32_t a[4] = {rows[g * 8 + q], rows[(g + 8) * 8 + q], rows[g * 8 + 4 + q],
-                           rows[(g + 8) * 8 + 4 + q]};
+    uint32_t a[4];
+    load_activations(a, args.activations, step);
     const uint32_t* r[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) r[i] = reinterpret_cast<const uint32_t*>(&row[i]);
@@ -140,12 +175,12 @@ struct StepOfColumns {
 
   __device__ __forceinline__ static int mine(int step) { return kUnits * step + threadIdx.x % 4; }
 
-  __device__ __forceinline__ void look_up(const DecodeArgs<T>& args, int step, int end,
+  __device__ __forceinline__ void look_up(const DecodeArgs<Numbers<T>>& args, int step, int end,
                                           int num_units) {
     unit = step < end && mine(step) < num_units ? args.units[mine(step)] : Unit{};
   }
 
-  __device__ __forceinline__ void load(const DecodeArgs<T>& args, int64_t column) {
+  __device__ __forceinline__ void load(const DecodeArgs<Numbers<T>>& args, int64_t column) {
     const int64_t stride = args.down.hidden;
     const int rows = column < args.hidden_size ? unit.rows : 0;
     const T* from = args.down.first + unit.place + column * stride;
@@ -167,7 +202,7 @@ struct StepOfColumns {
     }
   }
 
-  __device__ __forceinline__ void add(float (&sums)[8][4], const DecodeArgs<T>& args,
+  __device__ __forceinline__ void add(float (&sums)[8][4], const DecodeArgs<Numbers<T>>& args,
                                       int step) const {
     const int g = threadIdx.x % kWarp / 4, mine_now = mine(step);
     const T* rows = args.activations + mine_now / 2 * kDecodeTokens * 2 * kUnit;

@@ -59,6 +59,8 @@ class _FrozenFFN(torch.autograd.Function):
 
 _BITS = {torch.float16: torch.int16, torch.float32: torch.int32}
 _NUMBERS = {bits: dtype for dtype, bits in _BITS.items()}
+_PARTS = ("codes", "scales", "mins")
+_DECODED_TOKENS = 16  # csrc/kernels.h
 
 
 class QuantizedExperts(nn.Module):
@@ -129,16 +131,19 @@ class QuantizedExperts(nn.Module):
         self.check_held()
         super()._save_to_state_dict(*args, **kwargs)
 
-    def weights(self, expert_offsets: Tensor) -> QuantizedWeights:
-        """As ops.pack_quantized takes them."""
+    def _tensors(self) -> dict[str, Tensor]:
+        """As codes.to_tensors has them."""
         self.check_held()
-        tensors = {
+        return {
             f"{name}.{part}": buffer.view(_NUMBERS.get(buffer.dtype, buffer.dtype))
             for name in MATRICES
             for part, buffer in getattr(self, name).named_buffers()
         }
+
+    def weights(self, expert_offsets: Tensor) -> QuantizedWeights:
+        """As ops.pack_quantized takes them."""
         return codes.from_tensors(
-            tensors, expert_offsets, hidden_size=self.hidden_size, bits=self.bits,
+            self._tensors(), expert_offsets, hidden_size=self.hidden_size, bits=self.bits,
             group_size=self.group_size, activation=self.activation,
         )  # fmt: skip
 
@@ -146,8 +151,24 @@ class QuantizedExperts(nn.Module):
         self, x: Tensor, gates: Tensor, expert_offsets: Tensor, grad_weight: Tensor | None = None
     ) -> Tensor:
         """ops.sparse_ffn with gradients for x and gates: the codes stay as they are. Weights in x's
-        dtype exist for one layer at a time, in the forward and again in the backward."""
+        dtype exist for one layer at a time, in the forward and again in the backward; few tokens on
+        CUDA need none in inference."""
+        wants_grad = torch.is_grad_enabled() and (x.requires_grad or gates.requires_grad)
+        if x.is_cuda and not wants_grad and self.decodes(x):
+            return self.decode(x, gates, expert_offsets)
         return _FrozenFFN.apply(x, gates, self, expert_offsets, grad_weight)
+
+    def decodes(self, x: Tensor) -> bool:
+        """Whether CUDA's kernels of few tokens take x and read the codes, 16 bytes a time."""
+        is_half = x.dtype in (torch.bfloat16, torch.float16)
+        return is_half and len(x) <= _DECODED_TOKENS and self.hidden_size % (128 // self.bits) == 0
+
+    def decode(self, x: Tensor, gates: Tensor, expert_offsets: Tensor) -> Tensor:
+        """sparse_ffn from the codes themselves, on CUDA."""
+        tensors = self._tensors()
+        parts = [tensors.get(f"{name}.{part}") for name in MATRICES for part in _PARTS]
+        form = (self.bits, self.group_size, ops.activation_index(self.activation))
+        return torch.ops.dsmoe.expert_mlp_quantized(x, gates, *parts, expert_offsets, *form)
 
     def extra_repr(self) -> str:
         groups = f", group_size={self.group_size}" if self.group_size else ""

@@ -106,7 +106,9 @@ def short(name):
         tile = {"gate_up": "gate_up<64>", "neurons": "neurons<64>"}.get(fp32[1], fp32[1])
         return f"fp32 {tile}{saved[fp32[2]] if fp32[2] else ''}"
     plain = re.match(
-        r"(down|neurons|outputs|weights)_kernel<(bfloat16|float)(,StepOfRows<bfloat16>)?>", name
+        r"(down|neurons|outputs|weights)_kernel<(?:Numbers<)?(bfloat16|float)>?"
+        r"(,StepOfRows<bfloat16>)?>",
+        name,
     )
     return LOOPS[plain[2]] + plain[1] if plain else None
 

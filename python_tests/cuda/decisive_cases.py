@@ -8,6 +8,7 @@ import functools
 from dataclasses import replace
 
 import even_tiles
+import test_decode_quantized
 import test_expert_mlp
 import test_expert_mlp_backward
 import test_permute
@@ -17,6 +18,7 @@ import test_tf32
 import torch
 from decisive_shapes import (
     BACKWARD,
+    CODES,
     DECODE,
     FORWARD,
     HOPPER,
@@ -199,6 +201,15 @@ def decode_of_a_linear(tokens, hidden, sizes, multiprocessors=1):
     return case
 
 
+def decode_of_codes(name, *shape, multiprocessors=1):
+    form = test_decode_quantized.FORMATS[name]
+    inputs = functools.cache(lambda: replace(inputs_of(*shape), activation=ACTIVATION))
+    expect = functools.cache(lambda: test_decode_quantized.expected(inputs(), form))
+    return lambda make: test_decode_quantized.check(
+        inputs(), form, make(multiprocessors=multiprocessors), expect()
+    )
+
+
 def cuts_change_nothing(tokens, size, dtype=torch.bfloat16):
     """Three small experts are summed as if they were one. They nearly cancel, so that a sum in
     another order would have other bits."""
@@ -372,6 +383,11 @@ CASES = {
         for save in (False, True)
     },
     "decode beside NaN": decode_beside_nan,
+    **{
+        f"decode, codes of {form}, {name}": decode_of_codes(form, *shape, multiprocessors=n)
+        for name, (shape, n) in CODES.items()
+        for form in ("8", "8, groups of 32, mins", "4")
+    },
     "decode of a Linear": decode_of_a_linear(9, 136, [8, 13, 27, 0, 40, 3, 5]),
     "decode of a Linear, parts": decode_of_a_linear(16, 72, [64, 200, 37, 19], 4),
     "decode of a Linear, rows apart": decode_of_a_linear(3, 72, [13, 72, 8]),

@@ -218,6 +218,12 @@ int run_expert_mlp(const ExpertMlpParams* p, void* workspace) {
 int64_t expert_mlp_workspace(const ExpertMlpParams* p) {
   return cuda::expert_mlp_workspace_bytes(*p);
 }
+int run_expert_mlp_quantized(const ExpertMlpQuantizedParams* p, void* workspace) {
+  return static_cast<int>(cuda::expert_mlp_quantized(*p, workspace, callbacks.stream));
+}
+int64_t expert_mlp_quantized_workspace(const ExpertMlpQuantizedParams* p) {
+  return cuda::expert_mlp_quantized_workspace_bytes(*p);
+}
 int run_expert_mlp_backward(const ExpertMlpBackwardParams* p, void* workspace) {
   return static_cast<int>(cuda::expert_mlp_backward(*p, workspace, callbacks.stream));
 }

@@ -31,6 +31,7 @@ OPS = (
     "expert_mlp",
     "expert_mlp_backward",
     "expert_mlp_packed",
+    "expert_mlp_quantized",
     "pack_weights",
     "routed_ffn",
 )

@@ -19,7 +19,7 @@ def enum(header, name):
     return {n: i for i, n in enumerate(names)}
 
 
-STRUCT = r"struct (?!Pack)(\w+Params|WeightStrides|QuantFormat) \{(.*?)\n\};"
+STRUCT = r"struct (?!Pack)(\w+Params|WeightStrides|QuantFormat|QuantizedMatrix) \{(.*?)\n\};"
 
 
 def structs(header):
