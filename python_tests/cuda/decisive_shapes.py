@@ -110,12 +110,13 @@ DECODE = {  # the number of multiprocessors decides into how many parts a sum is
     "many strips": ((1, 8264, [8], 1.0), 70),
     "very many strips": ((1, 24968, [8], 1.0), 200),
 }
-CODES = {  # the same from codes of 8 and 4 bits; loops over strips are those of DECODE
+CODES = {  # the same from codes of 8 and 4 bits
     "ragged": ((3, 288, [72, 17, 0, 5], 0.6), 1),
     "all rows": ((16, 96, [40, 24, 16, 7, 400], 0.5), 1),
     "many": ((16, 32, [2] * 512, 0.05), 1),
     "two rounds": ((10, 1056, [16, 13], 1.0), 1),
     "six parts": ((2, 64, [800], 1.0), 3),
+    "many strips": ((1, 8288, [8], 1.0), 70),
 }
 ROUTE = {
     "shared": (test_route.SHAPES["unequal, shared"], "scores", True),

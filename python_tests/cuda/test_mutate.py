@@ -20,7 +20,7 @@ from ptx.machine import Machine, compile_kernel
 from ptx.parse import Instruction
 from replay import Run
 
-SAMPLE, PARTS = 200, 6
+SAMPLE, PARTS = 300, 6
 
 
 def instruction(text):
