@@ -202,10 +202,9 @@ struct PackParams {
 // at its first one: [G,H], G = sum over experts of ceil(S_e / group_size). Of output channels: [I] of
 // gate_proj and up_proj; [H] of down_proj_t, for all experts.
 struct QuantizedMatrix {
-  const int8_t*
-      codes;           // [I,H]; 4 bits on CUDA: [I,H/2], code + 8, of two the first in the low half
-  const void* scales;  // fp16 of groups, fp32 of output channels
-  const void* mins;    // fp16 of groups, or null
+  const int8_t* codes;  // [I,H]
+  const void* scales;   // fp16 of groups, fp32 of output channels
+  const void* mins;     // fp16 of groups, or null
 };
 
 struct PackQuantizedParams {
@@ -220,7 +219,9 @@ struct PackQuantizedParams {
   void* packed;                   // [quantized_bytes]  output
 };
 
-// expert_mlp of few tokens from codes, on CUDA. dtype is of x and y.
+// expert_mlp of few tokens from codes, on CUDA. dtype is of x and y. Codes of 4 bits are [I,H/2]:
+// code + 8, of two the first in the low half. expert_offsets must be those that the scales of
+// down_proj_t were made for: nothing else says how many there are.
 struct ExpertMlpQuantizedParams {
   ExpertMlpParams forward;  // weights null, nothing kept
   QuantFormat format;

@@ -298,7 +298,7 @@ def test_training_mode_is_kept(seed):
         (None, {"expert_size": 97}, "expert_size"),
         (None, {"expert_sizes": [64, 16]}, "sum to 80, but 72 neurons are routed"),
         (None, {"expert_sizes": "pairs:3,1;2,1"}, "must be equal"),
-        (None, {"expert_sizes": [72], "shared": 1.5}, "shared_size must lie between"),
+        (None, {"expert_sizes": [72], "shared": 1.5}, "shared must be at least 0"),
     ],
 )
 def test_clear_errors(text, options, message):

@@ -72,8 +72,10 @@ Tensor expert_mlp_quantized(const Tensor& x, const Tensor& gates, const Tensor& 
             p.forward.num_tokens <= cuda::kDecodeTokens,
         "Codes are decoded for at most ", cuda::kDecodeTokens,
         " tokens in bfloat16 or float16: dequantize the weights for others.");
-  check(group_size >= 0 && (bits == 8 || (bits == 4 && group_size != 0)),
-        "bits must be 8, or 4 in groups.");
+  check(bits == 8 || (bits == 4 && group_size != 0), "bits must be 8, or 4 in groups.");
+  check(group_size == 0 || group_size == 32 || (group_size > 0 && group_size % 64 == 0),
+        "group_size must be 32, a multiple of 64, or 0 (a scale per output channel), but is ",
+        group_size, ".");
   check(hidden_size % (128 / bits) == 0, "Codes of ", bits, " bits need a hidden size that is a ",
         "multiple of ", 128 / bits, ", but it is ", hidden_size, ": dequantize the weights.");
   check(gate_mins.has_value() == up_mins.has_value() &&

@@ -33,7 +33,6 @@ namespace dsmoe::cuda {
 namespace {
 
 constexpr int kNeuronThreads = 128, kNeuronWarps = kNeuronThreads / kWarp;
-constexpr int kNeuronCtas = 5;  // on an SM: 20 warps
 constexpr int kOutputThreads = 256, kOutputWarps = kOutputThreads / kWarp;
 
 // -------------------------------------------------------------------------------------- neurons
@@ -313,7 +312,8 @@ Status launch(const ExpertMlpParams& p, DecodeArgs<Format> args,
   args.activations = reinterpret_cast<T*>(bytes + l.activations);
   args.arrived = reinterpret_cast<unsigned*>(bytes + l.arrived);
   args.sums = reinterpret_cast<float4*>(bytes + l.sums);
-  const int ctas = min(l.max_units, kNeuronCtas * multiprocessors);
+  constexpr int kCtasPerSm = Format::kGroups ? 4 : 5;  // of `neurons`: what their registers allow
+  const int ctas = min(l.max_units, kCtasPerSm * multiprocessors);
   const int shared_bytes = (p.num_experts + 1) * (1 + Format::kGroups) * int{sizeof(int)};
   neurons_kernel<<<ctas, kNeuronThreads, shared_bytes, on>>>(args);
   outputs<<<dim3(l.strips, l.parts), kOutputThreads, 0, on>>>(args);
@@ -375,7 +375,12 @@ int64_t expert_mlp_quantized_workspace_bytes(const ExpertMlpQuantizedParams& q) 
 Status expert_mlp_quantized(const ExpertMlpQuantizedParams& q, void* workspace, Stream stream) {
   const ExpertMlpParams& p = q.forward;
   const bool is_half = p.dtype == Dtype::kBFloat16 || p.dtype == Dtype::kFloat16;
-  if (!is_half || p.num_tokens > kDecodeTokens || !reads_codes(q) || p.num_experts > kMaxExperts) {
+  bool copies_fit = p.x_stride % 8 == 0 && aligned_16(p.x) && aligned_16(p.y);
+  for (const QuantizedMatrix& m : {q.gate_proj, q.up_proj, q.down_proj_t}) {
+    copies_fit = copies_fit && aligned_16(m.codes) && aligned_16(m.scales) && aligned_16(m.mins);
+  }
+  if (!is_half || p.num_tokens > kDecodeTokens || !reads_codes(q) || !copies_fit ||
+      p.num_experts > kMaxExperts) {
     return Status::kUnsupported;
   }
   if (p.num_tokens == 0 || p.hidden_size == 0) return Status::kOk;

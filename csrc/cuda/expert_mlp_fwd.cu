@@ -199,8 +199,8 @@ Status expert_mlp(const ExpertMlpParams& p, void* workspace, Stream stream) {
   if (p.num_tokens == 0 || !has_results) return Status::kOk;
   auto* bytes = static_cast<unsigned char*>(workspace);
   if (p.dtype == Dtype::kFloat32) return forward<float>(p, bytes, on);
-  if (!sm90a::has_wanted_path()) return Status::kNoSuchPath;
   if (is_decode(p)) return decode(p, workspace, stream);
+  if (!sm90a::has_wanted_path()) return Status::kNoSuchPath;
   return p.dtype == Dtype::kBFloat16 ? forward<__nv_bfloat16>(p, bytes, on)
                                      : forward<__half>(p, bytes, on);
 }

@@ -28,6 +28,10 @@ Status failed(const char* otherwise = "an unknown error");
 // Of the current device, as many as the settings allow; 0 if it cannot be asked.
 int multiprocessor_count();
 
+inline bool aligned_16(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
 // Sum over the warp, the same in every lane: a butterfly, so the order of the sum is fixed.
 template <class T>
 __device__ __forceinline__ T warp_sum(T value) {

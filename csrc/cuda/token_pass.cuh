@@ -130,10 +130,6 @@ __global__ void clear_inactive_kernel(const __grid_constant__ PassArgs<T> args, 
 
 // ---------------------------------------------------------------------------------------- the host
 
-inline bool aligned_16(const void* p) {
-  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
-}
-
 // For at most so many columns.
 template <class T>
 void place_columns(const PassArgs<T>& args, int64_t columns, cudaStream_t on) {

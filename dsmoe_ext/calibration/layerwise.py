@@ -97,8 +97,8 @@ def calibrate(
         the command line writes them ("pairs:4.5,0.5;4,1", layout.parse_sizes).
     refit: also refit down_proj to the masks. Without, merge gives the dense weights back
         bit for bit.
-    method: the router, "threshold", "top_p", "top_k" or "mean_score" (choice.py); top-k ones meet
-        the target to half an expert.
+    method: the router, "threshold", "top_p", "top_k" or "mean_score" (choice.py). The last two
+        count experts: they meet the target to half an expert, and only if all have one size.
     seed: of the grouping. The same seed, text, machine and thread count give the same bits.
     progress: show a progress bar on stderr.
 
@@ -112,9 +112,8 @@ def calibrate(
     refuse_offloaded(model)
     check_finite(model)
     dense, kept = _dense_model(model)
-    layout = _layout(_intermediate_size(dense), expert_size, expert_sizes, shared)
+    layout = layout_of(dense, target_active, expert_size, expert_sizes, shared)
     windows = _check_windows(token_ids, dense, window)
-    _check_target(target_active, layout)
     _warn_of_many_experts(len(layout.expert_sizes) + (layout.shared_size > 0))
     training = dense.training
     dense.eval()
@@ -291,8 +290,11 @@ def _dense_model(model: "PreTrainedModel") -> tuple["PreTrainedModel", dict[str,
     return model, {}
 
 
-def _intermediate_size(dense: "PreTrainedModel") -> int:
-    mlps = gated_mlps(text_model(dense)).items()
+def _intermediate_size(model: "PreTrainedModel") -> int:
+    if ffns := find_ffns(model):
+        return ffns[0].intermediate_size
+    check_dense(model)
+    mlps = gated_mlps(text_model(model)).items()
     sizes = {kind_of(mlp).intermediate_size: name for name, mlp in mlps}
     if len(sizes) > 1:
         names = " and ".join(f"{name} ({size})" for size, name in list(sizes.items())[:2])
@@ -300,19 +302,27 @@ def _intermediate_size(dense: "PreTrainedModel") -> int:
     return next(iter(sizes))
 
 
-def _layout(
-    intermediate_size: int,
-    expert_size: int,
-    expert_sizes: Sequence[int | float] | str | None,
-    shared: float,
+def layout_of(
+    model: "PreTrainedModel",
+    target_active: float = 0.5,
+    expert_size: int = 16,
+    expert_sizes: Sequence[int | float] | str | None = None,
+    shared: float = 0.25,
 ) -> Layout:
+    """How calibrate() would cut a model, dense or sparse; ValueError where it could not."""
+    neurons = _intermediate_size(model)
     if expert_sizes is None:
-        return Layout(*partition.shared_split(intermediate_size, expert_size, shared))
-    shared_size = round(shared * intermediate_size)
-    if isinstance(expert_sizes, str):
-        expert_sizes = parse_sizes(expert_sizes, intermediate_size - shared_size)
-    sizes = expert_layout(intermediate_size, expert_sizes=expert_sizes, shared_size=shared_size)
-    return Layout(shared_size, sizes[1:] if shared_size else sizes)
+        layout = Layout(*partition.shared_split(neurons, expert_size, shared))
+    else:
+        if not 0 <= shared < 1:
+            raise ValueError(f"shared must be at least 0 and below 1, not {shared}")
+        size = round(shared * neurons)
+        if isinstance(expert_sizes, str):
+            expert_sizes = parse_sizes(expert_sizes, neurons - size)
+        sizes = expert_layout(neurons, expert_sizes=expert_sizes, shared_size=size)
+        layout = Layout(size, sizes[1:] if size else sizes)
+    _check_target(target_active, layout)
+    return layout
 
 
 def _check_windows(token_ids: Any, dense: "PreTrainedModel", window: int) -> Tensor:

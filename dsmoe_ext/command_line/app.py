@@ -191,9 +191,12 @@ def calibrate(
     with atomic_directory(out, overwrite, reads=reads) as folder:
         with console.stage("Loading"):
             loaded, tokenizer = load_model(model, dtype=dtype.value, device=device)
+        from ..calibration.layerwise import layout_of
         from .steps import calibrate_on, save_measured
         from .text import mixed_windows
 
+        with console.expect(ValueError, TypeError):  # before minutes go into the text
+            layout_of(loaded, target_active, expert_size, expert_sizes, shared)
         windows = mixed_windows(
             loaded, tokenizer, model, sources, tokens=tokens, window=window, seed=seed
         )

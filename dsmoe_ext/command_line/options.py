@@ -78,7 +78,7 @@ TargetOption = Annotated[
 
 def written_sizes(text: str | None) -> str | None:
     """Callback of --expert-sizes: refuses what no FFN of any size could have."""
-    if text:
+    if text is not None:
         from ..layout import parse_sizes
 
         try:
@@ -94,8 +94,8 @@ ExpertSizesOption = Annotated[
         "--expert-sizes",
         metavar="SIZES",
         callback=written_sizes,
-        help="Sizes of the routed experts, if they differ: neurons (512,256,...), ratios "
-        "(2.0,1,...), pairs:4.5,0.5;4,1 (MoDSE) or nested (MatFormer).",
+        help="Sizes of the routed experts, instead of their number or size: neurons (512,256,...), "
+        "ratios (2.0,1,...), pairs:4.5,0.5;4,1 (MoDSE) or nested (MatFormer).",
     ),
 ]
 

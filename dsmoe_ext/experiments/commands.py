@@ -278,7 +278,8 @@ def methods(
 
     FFNs and routers learn from the dense model's predictions and the text in equal parts; then the
     method's knob is turned. For comparison: the dense model after the same training, and calibrated
-    ones, with each router that is known in closed form, before and after it.
+    ones, with each router that is known in closed form, before and after it. Only threshold's
+    share is held in training: of top_p the mass stays, of the others k.
     """
     from ..calibration.choice import METHODS as calibrated
     from .methods import METHODS, SHARE, Trained

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MATRICES = ("gate_proj", "up_proj", "down_proj_t")
+MOST_IN_GROUP = 16384  # the kernels divide by it in 32 bits
 _SHRINKS = torch.linspace(1.0, 0.75, 11).tolist()  # of a group's range, tried for the least error
 
 
@@ -127,10 +128,10 @@ def check_format(bits: int, group_size: int | None, symmetric: bool | None) -> t
         raise ValueError(f"bits must be 8 or 4, but is {bits!r}.")
     group_size = {8: 0, 4: 32}[bits] if group_size is None else group_size
     symmetric = bits == 8 if symmetric is None else symmetric
-    if group_size != 32 and (group_size < 0 or group_size % 64):
+    if group_size != 32 and (not 0 <= group_size <= MOST_IN_GROUP or group_size % 64):
         raise ValueError(
-            f"group_size must be 32, a multiple of 64, or 0 (a scale per output channel), "
-            f"but is {group_size}."
+            f"group_size must be 32, a multiple of 64 up to {MOST_IN_GROUP}, or 0 (a scale per "
+            f"output channel), but is {group_size}."
         )
     if bits == 4 and not group_size:
         raise ValueError("4 bits need groups: leave group_size out, or give 32 or 64.")

@@ -153,15 +153,18 @@ class QuantizedExperts(nn.Module):
         """ops.sparse_ffn with gradients for x and gates: the codes stay as they are. Weights in x's
         dtype exist for one layer at a time, in the forward and again in the backward; few tokens on
         CUDA need none in inference."""
-        wants_grad = torch.is_grad_enabled() and (x.requires_grad or gates.requires_grad)
-        if x.is_cuda and not wants_grad and self.decodes(x):
-            return self.decode(x, gates, expert_offsets)
+        # Of an exported program the number of tokens stays open.
+        if x.is_cuda and not torch.compiler.is_exporting():
+            wants_grad = torch.is_grad_enabled() and (x.requires_grad or gates.requires_grad)
+            if not wants_grad and self.decodes(x):
+                return self.decode(x, gates, expert_offsets)
         return _FrozenFFN.apply(x, gates, self, expert_offsets, grad_weight)
 
     def decodes(self, x: Tensor) -> bool:
         """Whether CUDA's kernels of few tokens take x and read the codes, 16 bytes a time."""
-        is_half = x.dtype in (torch.bfloat16, torch.float16)
-        return is_half and len(x) <= _DECODED_TOKENS and self.hidden_size % (128 // self.bits) == 0
+        if x.dtype not in (torch.bfloat16, torch.float16):
+            return False
+        return x.shape[0] <= _DECODED_TOKENS and self.hidden_size % (128 // self.bits) == 0
 
     def decode(self, x: Tensor, gates: Tensor, expert_offsets: Tensor) -> Tensor:
         """sparse_ffn from the codes themselves, on CUDA."""

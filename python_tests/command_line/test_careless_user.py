@@ -94,6 +94,26 @@ def test_configs_that_cannot_be_opened(tiny, tmp_path, fields):
     assert "could not be opened" in fails("convert", tiny, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (("--expert-sizes", "8,16"), "neurons are routed"),
+        (("--expert-sizes", "2.0,1", "--shared", 1.0), "below 1"),
+        (("--expert-size", 1000), "expert_size must be"),
+        (("--target-active", 0.1), "counts the shared part"),
+    ],
+)
+def test_a_cut_that_cannot_be_is_refused_before_text_is_drawn(tiny, tmp_path, options, says):
+    result = dsmoe("calibrate", tiny, tmp_path / "out", *options)
+    assert result.exit_code == 1 and says in result.stderr
+    assert "Sampling" not in result.output and not (tmp_path / "out").exists()
+
+
+def test_no_sizes_are_not_sizes():
+    result = dsmoe("calibrate", "tiny", "o", "--expert-sizes", "")
+    assert result.exit_code == 2 and "'' is no int" in result.stderr
+
+
 def test_weights_that_are_not_numbers(tiny, text, tmp_path):
     change_weights(tiny, lambda tensors: tensors["model.norm.weight"].fill_(NAN))
     options = ("--data", text, "--window", 64)
