@@ -224,6 +224,7 @@ def test_pack_weights_with_bits(seed):
         ({"bits": 4, "group_size": 0}, "4 bits need groups"),
         ({"bits": 8, "group_size": 48}, "group_size must be 32"),
         ({"bits": 8, "group_size": -64}, "group_size must be 32"),
+        ({"bits": 4, "group_size": 65536}, "up to 16384"),
         ({"bits": 8, "symmetric": False}, "give a group_size"),
     ],
 )
@@ -282,6 +283,38 @@ def test_gradients_past_frozen_codes(form, seed):
         results.append((y, *torch.autograd.grad(y, (x, gates), case.dy)))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
+
+
+class OnCuda(torch.Tensor):
+    """What says that it lies on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "dtype", "grad", "decodes"),
+    [
+        (1, 32, torch.bfloat16, False, True),
+        (16, 32, torch.float16, False, True),
+        (17, 32, torch.bfloat16, False, False),
+        (16, 40, torch.bfloat16, False, False),
+        (16, 32, torch.float32, False, False),
+        (16, 32, torch.bfloat16, True, False),
+    ],
+)
+def test_what_cuda_decodes_from_codes(tokens, hidden, dtype, grad, decodes, seed, monkeypatch):
+    """Few tokens in half types, in inference; all else comes from weights made for the call."""
+    case = random_case(seed, tokens, hidden, [16, 24], dtype=dtype)
+    experts = QuantizedExperts(quantize_weights(*case.inputs()[2:], bits=8))
+    decoded = []
+    monkeypatch.setattr(experts, "decode", lambda x, *_: decoded.append(x) or x)
+    x = case.x.as_subclass(OnCuda).requires_grad_(grad)
+    experts.sparse_ffn(x, case.gates, case.expert_offsets)
+    assert bool(decoded) == decodes
+    with torch.no_grad():
+        experts.sparse_ffn(x, case.gates, case.expert_offsets)
+    assert len(decoded) == 2 * decodes + (grad and not decodes)
 
 
 @pytest.mark.quick
