@@ -111,10 +111,13 @@ def test_model_command(layout, tmp_path):
     arguments = ["bench", "model", "--shape", str(tmp_path), "--layout", layout]
     arguments += ["--tokens", "70", "--budget", "0.01", "--dtype", "fp32"]
     arguments += ["--out", str(tmp_path / "out")]
+    tasks = ["decode", "prefill", "train"]
+    if layout == "calibrated":
+        tasks.insert(1, "decode-compiled")
+        arguments += ["--tasks", ",".join(tasks)]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0, result.output
-    for task in ("decode", "prefill", "train"):
-        assert task in result.output
+    assert all(task in result.output for task in tasks)
     saved = json.loads((tmp_path / "out" / "model.json").read_text())
-    assert [row["task"] for row in saved["rows"]] == ["decode", "prefill", "train"]
+    assert [row["task"] for row in saved["rows"]] == tasks
     assert all(row["sparse"]["best"] > 0 and row["layout"] == layout for row in saved["rows"])

@@ -145,7 +145,9 @@ def model(
         str, typer.Option(help="equal: 8 experts; calibrated: a shared quarter and experts of 16.")
     ] = "equal",
     active: Annotated[float, typer.Option(callback=finite, help="Active share of the FFN.")] = 0.5,
-    tasks: Annotated[str, typer.Option(help="Of decode, prefill, train.")] = "decode,prefill,train",
+    tasks: Annotated[
+        str, typer.Option(help="Of decode, decode-compiled, prefill, train.")
+    ] = "decode,prefill,train",
     tokens: Annotated[int, typer.Option(min=65, help="Tokens of a window.")] = 512,
     dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
     ste: Annotated[str, typer.Option(help="active, exact or sampled, for train.")] = "exact",
@@ -159,7 +161,14 @@ def model(
 
     from dsmoe_ext.benchmarks import report
     from dsmoe_ext.benchmarks.machine import measure_machine
-    from dsmoe_ext.benchmarks.model import LAYOUTS, SHAPES, dense_model, measure, sparse_model
+    from dsmoe_ext.benchmarks.model import (
+        LAYOUTS,
+        SHAPES,
+        TASKS,
+        dense_model,
+        measure,
+        sparse_model,
+    )
     from dsmoe_ext.command_line.console import out as console
     from dsmoe_ext.command_line.console import stage
     from dsmoe_ext.convert import load_dense
@@ -167,8 +176,8 @@ def model(
     from dsmoe_ext.loading import choose_device
 
     wanted = tasks.split(",")
-    if layout not in LAYOUTS or not set(wanted) <= {"decode", "prefill", "train"}:
-        raise UserError(f"layout is one of {', '.join(LAYOUTS)}; tasks of decode, prefill, train")
+    if layout not in LAYOUTS or not set(wanted) <= set(TASKS):
+        raise UserError(f"layout is one of {', '.join(LAYOUTS)}; tasks of {', '.join(TASKS)}")
     report.prepare_folder(out, "model.json")
     if threads:
         torch.set_num_threads(threads)

@@ -6,6 +6,7 @@ active; which experts run then varies from token to token as in a trained model.
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -111,6 +112,21 @@ def decode(model: "PreTrainedModel", ids: torch.Tensor) -> Callable[..., Any]:
     return step
 
 
+def decode_compiled(model: "PreTrainedModel", ids: torch.Tensor) -> Callable[..., Any]:
+    """The same as one compiled graph, over a cache of fixed size."""
+    from transformers import StaticCache
+
+    cache = StaticCache(model.config, max_cache_len=4 * CONTEXT)
+    model(input_ids=ids[:, :CONTEXT], cache=cache, use_cache=True)
+    compiled = torch.compile(model, backend="dsmoe", fullgraph=True, dynamic=False)
+
+    def step() -> Any:
+        compiled(input_ids=ids[:, :1], cache=cache, use_cache=True)
+        cache.crop(-1)
+
+    return step
+
+
 def train_step(model: "PreTrainedModel", ids: torch.Tensor) -> Callable[..., Any]:
     """Loss and every gradient, no optimiser."""
 
@@ -119,6 +135,14 @@ def train_step(model: "PreTrainedModel", ids: torch.Tensor) -> Callable[..., Any
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
     return step
+
+
+TASKS = {
+    "decode": decode,
+    "decode-compiled": decode_compiled,
+    "prefill": prefill,
+    "train": train_step,
+}
 
 
 @dataclass(frozen=True)
@@ -139,14 +163,13 @@ def measure(
     num_tokens: int,
     budget: float,
 ) -> Iterator[ModelRow]:
-    """Yields a ModelRow per task: "decode", "prefill", "train"."""
+    """Yields a ModelRow per task of TASKS. Both ways of decoding are timed in turn."""
     from dsmoe_ext.layers import active_fraction, ffn_layers
 
     device = dense.device
     ids = torch.randint(dense.config.vocab_size, (1, num_tokens)).to(device)
-    make = {"decode": decode, "prefill": prefill, "train": train_step}
-    for task in tasks:
-        train = task == "train"
+    for kind, group in itertools.groupby(tasks, lambda task: task.partition("-")[0]):
+        same, train = list(group), kind == "train"
         for model in (dense, sparse):
             model.train(train)
         if not train and device.type == "cpu":
@@ -154,8 +177,13 @@ def measure(
                 ffn.pack()
         active_fraction(sparse)
         with torch.set_grad_enabled(train):
-            methods = {"dense": [make[task](dense, ids)], "sparse": [make[task](sparse, ids)]}
-            timing = interleaved(methods, budget, device.type)
-        count = 1 if task == "decode" else num_tokens
+            methods = {
+                f"{task} {name}": [TASKS[task](model, ids)]
+                for task in same
+                for name, model in (("dense", dense), ("sparse", sparse))
+            }
+            timing = interleaved(methods, budget * len(same), device.type)
+        count = 1 if kind == "decode" else num_tokens
         active = active_fraction(sparse).mean
-        yield ModelRow(task, count, timing["dense"], timing["sparse"], active)
+        for task in same:
+            yield ModelRow(task, count, timing[f"{task} dense"], timing[f"{task} sparse"], active)

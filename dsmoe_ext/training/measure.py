@@ -123,7 +123,7 @@ def _step_compiler() -> Any:
     """One graph for a step of decoding; transformers compiles on GPUs alone unless it is told."""
     from transformers import CompileConfig
 
-    config = CompileConfig(mode="default", fullgraph=True, dynamic=False)
+    config = CompileConfig(backend="dsmoe", mode="default", fullgraph=True, dynamic=False)
     config._compile_all_devices = True
     return config
 
