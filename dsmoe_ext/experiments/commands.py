@@ -174,6 +174,9 @@ def curve(
 def cuts(
     model: Model = "smollm2",
     targets: Annotated[str, typer.Option(help="Active shares.")] = "0.25,0.5,0.75",
+    steps: Annotated[
+        int, typer.Option(min=0, help="Of training behind it, of two windows each; 0: none.")
+    ] = 0,
     tokens: Tokens = 65536,
     windows: Windows = 8,
     wikitext: WikiText = None,
@@ -183,7 +186,7 @@ def cuts(
     """Do finer experts keep more, as XMoE says, and do unequal ones, as MoDSE says?
 
     FFNs are cut whole, with no shared part, and top-p routers found in closed form, which meet a
-    share with experts of any sizes.
+    share with experts of any sizes. Trained they learn from the dense model's predictions.
     """
     table = Rows(out, "cuts")
     for bench in _benches(model, tokens, windows, wikitext, seeds, out):
@@ -197,7 +200,11 @@ def cuts(
         for target in numbers(targets, float, "--targets"):
             for name, cut in cuts.items():
                 whole = cut | {"shared": 0.0, "method": "top_p"}
-                table.add_calibrated(bench, f"top_p, {name}, {target:g}", target, **whole)
+                row = f"top_p, {name}, {target:g}"
+                table.add_calibrated(bench, row, target, **whole)
+                if steps:
+                    trained = functools.partial(bench.losses_tuned, steps, 1.0, target, **whole)
+                    table.add(bench, f"{row}, trained", trained, steps=steps)
     table.show("perplexity / dense @ active share")
 
 
