@@ -193,7 +193,8 @@ def add_sparsity_loss(
         for terms in run.terms
     ]
     value = torch.stack([term.to(loss.device) for term in sums]).sum() * share
-    run.losses = {"lm_loss": loss, "sparsity_loss": value}
+    # Without its graph, whose nodes hold this pass: a cycle that no garbage collector sees.
+    run.losses = {"lm_loss": loss.detach(), "sparsity_loss": value}
     if run.owner is not None and not run.owner.training:
         return loss
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not loss.requires_grad:

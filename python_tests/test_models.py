@@ -1,6 +1,7 @@
 """Sparse models in transformers: loss, accumulation, checkpointing, generation, compilation."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import dsmoe_ext
 transformers = pytest.importorskip("transformers")
 
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+
+from dsmoe_ext.sparsity import ForwardPass  # noqa: E402
 
 pytestmark = pytest.mark.quick
 
@@ -51,6 +54,28 @@ def test_loss_is_lm_loss_plus_sparsity_in_training_only(make_sparse, seed):
     torch.testing.assert_close(trained.lm_loss, lm_loss)
     torch.testing.assert_close(trained.loss, lm_loss + 0.7 * evaluated.sparsity_loss)
     assert model.eval()(input_ids=batch["input_ids"]).loss is None
+
+
+@pytest.mark.parametrize("ends", ["in its own loss", "in a loss of the logits", "nowhere"])
+def test_a_step_leaves_nothing_behind(make_sparse, ends, seed):
+    """Its graph, which holds logits and activations, is freed with the outputs."""
+    model, ids = make_sparse().train(), torch.randint(67, (2, 9))
+
+    def alive():
+        return sum(isinstance(kept, ForwardPass) for kept in gc.get_objects())
+
+    def step():
+        out = model(input_ids=ids, labels=ids)
+        if ends == "in its own loss":
+            out.loss.backward()
+        elif ends == "in a loss of the logits":
+            out.logits.sum().backward()
+
+    step()
+    before = alive()
+    for _ in range(3):
+        step()
+    assert alive() == before
 
 
 @pytest.mark.parametrize("gates", ["scores", "binary"])
