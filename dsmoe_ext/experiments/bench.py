@@ -53,7 +53,7 @@ class Bench:
         windows = []
         for part in parts:
             if part == SELF:
-                windows.append(self.own_text[:rows])
+                windows.append(_evenly(self.own_text, rows))  # its parts begin differently
             else:
                 read = read_windows(self.tokenizer, [Source(part)], self.window, share)
                 windows.append(read.train[:rows])
@@ -149,9 +149,14 @@ class Bench:
 
 def _spread(text: Text, count: int) -> torch.Tensor:
     """At most `count` windows of the length that others have, evenly through the text."""
-    if not count or count >= len(text.ids):
-        return text.ids
-    return text.ids[torch.linspace(0, len(text.ids) - 1, count).round().long()]
+    return _evenly(text.ids, count) if count else text.ids
+
+
+def _evenly(windows: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` of the windows [N,L], evenly through them; all, if there are no more."""
+    if count >= len(windows):
+        return windows
+    return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
 
 
 def ratio(row: dict[str, Any], dense: dict[str, Any], text: str) -> float:
