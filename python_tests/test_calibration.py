@@ -147,7 +147,7 @@ def test_refit_reduces_every_layers_error(seed, monkeypatch):
 
     def recorded(*args):
         fit = fit_layer(*args)
-        errors.setdefault(args[7], []).append(fit.error)
+        errors.setdefault(args[5], []).append(fit.error)
         return fit
 
     monkeypatch.setattr(layerwise, "fit_layer", recorded)

@@ -3,9 +3,9 @@
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from dsmoe_ext.calibration.choice import (
     choose,
     options_of_method,
 )
+from dsmoe_ext.calibration.dense_ffn import Chunks, DenseFFN
 from dsmoe_ext.calibration.neurons import (
     Layout,
     expert_norms,
@@ -27,11 +28,11 @@ from dsmoe_ext.calibration.neurons import (
 )
 from dsmoe_ext.calibration.refit import refit_down_proj
 from dsmoe_ext.calibration.router import fit_router, log_strength
-from dsmoe_ext.calibration.streams import Layer, Streams, quick_dtype, quick_matmul
+from dsmoe_ext.calibration.streams import Streams, quick_matmul
 from dsmoe_ext.calibration.sums import Moments
 from dsmoe_ext.command_line import console
 from dsmoe_ext.convert import check_dense, check_finite, merge, refuse_offloaded, sparsify
-from dsmoe_ext.gated_mlp import kind_of, mlp_activations
+from dsmoe_ext.gated_mlp import kind_of
 from dsmoe_ext.layers import ffn_layers, find_ffns
 from dsmoe_ext.layout import expert_layout, parse_sizes
 from dsmoe_ext.models.adopt import gated_mlps, text_model
@@ -46,9 +47,15 @@ GROUPING_TOKENS = 16384
 # How much of the error that earlier layers left in the hidden state a layer's refit takes on.
 CORRECTION = 0.5
 
-# Starts anew on the text, chunk after chunk: the FFN's input x [t,H], and a function of what the
-# dense FFN gives for it [t,H]: what it would have to give to make up for earlier layers too [t,H].
-Chunks = Callable[[], Iterable[tuple[Tensor, Callable[[Tensor], Tensor]]]]
+
+class Fit(Protocol):
+    """What takes the place of a dense FFN."""
+
+    def output(self, ffn: DenseFFN, x: Tensor) -> Tensor:
+        """[t,H] of x [t,H]; ffn: the dense one whose place it takes."""
+
+
+AnyFit = TypeVar("AnyFit", bound=Fit)
 
 
 @dataclass(frozen=True)
@@ -61,10 +68,11 @@ class LayerFit:
     down_proj_t: Tensor  # [I,H], neurons in the dense model's order
     error: float  # ‖sparse - wanted output‖² / ‖wanted‖²
 
-    def output(self, x: Tensor, hidden: Tensor) -> Tensor:
-        """The sparse FFN's output [t,H]. x [t,H], hidden [t,I]: the dense activations (lost)."""
+    def output(self, ffn: DenseFFN, x: Tensor) -> Tensor:
+        """The sparse FFN's output [t,H] of x [t,H]."""
+        hidden = ffn.activate(x)
         switch_off(hidden, self.choice.active(x), self.experts)
-        return (hidden @ self.down_proj_t.to(hidden.dtype)).to(x.dtype)
+        return ffn.output(hidden, self.down_proj_t)
 
 
 @torch.no_grad()
@@ -115,26 +123,52 @@ def calibrate(
     layout = layout_of(dense, target_active, expert_size, expert_sizes, shared)
     windows = _check_windows(token_ids, dense, window)
     _warn_of_many_experts(len(layout.expert_sizes) + (layout.shared_size > 0))
+    num_layers = len(gated_mlps(text_model(dense)))
+    bar = console.progress("Calibrating", num_layers, "layers") if progress else _no_progress()
+    with bar as advance:
+
+        def fit(ffn: DenseFFN, chunks: Chunks, index: int) -> LayerFit:
+            options = (method, layout, target_active, refit, seed + index)
+            found = fit_layer(ffn, chunks, *options)
+            advance(1, note=f"layer error {found.error:.3f}")
+            return found
+
+        fits = fit_layers(dense, windows, fit)
+    sparse = _assemble(dense, method, layout, target_active, refit, fits, kept)
+    return sparse.train(dense.training)
+
+
+@torch.no_grad()
+def fit_layers(
+    dense: "PreTrainedModel", windows: Tensor, fit: Callable[[DenseFFN, Chunks, int], AnyFit]
+) -> list[AnyFit]:
+    """What fit(ffn, chunks, position of the layer in the stack) makes of every dense FFN, first
+    layer first, on the text windows [N,L]: each sees what those before it leave."""
     training = dense.training
     dense.eval()
     fits = []
-    num_layers = len(gated_mlps(text_model(dense)))
-    bar = console.progress("Calibrating", num_layers, "layers") if progress else _no_progress()
     try:
         # Autocast would round what the sums are of; the fits choose their own precision.
-        exact = torch.autocast(dense.device.type, enabled=False)
-        with exact, quick_matmul(), bar as advance:
+        with torch.autocast(dense.device.type, enabled=False), quick_matmul():
             streams = Streams(dense, windows.to(dense.device))
             for index, layer in enumerate(streams.layers):
+                # The dense stream runs on; the sparse one waits for its FFN's output.
+                layer = streams.enter(layer)
                 if layer.mlp_name is None:
-                    streams.enter(layer)
                     continue
-                options = (method, layout, target_active, refit, seed + index)
-                fits.append(_fit_next(streams, layer, *options))
-                advance(1, note=f"layer error {fits[-1].error:.3f}")
+                ffn = DenseFFN(layer.found, layer.found.weights(layer.mlp))
+                found = fit(ffn, functools.partial(_chunks, streams), index)
+                streams.leave(functools.partial(found.output, ffn))
+                fits.append(found)
     finally:
         dense.train(training)
-    return _assemble(dense, method, layout, target_active, refit, fits, kept).train(training)
+    return fits
+
+
+def _chunks(streams: Streams) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
+    for chunk in streams.chunks:
+        x = streams.x.read(chunk).flatten(0, 1)
+        yield x, functools.partial(streams.missing, chunk)
 
 
 def _warn_of_many_experts(num_experts: int) -> None:
@@ -148,108 +182,86 @@ def _warn_of_many_experts(num_experts: int) -> None:
         )
 
 
-def _fit_next(streams: Streams, layer: Layer, *options: Any) -> LayerFit:
-    """Fits the layer that both streams have come to, and moves them behind it."""
-    # The dense stream runs on; the sparse one waits for its FFN's output until that is known.
-    layer = streams.enter(layer)
-    found = layer.found
-    weights = found.weights(layer.mlp)
-    quick = [w.to(quick_dtype(streams.dtype, w.device)) for w in weights]
-
-    def chunks() -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
-        for chunk in streams.chunks:
-            x = streams.x.read(chunk).flatten(0, 1)
-            yield x, functools.partial(streams.missing, chunk)
-
-    def activate(x: Tensor) -> Tensor:
-        return mlp_activations(x.to(quick[0].dtype), quick, found.activation)
-
-    gate_proj = weights[0][: found.intermediate_size]
-    fit = fit_layer(chunks, activate, weights[-1].T.contiguous(), gate_proj, *options)
-    streams.leave(lambda x: fit.output(x, activate(x)))
-    return fit
-
-
 def fit_layer(
+    ffn: DenseFFN,
     chunks: Chunks,
-    activate: Callable[[Tensor], Tensor],
-    down_proj_t: Tensor,
-    gate_proj: Tensor,
     method: str,
     layout: Layout,
     target: float,
     refit: bool,
     seed: int,
 ) -> LayerFit:
-    """Finds one layer's order, router and weights, from sums over any number of tokens.
-
-    activate(x): the dense FFN's activations a [t,I] of x [t,H], a fresh tensor, which may be in a
-    narrower dtype than x; down_proj_t and gate_proj [I,H].
-    """
-    strength = down_proj_t.norm(dim=1)  # [I]
-    seen = Moments()
-    for x, _ in chunks():
-        take = slice(None, max(1, GROUPING_TOKENS - seen.count))
-        seen.add(x[take], activate(x[take]).to(x.dtype).abs_().mul_(strength))
-        if seen.count >= GROUPING_TOKENS:
-            break
-    order = group_neurons(seen, layout, seed)
+    """Finds one layer's order, router and weights, from sums over any number of tokens."""
+    order = group_layer(ffn, chunks, layout, seed)
     experts = experts_of_neurons(order, layout)
-
-    if method == "mean_score":
-        choice = by_mean_gate(gate_proj, experts, layout, target)
-    else:
-        logs = Moments()
-        for x, _ in chunks():
-            norms = expert_norms(activate(x), strength, experts, layout).to(x.dtype)
-            logs.add(x, log_strength(norms))
-        predicted = fit_router(logs, down_proj_t.dtype)
-        inputs = lambda: (x for x, _ in chunks())  # noqa: E731
-        choice = choose(method, predicted, logs, inputs, layout, target)
-
+    choice = choose_experts(ffn, chunks, method, layout, target, experts)
     if refit:
-        down_proj_t, error = _refit(chunks, activate, down_proj_t, choice, experts)
+        down_proj_t, error = refit_layer(ffn, chunks, choice.active, experts)
     else:
-        error = _error(chunks, activate, down_proj_t, choice, experts)
+        down_proj_t, error = ffn.down_proj_t, _error(ffn, chunks, choice.active, experts)
     return LayerFit(order, experts, choice, down_proj_t, error)
 
 
-def _refit(
-    chunks: Chunks,
-    activate: Callable[[Tensor], Tensor],
-    down_proj_t: Tensor,
-    choice: Choice,
-    experts: Tensor,
+def grouping_inputs(chunks: Chunks) -> Iterator[Tensor]:
+    """The FFN's inputs x [t,H] for the tokens that neurons are grouped on."""
+    left = GROUPING_TOKENS
+    for x, _ in chunks():
+        yield x[:left]
+        left -= len(x)
+        if left <= 0:
+            return
+
+
+def group_layer(ffn: DenseFFN, chunks: Chunks, layout: Layout, seed: int) -> Tensor:
+    """The order of the neurons int64 [I] (neurons.group_neurons)."""
+    seen = Moments()
+    for x in grouping_inputs(chunks):
+        seen.add(x, ffn.activate(x).to(x.dtype).abs_().mul_(ffn.strength))
+    return group_neurons(seen, layout, seed)
+
+
+def choose_experts(
+    ffn: DenseFFN, chunks: Chunks, method: str, layout: Layout, target: float, experts: Tensor
+) -> Choice:
+    """The router of experts int64 [I], by the method."""
+    if method == "mean_score":
+        return by_mean_gate(ffn.gate_proj, experts, layout, target)
+    logs = Moments()
+    for x, _ in chunks():
+        norms = expert_norms(ffn.activate(x), ffn.strength, experts, layout).to(x.dtype)
+        logs.add(x, log_strength(norms))
+    predicted = fit_router(logs, ffn.down_proj_t.dtype)
+    return choose(method, predicted, logs, lambda: (x for x, _ in chunks()), layout, target)
+
+
+def refit_layer(
+    ffn: DenseFFN, chunks: Chunks, active: Callable[[Tensor], Tensor], experts: Tensor
 ) -> tuple[Tensor, float]:
-    """(down_proj_t [I,H] refitted to the masks, the relative error left)."""
+    """(down_proj_t [I,H] refitted to the masks active(x) [t,R], the relative error left)."""
     sums = Moments(centred=False)
     for x, missing in chunks():
-        hidden = activate(x)
+        hidden = ffn.activate(x)
         # Wanted: the layer's own dense output on what it sees, and a part of what is still missing
         # from earlier layers.
-        wanted = (hidden @ down_proj_t.to(hidden.dtype)).to(x.dtype)
+        wanted = ffn.output(hidden)
         wanted = wanted.lerp(missing(wanted), CORRECTION)
-        switch_off(hidden, choice.active(x), experts)
+        switch_off(hidden, active(x), experts)
         sums.add(hidden.to(x.dtype), wanted)
-    found, error = refit_down_proj(sums, down_proj_t)
-    return found.to(down_proj_t.dtype), error
+    found, error = refit_down_proj(sums, ffn.down_proj_t)
+    return found.to(ffn.down_proj_t.dtype), error
 
 
 def _error(
-    chunks: Chunks,
-    activate: Callable[[Tensor], Tensor],
-    down_proj_t: Tensor,
-    choice: Choice,
-    experts: Tensor,
+    ffn: DenseFFN, chunks: Chunks, active: Callable[[Tensor], Tensor], experts: Tensor
 ) -> float:
     """‖sparse - dense output‖² / ‖dense output‖² of a layer with its dense weights."""
     lost, power = 0.0, 0.0
     for x, _ in chunks():
-        hidden = activate(x).to(x.dtype)
-        wanted = hidden @ down_proj_t
+        hidden = ffn.activate(x).to(x.dtype)
+        wanted = ffn.output(hidden)
         power += wanted.square().sum().item()
-        switch_off(hidden, choice.active(x), experts)
-        lost += wanted.sub_(hidden @ down_proj_t).square().sum().item()
+        switch_off(hidden, active(x), experts)
+        lost += wanted.sub_(ffn.output(hidden)).square().sum().item()
     return lost / max(power, 1e-30)
 
 
