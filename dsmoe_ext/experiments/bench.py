@@ -16,7 +16,7 @@ from ..loading import load_model, need_tokenizer
 from ..models.options import options_of
 from ..training.controller import thresholds_suffice
 from ..training.data import TextWindows, prose_text, second_domain_text, windows_of
-from ..training.evaluate import evaluate, supports_bf16
+from ..training.evaluate import Evaluation, evaluate, supports_bf16
 from ..training.fine_tune import fine_tune, recovery
 from ..training.measure import inference_copy
 from ..training.sources import SELF, Source, read_windows
@@ -125,21 +125,23 @@ class Bench:
         return self.losses(start) | {"held": [row.get("active") for row in log]}
 
     def losses(self, model: "PreTrainedModel") -> dict[str, Any]:
-        """{"loss": nats per token by text, "active": share of the FFN by text}, of the model as it
-        would be used."""
+        """{"loss": nats per token by text, "active": share of the FFN by text, "layers": that of
+        every FFN by text}, of the model as it would be used."""
         return self.losses_in_place(inference_copy(model))
 
     def losses_in_place(self, model: "PreTrainedModel") -> dict[str, Any]:
         """The same of the model as it is; in float32 under bf16 autocast where that is faster."""
-        bf16 = supports_bf16() and model.dtype == torch.float32
-        results = {
-            text.name: evaluate(model, text.ids, num_context=text.context, bf16=bf16)
-            for text in self.texts
-        }
+        results = {text.name: self.evaluate(model, text) for text in self.texts}
         return {
             "loss": {name: result.loss for name, result in results.items()},
             "active": {name: result.active for name, result in results.items()},
+            "layers": {name: result.active_per_layer for name, result in results.items()},
         }
+
+    def evaluate(self, model: "PreTrainedModel", text: Text) -> Evaluation:
+        """One text alone, likewise in place."""
+        bf16 = supports_bf16() and model.dtype == torch.float32
+        return evaluate(model, text.ids, num_context=text.context, bf16=bf16)
 
     def what(self, **fields: Any) -> dict[str, Any]:
         """What decides a row, for Record.measure."""

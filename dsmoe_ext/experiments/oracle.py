@@ -4,16 +4,16 @@ They need every neuron's activation first, so they save nothing: they bound what
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..calibration.dense_ffn import DenseFFN
 from ..calibration.neurons import Layout, expert_norms, experts_of_neurons, switch_off
-from ..gated_mlp import kind_of, mlp_activations
 from ..layers import ffn_layers
-from ..models.adopt import gated_mlps, text_model
+from .replaced import replaced_ffns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,32 +25,15 @@ def masked_ffns(
 ) -> Iterator[None]:
     """Runs every gated MLP of a dense model as down(masked a). masks[l](a [T,I], ‖d‖ [I]) works in
     place.
-
-    The model is as before afterwards.
     """
-    layers = list(gated_mlps(text_model(dense)).values())
 
-    def sparse(
-        mlp: nn.Module, mask: Callable[[Tensor, Tensor], None]
-    ) -> Callable[[Tensor], Tensor]:
-        found = kind_of(mlp)
-        weights = found.weights(mlp)
-        strength = weights[-1].float().norm(dim=0)
+    def output(mask: Callable[[Tensor, Tensor], None], ffn: DenseFFN, x: Tensor) -> Tensor:
+        hidden = ffn.activate(x)
+        mask(hidden, ffn.strength.to(hidden.dtype))
+        return ffn.output(hidden)
 
-        def forward(x: Tensor) -> Tensor:
-            hidden = mlp_activations(x.flatten(0, -2), weights, found.activation)
-            mask(hidden, strength.to(hidden.dtype))
-            return F.linear(hidden, weights[-1].to(hidden.dtype)).view(x.shape)
-
-        return forward
-
-    try:
-        for mlp, mask in zip(layers, masks, strict=True):
-            mlp.forward = sparse(mlp, mask)
+    with replaced_ffns(dense, [functools.partial(output, mask) for mask in masks]):
         yield
-    finally:
-        for mlp in layers:
-            mlp.__dict__.pop("forward", None)
 
 
 def strongest_neurons(share: float) -> Callable[[Tensor, Tensor], None]:
