@@ -83,13 +83,18 @@ def coactivation(contributions: Tensor, expert_sizes: Sequence[int], *, seed: in
 
 
 def balanced_kmeans(
-    features: Tensor, sizes: Sequence[int], *, seed: int = 0, max_iterations: int = 20
+    features: Tensor,
+    sizes: Sequence[int],
+    *,
+    seed: int = 0,
+    max_iterations: int = 20,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Cluster n points into clusters of given sizes (squared Euclidean distance).
 
     features [n,d] float, sum(sizes) == n -> permutation int64 [n]: cluster 0's points first, then
     cluster 1's, ...; inside a cluster in ascending order. Lloyd's iterations from a k-means++
-    start; the best assignment seen is kept.
+    start, or from the points start int64 [k]; the best assignment seen is kept.
     """
     num_points = features.shape[0]
     if features.dim() != 2 or sum(sizes) != num_points or min(sizes) < 1:
@@ -100,7 +105,8 @@ def balanced_kmeans(
     capacity = np.asarray(sizes, dtype=np.int64)
     device = features.device
     sizes_column = torch.tensor(capacity, device=device, dtype=features.dtype)[:, None]
-    centres = features[_spread_start(features, len(sizes), seed)]  # [k,d]
+    start = _spread_start(features, len(sizes), seed) if start is None else start
+    centres = features[start]  # [k,d]
     best_cost, best = float("inf"), np.zeros(0)
     previous = None
     for _ in range(max_iterations):

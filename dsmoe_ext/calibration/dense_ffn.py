@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from dsmoe_ext.calibration.streams import quick_dtype
@@ -57,9 +56,3 @@ class DenseFFN:
         """[t,H] of activations [t,I], with another down_proj_t where one is given."""
         down_proj_t = self.down_proj_t if down_proj_t is None else down_proj_t
         return (hidden @ down_proj_t.to(hidden.dtype)).to(self.down_proj_t.dtype)
-
-    def of(self, neurons: Tensor) -> list[Tensor]:
-        """The weights of the FFN that has these neurons alone, as GatedMLP.weights gives them."""
-        rows = self.gate_proj[neurons], self.up_proj[neurons]
-        down = self._weights[-1][:, neurons]
-        return [*rows, down] if len(self._weights) == 3 else [torch.cat(rows), down]

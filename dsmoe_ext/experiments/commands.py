@@ -265,3 +265,40 @@ def methods(
                     bench, row, functools.partial(trained.losses, knob), **what, **trained.what
                 )
     table.show(f"perplexity / dense @ active share, {steps} steps")
+
+
+@app.command()
+def baselines(
+    model: Model = "smollm2",
+    target_active: Annotated[
+        float, typer.Option(min=0.34, max=0.99, help="Share of the FFN's work, or of its bytes.")
+    ] = 0.5,
+    tokens: Tokens = 65536,
+    windows: Windows = 8,
+    wikitext: WikiText = None,
+    seeds: Seeds = "0",
+    out: Out = Path("experiments"),
+) -> None:
+    """The same share of the FFN by other people's recipes: FLAP, TEAL, CATS, CMoE.
+
+    All see the same text as calibrate. TEAL and CATS save bytes, each token its own: what several
+    tokens read together stands in a second table. CMoE also with our partition, router and refit
+    in place of its own.
+    """
+    from .baselines import batches_table, losses_calibrated, losses_fitted, recipes
+
+    table = Rows(out, "baselines")
+    for bench in _benches(model, tokens, windows, wikitext, seeds, out):
+        what = {"target": target_active}
+        table.add_dense(bench, **what)
+        for name, options in (
+            ("ours", {}),
+            ("static: strongest + refit", {"shared": target_active}),
+        ):
+            ours = functools.partial(losses_calibrated, bench, target_active, **options)
+            table.add(bench, name, ours, **what, **options)
+        for name, fit in recipes(target_active).items():
+            theirs = functools.partial(losses_fitted, bench, fit, target_active)
+            table.add(bench, name, theirs, **what)
+    table.show(f"perplexity / dense @ active share, target {target_active:g}")
+    print("\n" + batches_table(table.rows))
