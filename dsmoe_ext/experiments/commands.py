@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -302,3 +303,40 @@ def baselines(
             table.add(bench, name, theirs, **what)
     table.show(f"perplexity / dense @ active share, target {target_active:g}")
     print("\n" + batches_table(table.rows))
+
+
+@app.command()
+def paper(
+    model: Model = "smollm2",
+    target_active: Target = 0.5,
+    taus: Annotated[
+        str, typer.Option(help="Thresholds of all layers.")
+    ] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9",
+    steps: Annotated[int, typer.Option(min=1, help="Of two windows each.")] = 80,
+    tokens: Tokens = 65536,
+    windows: Windows = 8,
+    wikitext: WikiText = None,
+    seeds: Seeds = "0",
+    out: Out = Path("experiments"),
+) -> None:
+    """Perplexity and active share as the threshold rises, as in DSMoE's Table 4.
+
+    Of the calibrated model, and of the same after training on the dense model's predictions (KL).
+    With matplotlib, paper.png beside the rows shows the curves and every layer's share.
+    """
+    from .paper import Swept, draw, layers_table, verdicts
+
+    table = Rows(out, "paper")
+    for bench in _benches(model, tokens, windows, wikitext, seeds, out):
+        table.add_dense(bench, target=target_active)
+        for name, training in (("calibrated", 0), ("tuned", steps)):
+            swept = Swept(bench, target_active, training)
+            for tau in numbers(taus, float, "--taus"):
+                what = {"of": name, "tau": tau, "steps": training, "target": target_active}
+                losses = functools.partial(swept.losses, tau)
+                table.add(bench, f"{name}, tau {tau:g}", losses, **what)
+    table.show(f"perplexity / dense @ active share, calibrated for {target_active:g}")
+    print("\n" + layers_table(table.rows))
+    print("\n".join(["", *verdicts(table.rows)]))
+    if find_spec("matplotlib"):
+        draw(table.rows, out / "paper.png")
