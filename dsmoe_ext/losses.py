@@ -53,6 +53,8 @@ def sparsity_loss(
 class _Controller:
     """Steps once per optimiser step on what the layers used in training since the step before."""
 
+    pace = 1.0  # the learning rate over its peak, for those that slow down with it
+
     def __init__(self, model: nn.Module, target_active: float):
         if not 0 < target_active <= 1:
             raise ValueError(f"target_active must lie in (0, 1], got {target_active}")

@@ -1,9 +1,12 @@
 """QuantileController: the active share is at its target from the first steps on."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import dsmoe_ext
+from dsmoe_ext.training.callbacks import ActiveShare
 from dsmoe_ext.training.controller import QuantileController, controller_for, score_above_which
 
 pytestmark = pytest.mark.quick
@@ -57,6 +60,32 @@ def test_holds_the_target_while_the_scores_move(seed):
     ffn.train()(x)
     controller.step()
     assert torch.equal(ffn.threshold, before)
+
+
+def test_moves_less_as_the_learning_rate_falls(seed):
+    ffn = dsmoe_ext.DSMoEFFN(16, 96, 6, gates="binary", router_init="paper")
+    x, moves = torch.randn(512, 16), []
+    for pace in (1.0, 0.25):
+        ffn.set_threshold(0.9)
+        controller = QuantileController(ffn, 0.5, rate=0.4)
+        controller.pace = pace
+        ffn(x)
+        controller.step()
+        controller.close()
+        moves.append(0.9 - ffn.threshold.item())
+    assert moves[0] > 0 and moves[1] == pytest.approx(moves[0] / 4, rel=1e-5)
+
+
+def test_the_pace_is_the_rate_over_its_peak_behind_the_warm_up():
+    model, paces = dsmoe_ext.DSMoEFFN(16, 96, 6, gates="binary"), []
+    controller = SimpleNamespace(pace=1.0, step=lambda: paces.append(controller.pace))
+    callback, args = ActiveShare(model, controller), SimpleNamespace(warmup_steps=2)
+    for step, lr in enumerate([5e-5, 1e-4, 7e-5, 1e-5], 1):
+        optimizer = SimpleNamespace(param_groups=[{"lr": lr, "initial_lr": 1e-4}])
+        state = SimpleNamespace(global_step=step)
+        callback.on_step_begin(args, state, None)
+        callback.on_step_end(args, state, None, optimizer=optimizer)
+    assert paces == pytest.approx([1, 1, 0.7, 0.1])
 
 
 def test_remoe_is_held_by_its_own_controller(make_llama):

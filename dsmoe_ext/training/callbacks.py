@@ -47,6 +47,9 @@ class ActiveShare(TrainerCallback):
             return
         shares = activity_since(self.model, self.seen)
         if self.controller is not None:
+            if state.global_step > args.warmup_steps:
+                group = kwargs["optimizer"].param_groups[0]
+                self.controller.pace = group["lr"] / group["initial_lr"]
             self.controller.step()
         self.row = {
             "active": sum(shares) / len(shares),

@@ -1,12 +1,14 @@
 """Holds the active share of every FFN from the first step on.
 
     q_l    the threshold that would have left exactly the target on in the step's own batch
-    tau_l  <- tau_l + rate (q_l - tau_l)      once per optimiser step
+    tau_l  <- tau_l + rate pace (q_l - tau_l)      once per optimiser step
 
 Feedback on the share alone (losses.ThresholdController) has to guess how far a threshold moves it,
 and is late: distillation moves a whole layer's scores within a few steps. The batch's own scores
 tell the right threshold at once. It is averaged over some steps, because a batch is a sample: the
-share at a fixed threshold differs by a few hundredths from text to text.
+share at a fixed threshold differs by a few hundredths from text to text. pace is the learning rate
+over its peak: scores move slower as it falls, so that more batches can be averaged, and the last
+thresholds, which stay, are those of hundreds and not of ten.
 """
 
 from collections.abc import Callable
@@ -61,7 +63,8 @@ class QuantileController(ThresholdController):
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.all_reduce(wanted)
                 wanted /= torch.distributed.get_world_size()
-            ffn.set_threshold(ffn.threshold.lerp(wanted.to(ffn.threshold), self.eta))
+            rate = self.eta * self.pace
+            ffn.set_threshold(ffn.threshold.lerp(wanted.to(ffn.threshold), rate))
             seen.clear()
 
     def close(self) -> None:
