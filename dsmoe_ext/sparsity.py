@@ -46,7 +46,9 @@ class ForwardPass:
     """What one forward of a model has seen so far."""
 
     def __init__(self, owner: nn.Module | None = None, config: Any = None):
-        self.owner = owner  # the outermost module that was called
+        self.owner = owner  # the outermost module that was called; None once that has returned
+        self.owner_id = id(owner)
+        self.is_training = owner is None or owner.training
         self.config = config  # the one with the key
         self.wants_grad = torch.is_grad_enabled()
         self.is_again = False  # a recomputation: counted already
@@ -127,7 +129,10 @@ class _Feed(torch.autograd.Function):
 
 
 class _Tie(torch.autograd.Function):
-    """loss + value; the backward notes with which factor the loss counts."""
+    """loss + value; the backward notes with which factor the loss counts.
+
+    value has a gradient of its own where it is of layers that were compiled one by one.
+    """
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, value: Tensor, scale: Tensor, run: "ForwardPass") -> Tensor:
@@ -151,7 +156,7 @@ class _Tie(torch.autograd.Function):
             engine: Any = torch.autograd.Variable._execution_engine
             engine.queue_callback(functools.partial(_in_backward.pop, task, None))
         _in_backward[task] = run
-        return dloss, None, None, None
+        return dloss, dloss if ctx.needs_input_grad[1] else None, None, None
 
 
 def add_sparsity_loss(
@@ -193,9 +198,12 @@ def add_sparsity_loss(
         for terms in run.terms
     ]
     value = torch.stack([term.to(loss.device) for term in sums]).sum() * share
-    # Without its graph, whose nodes hold this pass: a cycle that no garbage collector sees.
-    run.losses = {"lm_loss": loss.detach(), "sparsity_loss": value}
-    if run.owner is not None and not run.owner.training:
+    # Nodes of the graph hold this pass. What it keeps has none: a cycle through autograd is never
+    # collected, and would keep logits and activations of every step.
+    run.losses = {"lm_loss": loss.detach(), "sparsity_loss": value.detach()}
+    if not torch.compiler.is_compiling():
+        run.terms = [terms.detach() for terms in run.terms]
+    if not run.is_training:
         return loss
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not loss.requires_grad:
         return loss + (run.weight * value).to(loss.dtype) if run.weight else loss
@@ -264,15 +272,16 @@ def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     run = getattr(_thread, "now", None)
     if run is None or run.owner is not module:
         return
+    run.owner = None  # a pass that a graph or a failed backward keeps must not keep the model
     _thread.now = None
-    _thread.last = None if run.losses else run
+    _thread.last = run if run.terms and not run.losses else None
     if run.losses and getattr(output, "loss", None) is not None:
         for name, value in run.losses.items():
             setattr(output, name, value)  # beside the fields of the model's own output class
 
 
 def _warn_if_lost(last: ForwardPass | None, module: nn.Module) -> None:
-    if torch.compiler.is_compiling() or last is None or last.owner is not module:
+    if torch.compiler.is_compiling() or last is None or last.owner_id != id(module):
         return
     if last.terms and last.weight and last.wants_grad and module.training:
         warnings.warn(

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 
 import pytest
 import torch
@@ -56,13 +57,19 @@ def test_loss_is_lm_loss_plus_sparsity_in_training_only(make_sparse, seed):
     assert model.eval()(input_ids=batch["input_ids"]).loss is None
 
 
+def live_passes():
+    gc.collect()
+    return sum(isinstance(kept, ForwardPass) for kept in gc.get_objects())
+
+
+@pytest.mark.parametrize("compiles", ["nothing", "a layer", "all layers"])
 @pytest.mark.parametrize("ends", ["in its own loss", "in a loss of the logits", "nowhere"])
-def test_a_step_leaves_nothing_behind(make_sparse, ends, seed):
+def test_a_step_leaves_nothing_behind(make_sparse, ends, compiles, seed):
     """Its graph, which holds logits and activations, is freed with the outputs."""
     model, ids = make_sparse().train(), torch.randint(67, (2, 9))
-
-    def alive():
-        return sum(isinstance(kept, ForwardPass) for kept in gc.get_objects())
+    for layer in model.model.layers[1 if compiles == "a layer" else 0 :]:
+        if compiles != "nothing":
+            layer.compile(backend="aot_eager")
 
     def step():
         out = model(input_ids=ids, labels=ids)
@@ -72,10 +79,45 @@ def test_a_step_leaves_nothing_behind(make_sparse, ends, seed):
             out.logits.sum().backward()
 
     step()
-    before = alive()
+    before = live_passes()
     for _ in range(3):
         step()
-    assert alive() == before
+    assert live_passes() == before
+
+
+@pytest.mark.parametrize("after", ["inference", "a step", "a backward that failed"])
+def test_a_model_is_freed(make_sparse, after, seed):
+    """Nothing in the package keeps a model that nobody uses any more."""
+    model, ids = make_sparse(), torch.randint(67, (2, 9))
+    if after == "inference":
+        with torch.no_grad():
+            model.eval()(input_ids=ids)
+    else:
+        loss = model.train()(input_ids=ids, labels=ids).loss
+        if after == "a backward that failed":
+            handle = model.get_input_embeddings().weight.register_hook(lambda grad: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                loss.backward()
+            handle.remove()
+        else:
+            loss.backward()
+        del loss
+    kept = weakref.ref(model)
+    del model
+    gc.collect()
+    assert kept() is None
+
+
+@pytest.mark.parametrize("compiles", [[0], [1], [0, 1]])
+def test_sparsity_gradient_of_layers_compiled_one_by_one(make_sparse, compiles, seed):
+    model, batch = make_sparse(ste="exact").train(), random_batch(4)
+    model(**batch).loss.backward()
+    want = gradients(model)
+    model.zero_grad()
+    for index in compiles:
+        model.model.layers[index].compile(backend="aot_eager")
+    model(**batch).loss.backward()
+    assert_same(gradients(model), want)
 
 
 @pytest.mark.parametrize("gates", ["scores", "binary"])
