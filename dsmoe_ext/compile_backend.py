@@ -26,48 +26,62 @@ def backend(
 
     mode, options: torch.compile's own, as its default backend takes them.
     """
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
-
-    settings = (list_mode_options(mode) if mode else {}) | (options or {})
+    inductor: Any = torch._TorchCompileInductorWrapper(mode, options, None)
     if one_row_products(graph):
-        settings = _WRITE_ROWS_OUT | settings
-    return compile_fx(graph, inputs, config_patches=settings)
+        inductor.config = _WRITE_ROWS_OUT | inductor.config
+    return inductor(graph, inputs)
 
 
-def one_row_products(graph: fx.GraphModule) -> int:
-    """Rewrites, in place, every linear(x [..,K], W [N,K], b [N]) of one row, on the CPU in 16 bits.
+def one_row_products(graph: fx.GraphModule) -> bool:
+    """Rewrites, in place, linear(x [..,K], W [N,K], b [N]) of one row, on the CPU in 16 bits.
 
-    Returns how many there were.
+    Only where they are most of a graph's products, as in a step of decoding: True, if so.
     """
-    linear = graph.graph.find_nodes(op="call_function", target=torch.nn.functional.linear)
-    products: list[Any] = [node for node in linear if _has_one_row(node)]
+    found = graph.graph.find_nodes(op="call_function", target=torch.nn.functional.linear)
+    products: list[Any] = [node for node in found if _has_one_row(node)]
+    if 2 * len(products) <= len(found):
+        return False
     for node in products:
-        x, weight, bias = (*node.args, node.kwargs.get("bias"))[:3]
+        x, weight, bias = _operands(node)
         with graph.graph.inserting_before(node):
             row = graph.graph.call_function(torch.flatten, (x,))
             if bias is None:
                 product = graph.graph.call_function(torch.mv, (weight, row))
             else:
                 product = graph.graph.call_function(torch.addmv, (bias, weight, row))
-            shape = tuple(node.meta["example_value"].shape)
+            shape = (1,) * (node.meta["example_value"].dim() - 1) + (-1,)
             viewed = graph.graph.call_method("view", (product, shape))
         viewed.meta["example_value"] = node.meta["example_value"]
         node.replace_all_uses_with(viewed)
         graph.graph.erase_node(node)
     graph.recompile()
-    return len(products)
+    return True
+
+
+def _operands(node: Any) -> tuple[Any, Any, Any]:
+    """x, weight and bias of a linear; None for what is not given."""
+    given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
+    return given.get("input"), given.get("weight"), given.get("bias")
 
 
 def _has_one_row(node: Any) -> bool:
-    if len(node.args) < 2:
+    x, weight, bias = (
+        None if operand is None else operand.meta.get("example_value")
+        for operand in _operands(node)
+    )
+    # Another kind of tensor: a quantised weight, say, whose own product is what counts.
+    if type(x) is not FakeTensor or type(weight) is not FakeTensor:
         return False
-    x, weight = (argument.meta.get("example_value") for argument in node.args[:2])
-    if type(x) is not FakeTensor or type(weight) is not FakeTensor:  # a quantised weight, say
-        return False
-    rows = x.shape[:-1]
+    # Autocast casts a linear's operands, but not those of what takes its place.
+    dtypes = {x.dtype, weight.dtype, node.meta["example_value"].dtype}
+    if _operands(node)[2] is not None:
+        if type(bias) is not FakeTensor or bias.dim() != 1:
+            return False
+        dtypes.add(bias.dtype)
     return (
         weight.device.type == "cpu"
+        and weight.dim() == 2
+        and len(dtypes) == 1
         and weight.dtype in (torch.bfloat16, torch.float16)
-        and all(isinstance(size, int) and size == 1 for size in rows)
+        and all(isinstance(size, int) and size == 1 for size in x.shape[:-1])
     )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dsmoe_ext.compile_backend import backend, one_row_products
+from dsmoe_ext.compile_backend import backend
 
 CASES = {
     "one row": ((1, 96), torch.bfloat16, True, 1),
@@ -24,8 +24,9 @@ def fresh_dynamo():
 
 def compiled(module, found):
     def counting(graph, inputs, **settings):
-        found.append(one_row_products(graph))
-        return backend(graph, inputs, **settings)
+        run = backend(graph, inputs, **settings)
+        found.append(sum(node.target in (torch.mv, torch.addmv) for node in graph.graph.nodes))
+        return run
 
     return torch.compile(module, backend=counting, fullgraph=True, dynamic=False)
 
@@ -86,3 +87,36 @@ def test_found_by_its_name_and_takes_what_the_default_takes(settings):
     linear, x = nn.Linear(8, 8).bfloat16(), torch.ones(1, 8, dtype=torch.bfloat16)
     got = torch.compile(linear, backend="dsmoe", **settings)(x)
     torch.testing.assert_close(got, linear(x), rtol=0.01, atol=0.01)
+
+
+@torch.no_grad()
+def test_one_row_among_many_stays_as_it_is():
+    """A prompt's graph, whose head alone sees one row."""
+    body, head, found = nn.Linear(16, 16).bfloat16(), nn.Linear(16, 8).bfloat16(), []
+    run = compiled(lambda x: head(body(x)[-1:]), found)
+    run(torch.ones(4, 16, dtype=torch.bfloat16))
+    assert found == [0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_under_autocast(x_dtype, dtype, seed):
+    """Dtypes that a linear casts: it stays, and so does the dtype of its result."""
+    torch.manual_seed(seed)
+    linear, x = nn.Linear(96, 40, dtype=dtype), torch.randn(1, 96, dtype=x_dtype)
+    found = []
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = compiled(linear, found)(x), linear(x)
+    assert got.dtype == want.dtype == torch.bfloat16
+    assert found == [int(dtype == x_dtype == torch.bfloat16)]
+    torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)
+
+
+@torch.no_grad()
+def test_shapes_that_only_a_linear_takes():
+    x, found = torch.ones(1, 16, dtype=torch.bfloat16), []
+    run = compiled(torch.nn.functional.linear, found)
+    vector, matrix, row = x[0], x.expand(3, -1).contiguous(), torch.ones(1, 3).bfloat16()
+    assert run(x, vector).item() == 16 and run(x, matrix, row).tolist() == [[17] * 3]
+    assert found == [0, 0]

@@ -159,16 +159,9 @@ def model(
     """A whole model, dense in transformers against sparse: tokens a second and their ratio."""
     import torch
 
+    from dsmoe_ext.benchmarks import model as whole
     from dsmoe_ext.benchmarks import report
     from dsmoe_ext.benchmarks.machine import measure_machine
-    from dsmoe_ext.benchmarks.model import (
-        LAYOUTS,
-        SHAPES,
-        TASKS,
-        dense_model,
-        measure,
-        sparse_model,
-    )
     from dsmoe_ext.command_line.console import out as console
     from dsmoe_ext.command_line.console import stage
     from dsmoe_ext.convert import load_dense
@@ -176,8 +169,9 @@ def model(
     from dsmoe_ext.loading import choose_device
 
     wanted = tasks.split(",")
-    if layout not in LAYOUTS or not set(wanted) <= set(TASKS):
-        raise UserError(f"layout is one of {', '.join(LAYOUTS)}; tasks of {', '.join(TASKS)}")
+    if layout not in whole.LAYOUTS or not set(wanted) <= set(whole.TASKS):
+        layouts, known = ", ".join(whole.LAYOUTS), ", ".join(whole.TASKS)
+        raise UserError(f"layout is one of {layouts}; tasks of {known}")
     report.prepare_folder(out, "model.json")
     if threads:
         torch.set_num_threads(threads)
@@ -186,11 +180,12 @@ def model(
     console.print(machine.describe(), highlight=False)
     kind = _dtypes(dtype)[0]
     with stage(f"making {shape} dense and sparse"):
-        dense = dense_model(shape, kind) if shape in SHAPES else load_dense(shape, kind)
-        sparse = sparse_model(dense, layout, active, ste)
+        make = whole.dense_model if shape in whole.SHAPES else load_dense
+        dense = make(shape, kind)
+        sparse = whole.sparse_model(dense, layout, active, ste)
         dense, sparse = dense.to(place), sparse.to(place)
     with stage("timing"):
-        rows = list(measure(dense, sparse, wanted, tokens, budget))
+        rows = list(whole.measure(dense, sparse, wanted, tokens, budget))
     console.print(report.model_table(f"{shape}, {dtype}, {layout} experts", rows))
     if out:
         setting = {"shape": shape, "layout": layout, "dtype": dtype, "ste": ste}

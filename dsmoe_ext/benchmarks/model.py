@@ -113,10 +113,10 @@ def decode(model: "PreTrainedModel", ids: torch.Tensor) -> Callable[..., Any]:
 
 
 def decode_compiled(model: "PreTrainedModel", ids: torch.Tensor) -> Callable[..., Any]:
-    """The same as one compiled graph, over a cache of fixed size."""
+    """The same as one compiled graph, over a cache of fixed size with room for as many more."""
     from transformers import StaticCache
 
-    cache = StaticCache(model.config, max_cache_len=4 * CONTEXT)
+    cache = StaticCache(model.config, max_cache_len=2 * CONTEXT)
     model(input_ids=ids[:, :CONTEXT], cache=cache, use_cache=True)
     compiled = torch.compile(model, backend="dsmoe", fullgraph=True, dynamic=False)
 

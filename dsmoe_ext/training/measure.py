@@ -123,7 +123,9 @@ def _step_compiler() -> Any:
     """One graph for a step of decoding; transformers compiles on GPUs alone unless it is told."""
     from transformers import CompileConfig
 
-    config = CompileConfig(backend="dsmoe", mode="default", fullgraph=True, dynamic=False)
+    from ..compile_backend import backend
+
+    config = CompileConfig(backend=backend, mode="default", fullgraph=True, dynamic=False)
     config._compile_all_devices = True
     return config
 
