@@ -1,4 +1,8 @@
-"""Half of the FFN by other people's recipes, on the same text as calibrate."""
+"""Half of the FFN by other people's recipes, on the same text as calibrate.
+
+What is no model of DSMoEFFNs runs in the dense model in float32 under autocast, the others in bf16:
+for the dense SmolLM2 the two differ by 0.0015 nats at the most.
+"""
 
 import functools
 import itertools
@@ -19,16 +23,16 @@ if TYPE_CHECKING:
     from .bench import Bench
 
 # fit(ffn, chunks, the share that is on, seed)
-Fit = Callable[[DenseFFN, Chunks, float, int], Skipping]
+Fitting = Callable[[DenseFFN, Chunks, float, int], Skipping]
 
 
-def recipes(share: float) -> dict[str, Fit]:
+def recipes(share: float) -> dict[str, Fitting]:
     """All that is no model of DSMoEFFNs, by the names of the rows.
 
     CMoE with 8 experts in all eight crossings with ours; with 16 only as it is, and all ours.
     """
 
-    def unseeded(fit: Callable[[DenseFFN, Chunks, float], Skipping]) -> Fit:
+    def unseeded(fit: Callable[[DenseFFN, Chunks, float], Skipping]) -> Fitting:
         return lambda ffn, chunks, share, seed: fit(ffn, chunks, share)
 
     small, large = Cut.of(8, share), Cut.of(16, share)
@@ -43,7 +47,7 @@ def recipes(share: float) -> dict[str, Fit]:
     }
 
 
-def losses_fitted(bench: "Bench", fit: Fit, share: float) -> dict[str, Any]:
+def losses_fitted(bench: "Bench", fit: Fitting, share: float) -> dict[str, Any]:
     """A row of a recipe: losses, shares and batches (losses_and_reads)."""
 
     def fit_one(ffn: DenseFFN, chunks: Chunks, index: int) -> Skipping:

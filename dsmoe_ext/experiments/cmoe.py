@@ -43,6 +43,11 @@ class Cut:
         on = max(2, round(share * num_experts))
         return cls(on // 2, on - on // 2, num_experts)
 
+    @property
+    def share(self) -> float:
+        """What is on, of all experts."""
+        return (self.num_shared + self.num_active) / self.num_experts
+
     def __str__(self) -> str:
         return f"S{self.num_shared}A{self.num_active}E{self.num_experts}"
 
@@ -62,7 +67,7 @@ class Experts(Skipping):
     layout: Layout
     down_proj_t: Tensor
 
-    def read(self, ffn: DenseFFN, x: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, ffn: DenseFFN, x: Tensor) -> tuple[Tensor, Tensor]:
         hidden, on = ffn.activate(x), self.active(x)
         switch_off(hidden, on, self.experts)
         always = on.new_ones(len(on), 1)
@@ -137,7 +142,7 @@ def representatives(markers: Tensor, order: Tensor, layout: Layout) -> Tensor:
 @dataclass(frozen=True)
 class Recipe:
     """CMoE with parts of ours: our partition (neurons.group_neurons), our router ("threshold", on
-    for the same share), our refit of down_proj."""
+    for the cut's share), our refit of down_proj."""
 
     cut: Cut
     our_partition: bool = False
@@ -153,7 +158,7 @@ class Recipe:
         return ", ".join([f"CMoE {self.cut}", *(part for part in ours if ours[part])])
 
     def fit(self, ffn: DenseFFN, chunks: Chunks, share: float, seed: int) -> Experts:
-        """share: on for the average token, where our router decides."""
+        """share: what the cut was rounded from; it has its own."""
         layout = self.cut.layout(len(ffn.down_proj_t))
         rows = UnitRows.of(ffn)
         markers = torch.cat([rows.markers(x) for x in grouping_inputs(chunks)])
@@ -164,7 +169,9 @@ class Recipe:
         experts = experts_of_neurons(order, layout)
         active: Callable[[Tensor], Tensor]
         if self.our_router:
-            active = choose_experts(ffn, chunks, "threshold", layout, share, experts).active
+            active = choose_experts(
+                ffn, chunks, "threshold", layout, self.cut.share, experts
+            ).active
         else:
             rows = rows[representatives(markers, order, layout)]
             active = Representatives(rows, self.cut.num_active)

@@ -6,7 +6,8 @@ have the same ones (FLAP).
     FLAP   y = (a of the kept neurons) d + (mean a of the others) d                arXiv 2312.11983
 
 Thresholds are quantiles over the text, of what the layer sees behind sparse ones; the share is the
-same in every layer. Fits of calibration.layerwise.fit_layers.
+same in every layer, where TEAL and FLAP also search for one that differs. Fits of
+calibration.layerwise.fit_layers.
 """
 
 import math
@@ -43,7 +44,7 @@ class Teal(Skipping):
     input_threshold: float
     threshold: float
 
-    def read(self, ffn: DenseFFN, x: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, ffn: DenseFFN, x: Tensor) -> tuple[Tensor, Tensor]:
         inputs_on = x.abs() > self.input_threshold
         hidden = ffn.activate(x * inputs_on)
         on = hidden.abs() > self.threshold
@@ -68,7 +69,7 @@ class Cats(Skipping):
 
     threshold: float
 
-    def read(self, ffn: DenseFFN, x: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, ffn: DenseFFN, x: Tensor) -> tuple[Tensor, Tensor]:
         on = ffn.activate_gate(x).abs() > self.threshold
         hidden = ffn.activate(x).mul_(on)
         return ffn.output(hidden), torch.cat([on.new_ones(len(on), 1), on], dim=1)
@@ -95,7 +96,7 @@ class Flap(Skipping):
     def channels(self, ffn: DenseFFN) -> Tensor:
         return shares((1, len(self.kept)))
 
-    def read(self, ffn: DenseFFN, x: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, ffn: DenseFFN, x: Tensor) -> tuple[Tensor, Tensor]:
         hidden = ffn.activate(x).mul_(self.kept)
         return ffn.output(hidden) + self.bias, self.kept.expand(len(x), -1)
 

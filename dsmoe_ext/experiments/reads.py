@@ -2,7 +2,8 @@
 
 A method skips channels: columns of gate and up, neurons, experts. Alone a token reads those that
 are on for it; a batch reads the union, so that what is skipped shrinks with its size, and the
-faster the more the tokens' choices differ.
+faster the more the tokens' choices differ. Routers do not count: ours has 1.6 % of the weights
+of an FFN of SmolLM2, CMoE's a quarter of a percent, TEAL and CATS have none.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from .bench import Bench
 
 BATCHES = (1, 8, 64)
-# Tokens of a text whose channels are remembered, a layer: eight batches of the largest size.
+# About so many tokens of a text are remembered, a layer: several batches of the largest size.
 SAMPLED = 512
 
 
@@ -58,7 +59,7 @@ class Reads:
         for parts, channels in zip(self.sample, self.channels, strict=True):
             on = torch.cat(parts)
             batches = max(1, len(on) // size)
-            union = torch.stack([on[start::batches].any(0) for start in range(batches)])
+            union = torch.stack([on[start::batches][:size].any(0) for start in range(batches)])
             shares.append(_share(union, channels).mean().item())
         return sum(shares) / len(shares)
 
@@ -74,7 +75,7 @@ def reads_of_skipping(
     """The dense model with the ffns in place of its own, which note what they read."""
 
     def output(layer: int, skipping: Skipping, ffn: DenseFFN, x: Tensor) -> Tensor:
-        y, on = skipping.read(ffn, x)
+        y, on = skipping.run(ffn, x)
         reads.add(layer, on, skipping.channels(ffn))
         return y
 

@@ -15,7 +15,7 @@ class Skipping(ABC):
     """What may be left out lies in C channels: input channels, neurons, experts."""
 
     @abstractmethod
-    def read(self, ffn: DenseFFN, x: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, ffn: DenseFFN, x: Tensor) -> tuple[Tensor, Tensor]:
         """(y [T,H] of x [T,H], the channels that are on for each token, bool [T,C])."""
 
     @abstractmethod
@@ -24,7 +24,7 @@ class Skipping(ABC):
 
     def output(self, ffn: DenseFFN, x: Tensor) -> Tensor:
         """y alone."""
-        return self.read(ffn, x)[0]
+        return self.run(ffn, x)[0]
 
 
 def shares(*parts: tuple[float, int]) -> Tensor:
