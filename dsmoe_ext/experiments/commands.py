@@ -119,6 +119,7 @@ def curve(
             for kind, share in (("routed", target / 2), ("static", target)):
                 table.add_calibrated(bench, f"{kind} {target:g}", target, shared=share)
     table.show("perplexity / dense @ active share")
+    table.draw()
 
 
 @app.command()
@@ -157,6 +158,7 @@ def cuts(
                     trained = functools.partial(bench.losses_tuned, steps, 1.0, target, **whole)
                     table.add(bench, f"{row}, trained", trained, steps=steps)
     table.show("perplexity / dense @ active share")
+    table.draw()
 
 
 @app.command("tokens")
@@ -266,6 +268,7 @@ def methods(
                     bench, row, functools.partial(trained.losses, knob), **what, **trained.what
                 )
     table.show(f"perplexity / dense @ active share, {steps} steps")
+    table.draw()
 
 
 @app.command()
