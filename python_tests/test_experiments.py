@@ -74,7 +74,7 @@ def test_oracles_keep_their_share_and_put_the_model_back(seed):
         ("tokens", ["--counts", "1024,2048", "--sources", "self,self+builtin"], 5, 1),
         ("cuts", ["--tokens", 2048, "--targets", "0.5"], 4, 1),
         ("cuts", ["--tokens", 2048, "--targets", "0.5", "--steps", 1], 7, 1),
-        ("tuned", ["--tokens", 2048, "--steps", "2"], 6, 2),
+        ("tuned", ["--tokens", 2048, "--steps", "2"], 12, 2),
         ("paper", ["--tokens", 2048, "--steps", "2", "--taus", "0.3,0.7"], 5, 2),
         ("methods", ["--tokens", 2048, "--steps", "2", "--only", "XMoE 8,ReMoE,MoDSE 4"], 17, 1),
     ],

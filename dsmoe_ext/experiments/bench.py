@@ -113,15 +113,28 @@ class Bench:
         return fine_tune(model, text, recovery(steps, **chosen), teacher=inference_copy(self.dense))
 
     def losses_tuned(
-        self, steps: int, distill: float, target_active: float | None = None, **options: Any
+        self,
+        steps: int,
+        distill: float,
+        target_active: float | None = None,
+        ste: str | None = None,
+        settings: dict[str, Any] | None = None,
+        **options: Any,
     ) -> dict[str, Any]:
         """Losses behind `tune`, and the active share of every step: of a model calibrated to
-        target_active with options, or of the dense one."""
+        target_active with options, or of the dense one.
+
+        ste: another straight-through gradient than the model's own. settings: as for `tune`.
+        """
         if target_active is None:
             start = self.dense_copy()
         else:
             start, _ = self.calibrate(target_active, **options)
-        log = self.tune(start, steps, distill)
+        if ste is not None:
+            options_of(start)["ste"] = ste
+            for ffn in find_ffns(start):
+                ffn.ste = ste
+        log = self.tune(start, steps, distill, **(settings or {}))
         return self.losses(start) | {"held": [row.get("active") for row in log]}
 
     def losses(self, model: "PreTrainedModel") -> dict[str, Any]:

@@ -201,8 +201,11 @@ def tuned(
     """What does training bring, and would the dense model have gained the same?
 
     All rows are trained on the same tokens, of the model's own text: on the text itself (CE) or on
-    the dense model's predictions (KL).
+    the dense model's predictions (KL). Also from other starts than calibration, and with other
+    straight-through gradients (STE) of the router.
     """
+    from .methods import METHODS, Trained
+
     table = Rows(out, "tuned")
     for bench in _benches(model, tokens, windows, wikitext, seeds, out):
         calibrated = {"target_active": target_active}
@@ -213,9 +216,17 @@ def tuned(
             ("static, KL", 1.0, calibrated | {"shared": target_active}),
             ("calibrated, CE", 0.0, calibrated),
             ("calibrated, KL", 1.0, calibrated),
+            ("calibrated, KL, exact STE", 1.0, calibrated | {"ste": "exact"}),
+            ("calibrated, KL, sampled STE", 1.0, calibrated | {"ste": "sampled"}),
+            ("calibrated, KL, router fixed", 1.0, calibrated | {"settings": {"router_lr": 0.0}}),
         ):
             measurement = functools.partial(bench.losses_tuned, steps, distill, **options)
             table.add(bench, name, measurement, steps=steps, target=target_active)
+        for name in ("DSMoE 8 experts", "DSMoE 8, paper's start", "LLaMA-MoE 8 random"):
+            trained = Trained(METHODS[name], bench, target_active, steps, distill=1.0)
+            knob = next(iter(trained.method.at), None)
+            losses = functools.partial(trained.losses, knob)
+            table.add(bench, f"{name}, KL", losses, steps=steps, target=target_active)
     table.show(f"perplexity / dense @ active share, target {target_active:g}, {steps} steps")
     table.show("the same / the dense model trained on the same tokens", "dense, CE")
 

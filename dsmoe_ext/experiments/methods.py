@@ -55,15 +55,18 @@ class Trained:
 
     settings: ClassVar[dict[str, Any]] = {"router_lr": 1e-3, "controller_rate": 0.5}
 
-    def __init__(self, method: Method, bench: "Bench", target: float, steps: int):
+    def __init__(
+        self, method: Method, bench: "Bench", target: float, steps: int, distill: float = SHARE
+    ):
         self.method, self.bench, self.target, self.steps = method, bench, target, steps
+        self.distill = distill
         recorded = asdict(method) | {"at": list(method.at)}  # as JSON gives it back
-        self.what = {"method": recorded, "distill": SHARE, **self.settings}  # names a row
+        self.what = {"method": recorded, "distill": distill, **self.settings}  # names a row
 
     @cached_property
     def model(self) -> "PreTrainedModel":
         model = self.method.start(self.bench, self.target)
-        self.bench.tune(model, self.steps, SHARE, **self.settings)
+        self.bench.tune(model, self.steps, self.distill, **self.settings)
         return model
 
     def losses(self, knob: float | None) -> dict[str, Any]:
@@ -78,11 +81,15 @@ _XMOE = {"method": "top_p", "threshold": 1.0, "balance": "switch"}
 
 METHODS = {
     "DSMoE 8 experts": Method(),
+    "DSMoE 8, paper's start": Method({"router_init": "paper"}),
     "DSMoE 16 clustered": Method({"num_experts": 16}, partition="coactivation"),
     "XMoE 8 experts": Method(_XMOE | {"num_experts": 8}, at=(0.25, 0.5, 0.75)),
     "XMoE 64 experts": Method(_XMOE | {"num_experts": 64}, at=(0.25, 0.5, 0.75)),
     "XMoE 512 experts": Method(_XMOE | {"num_experts": 512}, at=(0.25, 0.5, 0.75)),
     "top-k 8 experts": Method(_TOP_4 | {"method": "top_k", "balance": "cv"}, at=(2, 4, 6)),
+    "LLaMA-MoE 8 random": Method(
+        _TOP_4 | {"method": "top_k", "balance": "cv"}, partition="random", at=(4,)
+    ),
     "MoDSE 8 equal": Method(_TOP_4 | {"method": "modse"}, at=(2, 4, 6)),
     "MoDSE 4 pairs": Method(_TOP_4 | {"method": "modse"}, sizes=_PAIRS, at=(2, 4, 6)),
     "RMoE 8 experts": Method(_TOP_4 | {"method": "recurrent"}, at=(2, 4, 6)),
