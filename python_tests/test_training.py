@@ -1,5 +1,6 @@
 """dsmoe_ext/training: windows, perplexity, fine-tuning, resuming."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -207,6 +208,24 @@ def test_distillation_moves_towards_the_teacher(seed):
     before = distance()
     fine_tune(model, windows, dataclasses.replace(FAST, distill=1.0, steps=20), teacher=teacher)
     assert distance() < 0.7 * before
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_trained_model_computes_in_its_own_dtype(seed, fails):
+    """Autocast of the training is gone with it."""
+    model, windows = tiny_sparse(seed), tiny_windows()
+
+    def stop(row):
+        raise KeyboardInterrupt
+
+    settings = dataclasses.replace(FAST, steps=2, bf16=True)
+    with pytest.raises(KeyboardInterrupt) if fails else contextlib.nullcontext():
+        fine_tune(model, windows, settings, on_step=stop if fails else None)
+    fresh = tiny_sparse(seed)
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        got, want = (m.eval()(windows.held_out).logits for m in (model, fresh))
+    assert torch.equal(got, want)
 
 
 def test_accumulation_equals_one_large_batch():

@@ -172,7 +172,7 @@ def demo(
     ] = None,
     steps: Annotated[
         int, typer.Option(min=0, help="Steps of distillation, 512 tokens each.")
-    ] = 120,
+    ] = 80,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also fine-tune the dense model on the same tokens.")
     ] = False,

@@ -51,7 +51,7 @@ class DemoSettings:
     data: Path | None = None
     target_active: float = 0.5
     threshold: float | None = None
-    steps: int = 120
+    steps: int = 80
     compare: bool = False
     out: Path = Path("dsmoe-demo")
     window: int = 512

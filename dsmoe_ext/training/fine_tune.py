@@ -167,6 +167,8 @@ def fine_tune(
             callbacks=[active, log, KeepNewest(), *_tensorboard(run_dir)],
         )
         trainer.remove_callback(PrinterCallback)
+        # accelerate leaves autocast around the model's forward; its user gets back what was given.
+        stack.callback(trainer.accelerator.unwrap_model, model, keep_fp32_wrapper=False)
         trainer.train(resume_from_checkpoint=start and str(start))
     return log.rows
 
