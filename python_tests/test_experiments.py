@@ -92,7 +92,7 @@ def test_commands_go_on_where_they_stopped(tmp_path, name, options, rows, tables
     assert len(before.splitlines()) == rows
     assert ("\n" + result.stdout).count("\n|") == tables * (rows + 2) - (name == "paper")
     assert "| python | prose | WikiText-2 |" in result.stdout
-    assert (tmp_path / f"{name}.png").is_file() == (name in ("curve", "cuts", "methods"))
+    assert (tmp_path / f"{name}.png").is_file() == (name in ("curve", "cuts", "methods", "paper"))
     again = CliRunner().invoke(app, arguments)
     assert again.stdout == result.stdout and file.read_text() == before
     drawn = (tmp_path / "own_text.jsonl").read_text()

@@ -170,9 +170,7 @@ def demo(
         float | None,
         typer.Option(callback=finite, help="Also evaluate with every threshold at this."),
     ] = None,
-    steps: Annotated[
-        int, typer.Option(min=0, help="Steps of distillation, 512 tokens each.")
-    ] = 80,
+    steps: Annotated[int, typer.Option(min=0, help="Steps of distillation, 512 tokens each.")] = 80,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also fine-tune the dense model on the same tokens.")
     ] = False,
