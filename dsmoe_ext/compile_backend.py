@@ -65,22 +65,18 @@ def _operands(node: Any) -> tuple[Any, Any, Any]:
 
 
 def _has_one_row(node: Any) -> bool:
-    x, weight, bias = (
-        None if operand is None else operand.meta.get("example_value")
-        for operand in _operands(node)
-    )
+    given = [operand for operand in _operands(node) if operand is not None]
+    values = [operand.meta.get("example_value") for operand in given]
     # Another kind of tensor: a quantised weight, say, whose own product is what counts.
-    if type(x) is not FakeTensor or type(weight) is not FakeTensor:
+    if len(values) < 2 or any(type(value) is not FakeTensor for value in values):
         return False
+    x, weight, *bias = values
     # Autocast casts a linear's operands, but not those of what takes its place.
-    dtypes = {x.dtype, weight.dtype, node.meta["example_value"].dtype}
-    if _operands(node)[2] is not None:
-        if type(bias) is not FakeTensor or bias.dim() != 1:
-            return False
-        dtypes.add(bias.dtype)
+    dtypes = {value.dtype for value in (*values, node.meta["example_value"])}
     return (
         weight.device.type == "cpu"
         and weight.dim() == 2
+        and all(value.dim() == 1 for value in bias)
         and len(dtypes) == 1
         and weight.dtype in (torch.bfloat16, torch.float16)
         and all(isinstance(size, int) and size == 1 for size in x.shape[:-1])

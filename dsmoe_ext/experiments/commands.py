@@ -226,7 +226,8 @@ def tuned(
             trained = Trained(METHODS[name], bench, target_active, steps, distill=1.0)
             knob = next(iter(trained.method.at), None)
             losses = functools.partial(trained.losses, knob)
-            table.add(bench, f"{name}, KL", losses, steps=steps, target=target_active)
+            what = {"steps": steps, "target": target_active, **trained.what}
+            table.add(bench, f"{name}, KL", losses, **what)
     table.show(f"perplexity / dense @ active share, target {target_active:g}, {steps} steps")
     table.show("the same / the dense model trained on the same tokens", "dense, CE")
 
