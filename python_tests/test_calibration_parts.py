@@ -12,9 +12,11 @@ from dsmoe_ext.calibration.neurons import (
 )
 from dsmoe_ext.calibration.refit import refit_down_proj
 from dsmoe_ext.calibration.router import (
+    cholesky_solve,
     count_strength,
     fit_router,
     log_strength,
+    ridge_cholesky,
     strength_histogram,
 )
 from dsmoe_ext.calibration.sums import Histogram, Moments
@@ -31,7 +33,8 @@ def moments(x, y, *, chunk=50, centred=True):
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 200])
-def test_moments_do_not_depend_on_the_chunks(chunk, seed):
+def test_moments_do_not_depend_on_the_chunks(chunk, seed, monkeypatch):
+    monkeypatch.setattr(Moments, "ROWS", 2)
     x = torch.randn(200, 5, dtype=torch.float64) + 3
     y = torch.randn(200, 3, dtype=torch.float64) - 2
     sums = moments(x, y, chunk=chunk)
@@ -89,10 +92,24 @@ def test_threshold_from_a_histogram(sizes, share, seed):
     assert abs(active - share) <= 1e-2
 
 
-def test_refit_against_lstsq(seed):
+def test_ridge_cholesky_makes_no_second_matrix(seed):
+    """Of a wide FFN it would be a gigabyte."""
+    rows, rhs = torch.randn(40, 7, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64)
+    gram = rows.T @ rows
+    system = gram + 0.1 * gram.diagonal().mean() * torch.eye(7, dtype=torch.float64)
+    factor, added = ridge_cholesky(gram, 0.1)
+    assert factor.data_ptr() == gram.data_ptr()
+    assert added == pytest.approx((system - rows.T @ rows)[0, 0].item())
+    torch.testing.assert_close(factor, torch.linalg.cholesky(system))
+    torch.testing.assert_close(cholesky_solve(factor, rhs), torch.linalg.solve(system, rhs))
+
+
+@pytest.mark.parametrize("columns", [1, 3, 512])
+def test_refit_against_lstsq(columns, seed, monkeypatch):
     """Equal to the ridge regression written as one augmented least-squares problem."""
     masked = torch.randn(60, 10, dtype=torch.float64) * (torch.rand(60, 10) < 0.6)
     wanted, weight = torch.randn(60, 4, dtype=torch.float64), torch.randn(10, 4).double()
+    monkeypatch.setattr("dsmoe_ext.calibration.refit.COLUMNS", columns)
     found, error = refit_down_proj(moments(masked, wanted, centred=False), weight, ridge=0.2)
     penalty = (0.2 * (masked.T @ masked).diagonal().mean()).sqrt()
     rows = torch.cat([masked, penalty * torch.eye(10, dtype=torch.float64)])

@@ -134,9 +134,8 @@ def test_cmoes_partition(seed):
     for expert, neuron in enumerate(chosen.tolist()):
         neurons = order[28 + 12 * expert : 40 + 12 * expert]
         centre = markers[:, neurons].double().mean(1)
-        distances = [(markers[:, n].double() - centre).abs().sum() for n in neurons]
-        nearest = neurons[int(torch.stack(distances).argmin())]
-        assert neuron == nearest
+        distance = {int(n): (markers[:, n].double() - centre).abs().sum() for n in neurons}
+        assert distance[neuron] <= min(distance.values()) + 1e-9  # of several one
 
 
 def test_the_representatives_router(seed):

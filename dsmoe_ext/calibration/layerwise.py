@@ -111,7 +111,7 @@ def calibrate(
     progress: show a progress bar on stderr.
 
     The result has binary gates and no rescaling; config.dsmoe["target_active"] is set for training.
-    Besides the models it needs sums of some 8 I² floats for one layer at a time, and the hidden
+    Besides the models it needs sums of some 6 I² floats for one layer at a time, and the hidden
     states of the text, 3 H · T floats for T tokens: in memory up to states.IN_MEMORY bytes each,
     in temporary files beyond.
     """
@@ -247,8 +247,7 @@ def refit_layer(
         wanted = wanted.lerp(missing(wanted), CORRECTION)
         switch_off(hidden, active(x), experts)
         sums.add(hidden.to(x.dtype), wanted)
-    found, error = refit_down_proj(sums, ffn.down_proj_t)
-    return found.to(ffn.down_proj_t.dtype), error
+    return refit_down_proj(sums, ffn.down_proj_t)
 
 
 def _error(

@@ -10,7 +10,7 @@ AᵀA and AᵀY are sums over tokens (Moments of (A, Y), not centred): no token 
 import torch
 from torch import Tensor
 
-from dsmoe_ext.calibration.router import ridge_cholesky
+from dsmoe_ext.calibration.router import cholesky_solve, ridge_cholesky
 from dsmoe_ext.calibration.sums import Moments
 
 # In units of the mean diagonal of AᵀA. It pulls towards the dense weights, so neurons that the text
@@ -18,15 +18,23 @@ from dsmoe_ext.calibration.sums import Moments
 RIDGE = 0.1
 
 
+# Columns of V that are solved for at once, so that little in float64 has its size.
+COLUMNS = 512
+
+
 def refit_down_proj(
     sums: Moments, weight: Tensor, ridge: float | None = None
 ) -> tuple[Tensor, float]:
-    """sums of (masked activations, wanted output), the dense weight [I,H] -> (the new one [I,H],
-    what it leaves of the wanted output's power: ‖A V - Y‖² / ‖Y‖²)."""
-    system, added = ridge_cholesky(sums.gram, RIDGE if ridge is None else ridge)
-    weight = weight.double()
-    found = torch.cholesky_solve(sums.moment + added * weight, system)
-    # AᵀA V = AᵀY + ridge (W - V), so that no product of size I² H is needed for the error.
-    power = sums.power_y.sum()
-    error = power - (found * sums.moment).sum() + added * (found * (weight - found)).sum()
+    """sums of (masked activations, wanted output), which it uses up, and the dense weight [I,H] ->
+    (the new one [I,H], what it leaves of the wanted output's power: ‖A V - Y‖² / ‖Y‖²)."""
+    factor, added = ridge_cholesky(sums.gram, RIDGE if ridge is None else ridge)
+    found = torch.empty_like(weight)
+    power = error = sums.power_y.sum()
+    parts = (part.split(COLUMNS, dim=1) for part in (sums.moment, weight, found))
+    for moment, narrow, out in zip(*parts, strict=True):
+        dense = narrow.double()
+        best = cholesky_solve(factor, torch.add(moment, dense, alpha=added))
+        # AᵀA V = AᵀY + ridge (W - V), so that no product of size I² H is needed for the error.
+        error = error - (best * (moment - added * (dense - best))).sum()
+        out.copy_(best)
     return found, (error / power.clamp(min=1e-30)).item()

@@ -36,13 +36,20 @@ class Strength:
         return torch.addmm(self.bias, x, self.weight.T)
 
 
-def ridge_cholesky(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """(lower Cholesky factor of gram [n,n] + r · 1, r), float64, r = ridge · mean diagonal."""
+def ridge_cholesky(gram: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """(lower Cholesky factor of gram [n,n] + r · 1, r), r = ridge · mean diagonal. gram, symmetric
+    and float64, becomes the factor."""
     # The smallest normal number keeps inputs that are all zero (a dead layer) solvable.
-    added = ridge * gram.diagonal().double().mean() + torch.finfo(torch.float32).tiny
-    system = gram.to(torch.float64, copy=True)
-    system.diagonal().add_(added)
-    return torch.linalg.cholesky(system), added
+    added = ridge * gram.diagonal().mean().item() + torch.finfo(torch.float32).tiny
+    gram.diagonal().add_(added)
+    factor = gram.T  # by columns, as LAPACK wants it: no copy of the largest matrix there is
+    return torch.linalg.cholesky(factor, out=factor), added
+
+
+def cholesky_solve(factor: Tensor, rhs: Tensor) -> Tensor:
+    """(factor factorᵀ)⁻¹ rhs; torch.cholesky_solve copies the factor."""
+    found = torch.linalg.solve_triangular(factor, rhs, upper=False)
+    return torch.linalg.solve_triangular(factor.T, found, upper=True, out=found)
 
 
 def log_strength(norms: Tensor) -> Tensor:
@@ -53,8 +60,8 @@ def log_strength(norms: Tensor) -> Tensor:
 
 def fit_router(sums: Moments, dtype: torch.dtype = torch.float32) -> Strength:
     """From the Moments of (x [T,H], log norms [T,R])."""
-    cholesky, _ = ridge_cholesky(sums.gram, RIDGE)
-    weight = torch.cholesky_solve(sums.moment, cholesky).T
+    factor, _ = ridge_cholesky(sums.gram, RIDGE)
+    weight = cholesky_solve(factor, sums.moment).T
     bias = sums.mean_y - weight @ sums.mean_x
     return Strength(weight.to(dtype).contiguous(), bias.to(dtype))
 

@@ -14,8 +14,10 @@ class Moments:
 
     mean_x [m], mean_y [n]; gram [m,m] = Σ (x - mean)ᵀ(x - mean); moment [m,n] = Σ (x - mean)ᵀ
     (y - mean); power_y [n] = Σ (y - mean)². All float64. centred=False leaves the means out: then
-    they count as 0.
+    they count as 0, and these are the sums themselves, no copies.
     """
+
+    ROWS = 2048  # of the sums that are added to at once
 
     def __init__(self, *, centred: bool = True) -> None:
         self.count = 0
@@ -36,8 +38,10 @@ class Moments:
         self.count += len(x)
         self._sum_x = self._sum_x + x.sum(dim=0)
         self._sum_y = self._sum_y + y.sum(dim=0)
-        self._gram += x.T @ x
-        self._moment += x.T @ y
+        for begin in range(0, x.shape[1], self.ROWS):  # no second matrix of that size
+            rows = x[:, begin : begin + self.ROWS].T
+            self._gram[begin : begin + self.ROWS] += rows @ x
+            self._moment[begin : begin + self.ROWS] += rows @ y
         self._power_y += y.square().sum(dim=0)
 
     def _shift(self, value: Tensor) -> Tensor:
