@@ -10,6 +10,7 @@ import dsmoe_ext
 from dsmoe_ext.command_line.app import app
 from dsmoe_ext.errors import UserError
 from dsmoe_ext.experiments.oracle import masked_ffns, strongest_experts, strongest_neurons
+from dsmoe_ext.experiments.plot import series_of
 from dsmoe_ext.experiments.record import Record, markdown
 from dsmoe_ext.training.tiny import save_tiny_llama, tiny_llama
 
@@ -101,6 +102,37 @@ def test_commands_go_on_where_they_stopped(tmp_path, name, options, rows, tables
     assert again.exit_code == 0 and (tmp_path / "own_text.jsonl").read_text() == drawn
 
 
+@pytest.mark.parametrize(
+    ("row", "series"),
+    [
+        ("routed 0.25", "routed"),
+        ("XMoE 64 experts @ 0.5", "XMoE 64 experts"),
+        ("MoDSE 4 pairs @ 2", "MoDSE 4 pairs"),
+        ("top_p, experts of 24, 0.5", "top_p, experts of 24"),
+        ("ReMoE 8 experts", "ReMoE 8 experts"),
+    ],
+)
+def test_points_of_a_curve(row, series):
+    assert series_of(row) == series
+
+
 def test_methods_are_named(tmp_path):
     result = CliRunner().invoke(app, ["experiment", "methods", "--only", "XMoE, Remoe"])
     assert result.exit_code == 2 and "'Remoe'" in result.output
+
+
+def test_methods_from_scratch(tmp_path):
+    arguments = ["experiment", "scratch", "--steps", "3", "--windows", "2", "--seeds", "0,1"]
+    arguments += ["--only", "XMoE 8,ReMoE", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    file = tmp_path / "scratch.jsonl"
+    before = file.read_text()
+    assert [json.loads(line)["what"]["seed"] for line in before.splitlines()] == [0] * 6 + [1] * 6
+    cells = [line.split("|")[1:-1] for line in result.stdout.splitlines() if line.startswith("|")]
+    assert cells[0] == ["  ", " builtin ", " python "]
+    assert cells[2] == [" dense ", *[" 1.000 ± 0.000 @1.000 "] * 2]
+    assert cells[3][0] == " dense, fewer neurons " and cells[3][1].endswith("@0.500 ")
+    assert (tmp_path / "scratch.png").is_file()
+    again = CliRunner().invoke(app, arguments)
+    assert again.stdout == result.stdout and file.read_text() == before

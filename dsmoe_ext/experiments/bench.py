@@ -81,7 +81,7 @@ class Bench:
             texts += texts_to_measure(
                 self.dense, self.tokenizer, None, self.wikitext, window=self.window
             )
-        return [Text(text.name, _spread(text, self.windows), text.context) for text in texts]
+        return [Text(text.name, spread(text, self.windows), text.context) for text in texts]
 
     def calibrate(
         self, target_active: float, text: torch.Tensor | None = None, **options: Any
@@ -162,7 +162,7 @@ class Bench:
         return fields | common | {"windows": self.windows, "window": self.window}
 
 
-def _spread(text: Text, count: int) -> torch.Tensor:
+def spread(text: Text, count: int) -> torch.Tensor:
     """At most `count` windows of the length that others have, evenly through the text."""
     return _evenly(text.ids, count) if count else text.ids
 

@@ -14,6 +14,7 @@ from .rows import Rows
 
 if TYPE_CHECKING:
     from .bench import Bench
+    from .methods import Method
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,6 +26,7 @@ app = typer.Typer(
 Model = Annotated[str, typer.Option(help="The dense model.")]
 Target = Annotated[float, typer.Option(min=0.01, max=1.0, help="Active share of the FFN.")]
 Tokens = Annotated[int, typer.Option(min=64, help="Of the model's own text, to calibrate on.")]
+Only = Annotated[str | None, typer.Option(help="Methods whose names hold one of these, by commas.")]
 Windows = Annotated[int, typer.Option(min=0, help="Windows to measure on, of each text; 0: all.")]
 WikiText = Annotated[
     Path | None, typer.Option("--wikitext", help="The raw test file of WikiText-2.")
@@ -41,6 +43,17 @@ def _benches(
     drawn = Record(out / "own_text.jsonl")
     for seed in numbers(seeds, int, "--seeds"):
         yield Bench(model, tokens, 512, windows, wikitext, seed, drawn)
+
+
+def _methods(only: str | None) -> dict[str, "Method"]:
+    """The methods whose names hold one of the words of `only`; all without."""
+    from .methods import METHODS
+
+    words = [word.strip() for word in (only or "").split(",") if word.strip()]
+    for word in words:
+        if not any(word in name for name in METHODS):
+            raise typer.BadParameter(f"no method's name holds {word!r}: {', '.join(METHODS)}")
+    return {n: m for n, m in METHODS.items() if not words or any(word in n for word in words)}
 
 
 @app.command()
@@ -236,9 +249,7 @@ def tuned(
 def methods(
     model: Model = "smollm2",
     target_active: Target = 0.5,
-    only: Annotated[
-        str | None, typer.Option(help="Methods whose names hold one of these, by commas.")
-    ] = None,
+    only: Only = None,
     steps: Annotated[int, typer.Option(min=1, help="Of two windows each.")] = 80,
     tokens: Tokens = 65536,
     windows: Windows = 8,
@@ -254,14 +265,9 @@ def methods(
     share is held in training: of top_p the mass stays, of the others k.
     """
     from ..calibration.choice import METHODS as calibrated
-    from .methods import METHODS, SHARE, Trained
+    from .methods import SHARE, Trained
 
-    table = Rows(out, "methods")
-    words = [word.strip() for word in (only or "").split(",") if word.strip()]
-    for word in words:
-        if not any(word in name for name in METHODS):
-            raise typer.BadParameter(f"no method's name holds {word!r}: {', '.join(METHODS)}")
-    chosen = {n: m for n, m in METHODS.items() if not words or any(word in n for word in words)}
+    table, chosen = Rows(out, "methods"), _methods(only)
     for bench in _benches(model, tokens, windows, wikitext, seeds, out):
         what = {"target": target_active, "steps": steps}
         table.add_dense(bench, target=target_active)
@@ -273,12 +279,39 @@ def methods(
             name = f"calibrated, {router}, trained"
             table.add(bench, name, measurement, method=router, **what)
         for name, method in chosen.items():
-            trained = Trained(method, bench, target_active, steps)
-            for knob in method.at or (None,):
-                row = name if knob is None else f"{name} @ {knob:g}"
-                table.add(
-                    bench, row, functools.partial(trained.losses, knob), **what, **trained.what
-                )
+            Trained(method, bench, target_active, steps).add_rows(table, name, **what)
+    table.show(f"perplexity / dense @ active share, {steps} steps")
+    table.draw()
+
+
+@app.command()
+def scratch(
+    target_active: Target = 0.5,
+    only: Only = None,
+    steps: Annotated[int, typer.Option(min=1, help="Of 2048 bytes each.")] = 400,
+    windows: Windows = 32,
+    seeds: Seeds = "0",
+    out: Out = Path("experiments"),
+) -> None:
+    """The same methods in a small model that was never dense: trained from scratch, on bytes.
+
+    Beside the dense model stands one with half of its neurons, the control for half the work.
+    """
+    from .methods import Trained
+    from .scratch import NEURONS, Scratch
+
+    table = Rows(out, "scratch")
+    for seed in numbers(seeds, int, "--seeds"):
+        bench, what = Scratch(seed, windows), {"target": target_active, "steps": steps}
+        for name, neurons in (("dense", 1.0), ("dense, fewer neurons", target_active)):
+            small = Scratch(seed, windows, round(neurons * NEURONS))
+            dense = functools.partial(small.losses_tuned, steps, 0.0)
+            table.add(small, name, dense, share=neurons, **what)
+        for name, method in _methods(only).items():
+            Trained(method, bench, target_active, steps, 0.0).add_rows(table, name, **what)
+    for row in table.rows:  # of the larger model's neurons, none of which is missing otherwise
+        share = row["what"].get("share", 1.0)
+        row["active"] = {text: share * active for text, active in row["active"].items()}
     table.show(f"perplexity / dense @ active share, {steps} steps")
     table.draw()
 

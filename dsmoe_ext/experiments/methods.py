@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..calibration.orders import neuron_orders
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .bench import Bench
+    from .rows import Rows
 
 SHARE = 0.5  # of the loss that is the KL divergence to the dense model; the rest is the text's
 
@@ -73,6 +74,12 @@ class Trained:
         """Bench.losses with the knob turned to a number, or left alone."""
         with nullcontext() if knob is None else threshold(self.model, knob):
             return self.bench.losses(self.model)
+
+    def add_rows(self, table: "Rows", name: str, **what: Any) -> None:
+        """A row for every place of the knob."""
+        for knob in self.method.at or (None,):
+            row = name if knob is None else f"{name} @ {knob:g}"
+            table.add(self.bench, row, partial(self.losses, knob), **what, **self.what)
 
 
 _PAIRS = "pairs:4.5,0.5;4,1;3,2;2.5,2.5"
