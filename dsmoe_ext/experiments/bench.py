@@ -103,10 +103,7 @@ class Bench:
         distill: 1 learns from the dense model alone, 0 from the text alone, as a model that has no
         teacher would. settings: others than the recipe's.
         """
-        options = options_of(model) if find_ffns(model) else {}
-        target = options.get("target_active")
-        if target is not None and thresholds_suffice(options):
-            options["sparsity_weight"] = 0.0
+        target = target_to_hold(model)
         chosen = {"distill": distill, "target_active": target, "seed": self.seed} | settings
         rows = self.own_text.view(-1, min(self.window, OWN_LENGTH))  # as they were drawn
         text = TextWindows(rows, rows[:1])
@@ -160,6 +157,15 @@ class Bench:
         """What decides a row, for Record.measure."""
         common = {"model": self.name, "tokens": self.tokens, "seed": self.seed}
         return fields | common | {"windows": self.windows, "window": self.window}
+
+
+def target_to_hold(model: "PreTrainedModel") -> float | None:
+    """The active share that training is to hold, without the sparsity loss where thresholds do."""
+    options = options_of(model) if find_ffns(model) else {}
+    target: float | None = options.get("target_active")
+    if target is not None and thresholds_suffice(options):
+        options["sparsity_weight"] = 0.0
+    return target
 
 
 def spread(text: Text, count: int) -> torch.Tensor:

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..command_line.text import Text
-from ..layers import find_ffns
-from ..models.options import options_of
 from ..training.data import (
     TextWindows,
     builtin_text,
@@ -20,7 +18,7 @@ from ..training.data import (
 )
 from ..training.fine_tune import TrainSettings, fine_tune
 from ..training.tiny import byte_tokenizer, tiny_llama
-from .bench import Bench, spread
+from .bench import Bench, spread, target_to_hold
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,8 +59,7 @@ class Scratch(Bench):
         self, model: "PreTrainedModel", steps: int, distill: float, **settings: Any
     ) -> list[dict[str, Any]]:
         """Trains all weights in place, by the text alone -> the log."""
-        options = options_of(model) if find_ffns(model) else {}
         chosen: dict[str, Any] = {"batch_size": 8, "lr": 2e-3, "router_lr": 2e-3}
-        chosen |= {"target_active": options.get("target_active"), "seed": self.seed} | settings
+        chosen |= {"target_active": target_to_hold(model), "seed": self.seed} | settings
         windows = TextWindows(self.own_text, self.own_text[:1])
         return fine_tune(model, windows, TrainSettings(steps, **chosen))
