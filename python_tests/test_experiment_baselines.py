@@ -135,7 +135,7 @@ def test_cmoes_partition(seed):
         neurons = order[28 + 12 * expert : 40 + 12 * expert]
         centre = markers[:, neurons].double().mean(1)
         distance = {int(n): (markers[:, n].double() - centre).abs().sum() for n in neurons}
-        assert distance[neuron] <= min(distance.values()) + 1e-9  # of several one
+        assert distance[neuron] <= min(distance.values()) + 1e-9  # any of those equally near
 
 
 def test_the_representatives_router(seed):

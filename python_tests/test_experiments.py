@@ -109,6 +109,7 @@ def test_commands_go_on_where_they_stopped(tmp_path, name, options, rows, tables
         ("XMoE 64 experts @ 0.5", "XMoE 64 experts"),
         ("MoDSE 4 pairs @ 2", "MoDSE 4 pairs"),
         ("top_p, experts of 24, 0.5", "top_p, experts of 24"),
+        ("top_p, experts of 24, 0.5, trained", "top_p, experts of 24, trained"),
         ("ReMoE 8 experts", "ReMoE 8 experts"),
     ],
 )

@@ -17,8 +17,7 @@ from dsmoe_ext.calibration.sums import Moments
 # hardly uses keep theirs.
 RIDGE = 0.1
 
-
-# Columns of V that are solved for at once, so that little in float64 has its size.
+# Columns of V that are solved for at once: float64 copies are [I,512], not [I,H].
 COLUMNS = 512
 
 
@@ -27,7 +26,7 @@ def refit_down_proj(
 ) -> tuple[Tensor, float]:
     """sums of (masked activations, wanted output), which it uses up, and the dense weight [I,H] ->
     (the new one [I,H], what it leaves of the wanted output's power: ‖A V - Y‖² / ‖Y‖²)."""
-    factor, added = ridge_cholesky(sums.gram, RIDGE if ridge is None else ridge)
+    factor, added = ridge_cholesky(sums.take_gram(), RIDGE if ridge is None else ridge)
     found = torch.empty_like(weight)
     power = error = sums.power_y.sum()
     parts = (part.split(COLUMNS, dim=1) for part in (sums.moment, weight, found))

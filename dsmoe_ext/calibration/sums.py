@@ -14,10 +14,10 @@ class Moments:
 
     mean_x [m], mean_y [n]; gram [m,m] = Σ (x - mean)ᵀ(x - mean); moment [m,n] = Σ (x - mean)ᵀ
     (y - mean); power_y [n] = Σ (y - mean)². All float64. centred=False leaves the means out: then
-    they count as 0, and these are the sums themselves, no copies.
+    they count as 0.
     """
 
-    ROWS = 2048  # of the sums that are added to at once
+    ROWS = 2048  # of a product formed at once, so that there is no second [m,m]
 
     def __init__(self, *, centred: bool = True) -> None:
         self.count = 0
@@ -38,7 +38,7 @@ class Moments:
         self.count += len(x)
         self._sum_x = self._sum_x + x.sum(dim=0)
         self._sum_y = self._sum_y + y.sum(dim=0)
-        for begin in range(0, x.shape[1], self.ROWS):  # no second matrix of that size
+        for begin in range(0, x.shape[1], self.ROWS):
             rows = x[:, begin : begin + self.ROWS].T
             self._gram[begin : begin + self.ROWS] += rows @ x
             self._moment[begin : begin + self.ROWS] += rows @ y
@@ -58,8 +58,14 @@ class Moments:
     @property
     def gram(self) -> Tensor:
         if not self._centred:
-            return self._gram
+            return self._gram.clone()
         return self._gram - torch.outer(self._sum_x, self._sum_x / self.count)
+
+    def take_gram(self) -> Tensor:
+        """gram without a copy, to be written over: the largest of the sums is gone then."""
+        gram = self.gram if self._centred else self._gram
+        del self._gram
+        return gram
 
     @property
     def moment(self) -> Tensor:

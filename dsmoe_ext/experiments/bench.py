@@ -103,7 +103,7 @@ class Bench:
         distill: 1 learns from the dense model alone, 0 from the text alone, as a model that has no
         teacher would. settings: others than the recipe's.
         """
-        target = target_to_hold(model)
+        target = hold_target(model)
         chosen = {"distill": distill, "target_active": target, "seed": self.seed} | settings
         rows = self.own_text.view(-1, min(self.window, OWN_LENGTH))  # as they were drawn
         text = TextWindows(rows, rows[:1])
@@ -159,8 +159,8 @@ class Bench:
         return fields | common | {"windows": self.windows, "window": self.window}
 
 
-def target_to_hold(model: "PreTrainedModel") -> float | None:
-    """The active share that training is to hold, without the sparsity loss where thresholds do."""
+def hold_target(model: "PreTrainedModel") -> float | None:
+    """Turns the sparsity loss off where thresholds hold the share -> the share to hold."""
     options = options_of(model) if find_ffns(model) else {}
     target: float | None = options.get("target_active")
     if target is not None and thresholds_suffice(options):

@@ -295,7 +295,7 @@ def scratch(
 ) -> None:
     """The same methods in a small model that was never dense: trained from scratch, on bytes.
 
-    Beside the dense model stands one with half of its neurons, the control for half the work.
+    Beside the dense model stands one with as many neurons as the target leaves on: the control.
     """
     from .methods import Trained
     from .scratch import NEURONS, Scratch

@@ -50,8 +50,8 @@ class Method:
 class Trained:
     """A method's model behind `steps` of training, which the first question starts.
 
-    Routers that begin at random or all alike have far to go: their rate is ten times that of the
-    weights, and thresholds follow fast.
+    Routers that begin at random or all alike have far to go: their rate is high, ten times that of
+    a cut model's weights, and thresholds follow fast.
     """
 
     settings: ClassVar[dict[str, Any]] = {"router_lr": 1e-3, "controller_rate": 0.5}

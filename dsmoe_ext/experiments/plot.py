@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 def series_of(row: str) -> str:
     """What rows of one method at several shares, or places of its knob, have in common."""
-    return re.sub(r"(,| @)? [\d.]+$", "", row)
+    return re.sub(r"(,| @)? [\d.]+(?=$|, trained$)", "", row)
 
 
 def draw(cells: dict[str, dict[str, "Cell"]], path: Path) -> None:
@@ -38,7 +38,7 @@ def draw(cells: dict[str, dict[str, "Cell"]], path: Path) -> None:
             panel.errorbar(share, ratio, [p.half_range for p in points], label=name, **style)
         panel.set(title=text, xlabel="active share of the FFN", xlim=(0, 1.02), yscale="log")
         panel.grid(which="both", alpha=0.3)
-    low, high = axes[0][0].get_ylim()
+    low, high = axes[0][0].get_ylim()  # beyond a decade the labels between would overlap
     axes[0][0].set_ylabel("perplexity / dense")
     axes[0][0].yaxis.set_major_formatter("{x:g}")
     axes[0][0].yaxis.set_minor_formatter("{x:g}" if high < 10 * low else "")

@@ -1,6 +1,6 @@
 """Methods as their papers mean them: a model that has never been dense, trained from scratch.
 
-A LLaMA of 0.9 million parameters on bytes, small enough for a table of methods and seeds on one
+A LLaMA of a million parameters on bytes, small enough for a table of methods and seeds on one
 core. What it says about methods is how they compare, not how good they get.
 """
 
@@ -18,7 +18,7 @@ from ..training.data import (
 )
 from ..training.fine_tune import TrainSettings, fine_tune
 from ..training.tiny import byte_tokenizer, tiny_llama
-from .bench import Bench, spread, target_to_hold
+from .bench import Bench, hold_target, spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,7 +59,7 @@ class Scratch(Bench):
         self, model: "PreTrainedModel", steps: int, distill: float, **settings: Any
     ) -> list[dict[str, Any]]:
         """Trains all weights in place, by the text alone -> the log."""
-        chosen: dict[str, Any] = {"batch_size": 8, "lr": 2e-3, "router_lr": 2e-3}
-        chosen |= {"target_active": target_to_hold(model), "seed": self.seed} | settings
+        chosen: dict[str, Any] = {"batch_size": 8, "lr": 2e-3}
+        chosen |= {"target_active": hold_target(model), "seed": self.seed} | settings
         windows = TextWindows(self.own_text, self.own_text[:1])
         return fine_tune(model, windows, TrainSettings(steps, **chosen))

@@ -120,7 +120,8 @@ _SOURCE_MODULES = ("argparse", "textwrap", "fractions", "statistics")
 
 
 def second_domain_text() -> str:
-    """Another domain, used by no calibration or training: source code of the standard library."""
+    """Another domain: source code of the standard library. No calibration uses it, and no training
+    but that of experiments.scratch."""
     sources = []
     for name in _SOURCE_MODULES:
         spec = importlib.util.find_spec(name)
