@@ -45,6 +45,11 @@ def test_moments_do_not_depend_on_the_chunks(chunk, seed, monkeypatch):
     torch.testing.assert_close(sums.moment, centred_x.T @ centred_y)
     raw = moments(x, y, chunk=chunk, centred=False)
     torch.testing.assert_close(raw.gram, x.T @ x)
+    raw.gram.zero_()  # a copy
+    torch.testing.assert_close(raw.take_gram(), x.T @ x)
+    torch.testing.assert_close(sums.take_gram(), centred_x.T @ centred_x)
+    with pytest.raises(AttributeError):
+        raw.take_gram()
     torch.testing.assert_close(raw.moment, x.T @ y)
     torch.testing.assert_close(raw.power_y, y.square().sum(0))
 

@@ -7,27 +7,29 @@ from typing import Annotated, Any
 
 import typer
 
+from dsmoe_ext.benchmarks.gpu_commands import app as gpu_app
+from dsmoe_ext.benchmarks.options import (
+    ActiveOption,
+    BudgetOption,
+    DeviceOption,
+    DtypeOption,
+    ExpertsOption,
+    OutOption,
+    ShapeOption,
+    SizesOption,
+    ThreadsOption,
+    TokensOption,
+    describe_sizes,
+    dtypes_of,
+    sizes_of,
+)
 from dsmoe_ext.command_line.options import finite
 
 app = typer.Typer(
     no_args_is_help=True,
     help="Time the kernels on this machine. Every case is checked against float64 first.",
 )
-
-ShapeOption = Annotated[str, typer.Option(help="Hidden and intermediate size, H,I.")]
-ExpertsOption = Annotated[int, typer.Option(min=1, help="Number of equal experts.")]
-SizesOption = Annotated[
-    str | None, typer.Option("--expert-sizes", help="Sizes instead, as N,N,...")
-]
-ActiveOption = Annotated[str, typer.Option(help="Active fractions of the experts.")]
-TokensOption = Annotated[str, typer.Option(help="Numbers of tokens.")]
-DtypeOption = Annotated[str, typer.Option(help="bf16, fp32, fp16; several with commas.")]
-ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, help="Threads; torch's number if left out.")
-]
-BudgetOption = Annotated[float, typer.Option(callback=finite, help="Seconds a case.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-OutOption = Annotated[Path | None, typer.Option(help="Folder for bench.json and bench.png.")]
+app.add_typer(gpu_app)
 
 DEFAULT_SHAPE = "2048,5632"
 
@@ -178,7 +180,7 @@ def model(
     place = choose_device(device)
     machine = measure_machine(place)
     console.print(machine.describe(), highlight=False)
-    kind = _dtypes(dtype)[0]
+    kind = dtypes_of(dtype)[0]
     with stage(f"making {shape} dense and sparse"):
         make = whole.dense_model if shape in whole.SHAPES else load_dense
         dense = make(shape, kind)
@@ -190,104 +192,6 @@ def model(
     if out:
         setting = {"shape": shape, "layout": layout, "dtype": dtype, "ste": ste}
         report.save_json(out / "model.json", machine, [setting | asdict(row) for row in rows])
-
-
-@app.command()
-def gpu(
-    only: Annotated[
-        str, typer.Option(help="Of check, ceilings, time, kernels.")
-    ] = "check,ceilings,time,kernels",
-    device: Annotated[str, typer.Option(help="cuda, or cpu: for check alone.")] = "cuda",
-    small: Annotated[bool, typer.Option("--small", help="check a tiny layer only")] = False,
-    out: Annotated[Path | None, typer.Option(help="JSON file, written after every part.")] = None,
-) -> None:
-    """Everything to know of a GPU in one go: right at full size, ceilings, times, kernels.
-
-    Takes about eight minutes. docs/gpu.md says what to make of it; gpu-model --calibrated reads it.
-    """
-    import torch
-
-    from dsmoe_ext.benchmarks.gpu_run import PARTS, run
-    from dsmoe_ext.errors import UserError
-    from dsmoe_ext.loading import choose_device
-
-    wanted = only.split(",")
-    if not set(wanted) <= set(PARTS):
-        raise UserError(f"--only must be of {', '.join(PARTS)}, but is {only!r}")
-    if choose_device(device) == "cpu" and wanted != ["check"]:
-        raise UserError("--device cpu can only check: add --only check")
-    torch.backends.cuda.matmul.allow_tf32 = False
-    run(wanted, device, small, out)
-
-
-@app.command("gpu-model")
-def gpu_model(
-    gpu: Annotated[
-        str, typer.Option(help="a100, h100, h200, l40s, 5090, or h100-mma: without wgmma.")
-    ] = "a100",
-    calibrated: Annotated[
-        Path | None, typer.Option(help="What `dsmoe bench gpu --out` wrote: rates as measured.")
-    ] = None,
-    datasheet: Annotated[
-        bool, typer.Option("--datasheet", help="boost clocks and peak rates, as if they held")
-    ] = False,
-    shape: ShapeOption = "4096,11008",
-    experts: ExpertsOption = 8,
-    expert_sizes: SizesOption = None,
-    active: ActiveOption = "0.375",
-    tokens: TokensOption = "1,8192",
-    trace: Annotated[
-        Path | None,
-        typer.Option(
-            help='JSON, {"active": [[experts of token 0], ...]}: instead of random pairs.'
-        ),
-    ] = None,
-    backward: Annotated[bool, typer.Option("--backward", help="instead of the forward")] = False,
-    dtype: Annotated[str, typer.Option(help="bf16, tf32 or fp32.")] = "bf16",
-    saved: Annotated[
-        bool, typer.Option("--saved", help="activations kept for the backward, or read by it")
-    ] = False,
-) -> None:
-    """Predict the CUDA kernels' time; beside it the measured time, where a GPU is present.
-
-    From the rates that such chips hold (--datasheet: those printed), the tiles that the kernels
-    would run, and the instructions and bytes of a tile, counted while the interpreter of the tests
-    ran them. Forward, up to 16 tokens decode, or backward: all outputs; predicted only.
-    """
-    import torch
-
-    from dsmoe_ext.benchmarks import gpu_load, gpu_model
-    from dsmoe_ext.benchmarks.gpu_report import prediction_table
-    from dsmoe_ext.benchmarks.gpu_specs import GPUS, read_calibration, sustained
-    from dsmoe_ext.command_line.console import expect
-    from dsmoe_ext.command_line.console import out as console
-    from dsmoe_ext.command_line.options import numbers
-    from dsmoe_ext.errors import UserError
-
-    for option, value, known in (("--gpu", gpu, GPUS), ("--dtype", dtype, gpu_load.DTYPES)):
-        if value not in known:
-            raise UserError(f"{option} must be of {', '.join(known)}, but is {value!r}")
-    hidden_size, sizes = _sizes(shape, experts, expert_sizes)
-    if trace:
-        loads = [gpu_load.read_trace(trace, len(sizes))]
-    else:
-        loads = [
-            gpu_load.draw(t, len(sizes), fraction)
-            for t in numbers(tokens, int, "--tokens")
-            for fraction in numbers(active, float, "--active")
-        ]
-    chip = GPUS[gpu]
-    if calibrated:
-        with expect(OSError, KeyError, ValueError, TypeError):
-            chip = read_calibration(chip, calibrated)
-    elif not datasheet:
-        chip = sustained(chip)
-    for mask in loads:
-        load = gpu_load.Load(hidden_size, tuple(sizes), mask, backward, dtype, saved)
-        kernels = gpu_model.predict(chip, load)
-        is_measured = torch.cuda.is_available() and not backward and not saved
-        measured = gpu_model.measure(load) if is_measured else None
-        console.print(prediction_table(chip, load, _layout(sizes), kernels, measured))
 
 
 @app.command("replay")
@@ -310,22 +214,6 @@ def replay_trace(
         torch.set_num_threads(threads)
     calls = read_trace(trace)
     console.print(replay_table([(call, replay(call, budget)) for call in calls]))
-
-
-def _sizes(shape: str, experts: int, expert_sizes: str | None) -> tuple[int, list[int]]:
-    """Hidden size and the experts' sizes, from the options."""
-    from dsmoe_ext.command_line.options import numbers
-    from dsmoe_ext.errors import UserError
-
-    hidden_size, intermediate_size = numbers(shape, int, "--shape")
-    sizes = numbers(expert_sizes, int, "--expert-sizes")
-    if not sizes:
-        if intermediate_size % experts:
-            raise UserError(
-                f"{experts} experts do not divide {intermediate_size}: use --expert-sizes"
-            )
-        sizes = [intermediate_size // experts] * experts
-    return hidden_size, sizes
 
 
 def _run(
@@ -353,8 +241,8 @@ def _run(
     from dsmoe_ext.command_line.options import numbers
     from dsmoe_ext.loading import choose_device
 
-    kinds = _dtypes(dtypes)
-    hidden_size, sizes = _sizes(shape, experts, expert_sizes)
+    kinds = dtypes_of(dtypes)
+    hidden_size, sizes = sizes_of(shape, experts, expert_sizes)
     report.prepare_folder(out, *(f"{kind}_{name}.json" for name in dtypes.split(",")))
     if threads:
         torch.set_num_threads(threads)
@@ -374,29 +262,9 @@ def _run(
                 rows += measure(machine, case, train=is_train, **how)
                 advance()
         console.print(
-            report.table(f"{kind}, {name}, H {hidden_size}, experts {_layout(sizes)}", rows)
+            report.table(f"{kind}, {name}, H {hidden_size}, experts {describe_sizes(sizes)}", rows)
         )
         if out:
             records = [row.record() for row in rows]
             report.save_json(out / f"{kind}_{name}.json", machine, records)
             report.save_plot(out / f"{kind}_{name}.png", machine, rows)
-
-
-def _dtypes(text: str) -> list[Any]:
-    import torch
-
-    from dsmoe_ext.errors import UserError
-
-    names = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-    unknown = [name for name in text.split(",") if name not in names]
-    if unknown:
-        raise UserError(f"dtype must be of {', '.join(names)}, but is {unknown[0]!r}")
-    return [names[name] for name in text.split(",")]
-
-
-def _layout(sizes: list[int]) -> str:
-    if len(set(sizes)) == 1:
-        return f"{len(sizes)} x {sizes[0]}"
-    if len(set(sizes[1:])) == 1:
-        return f"{sizes[0]} + {len(sizes) - 1} x {sizes[1]}"
-    return ", ".join(map(str, sizes))

@@ -303,15 +303,12 @@ def scratch(
     table = Rows(out, "scratch")
     for seed in numbers(seeds, int, "--seeds"):
         bench, what = Scratch(seed, windows), {"target": target_active, "steps": steps}
-        for name, neurons in (("dense", 1.0), ("dense, fewer neurons", target_active)):
-            small = Scratch(seed, windows, round(neurons * NEURONS))
-            dense = functools.partial(small.losses_tuned, steps, 0.0)
-            table.add(small, name, dense, share=neurons, **what)
+        for name, share in (("dense", 1.0), ("dense, fewer neurons", target_active)):
+            dense = Scratch(seed, windows, round(share * NEURONS))
+            losses = functools.partial(dense.losses_tuned, steps, 0.0)
+            table.add(dense, name, losses, share=share, **what)
         for name, method in _methods(only).items():
             Trained(method, bench, target_active, steps, 0.0).add_rows(table, name, **what)
-    for row in table.rows:  # of the larger model's neurons, none of which is missing otherwise
-        share = row["what"].get("share", 1.0)
-        row["active"] = {text: share * active for text, active in row["active"].items()}
     table.show(f"perplexity / dense @ active share, {steps} steps")
     table.draw()
 

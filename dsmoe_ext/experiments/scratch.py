@@ -10,12 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..command_line.text import Text
-from ..training.data import (
-    TextWindows,
-    builtin_text,
-    second_domain_text,
-    windows_of,
-)
+from ..training.data import TextWindows, builtin_text, second_domain_text, windows_of
 from ..training.fine_tune import TrainSettings, fine_tune
 from ..training.tiny import byte_tokenizer, tiny_llama
 from .bench import Bench, hold_target, spread
@@ -31,12 +26,14 @@ class Scratch(Bench):
     """A Bench whose dense model is random, and whose training is all the training there is.
 
     Trained on most of the built-in English and of the Python source, and measured on the rest.
+    neurons: of its FFNs. Active shares are of NEURONS whatever it has, as a measure of work.
     """
 
-    def __init__(self, seed: int, windows: int, intermediate_size: int = NEURONS):
+    def __init__(self, seed: int, windows: int, neurons: int = NEURONS):
         self.name, self.seed, self.windows, self.window = "scratch", seed, windows, WINDOW
         sizes = {"hidden_size": 128, "num_hidden_layers": 4}
-        self.dense = tiny_llama(seed, intermediate_size=intermediate_size, **sizes)
+        self.dense = tiny_llama(seed, intermediate_size=neurons, **sizes)
+        self.share = neurons / NEURONS
         self.tokenizer = byte_tokenizer()
         self.tokens = self.own_text.numel()
 
@@ -54,6 +51,11 @@ class Scratch(Bench):
     def texts(self) -> list[Text]:
         texts = [Text(name, windows.held_out, 0) for name, windows in self.cut.items()]
         return [Text(text.name, spread(text, self.windows), 0) for text in texts]
+
+    def losses_in_place(self, model: "PreTrainedModel") -> dict[str, Any]:
+        found = super().losses_in_place(model)
+        shares = {text: self.share * active for text, active in found["active"].items()}
+        return found | {"active": shares}
 
     def tune(
         self, model: "PreTrainedModel", steps: int, distill: float, **settings: Any
